@@ -1,0 +1,27 @@
+"""FAQD: feature-affinity assisted distillation and quantization of networks on label-free data (arXiv 2302.10899)."""
+
+from .affinity import (
+    FastFeatureAffinityLoss,
+    FeatureAffinityLoss,
+    affinity_matrix,
+    feature_affinity_loss,
+)
+from .distill import DistillationObjective
+from .models import FeatureTap, build_model
+from .quantize import calibrate, dequantize, describe, quantize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DistillationObjective",
+    "FastFeatureAffinityLoss",
+    "FeatureAffinityLoss",
+    "FeatureTap",
+    "affinity_matrix",
+    "build_model",
+    "calibrate",
+    "dequantize",
+    "describe",
+    "feature_affinity_loss",
+    "quantize",
+]

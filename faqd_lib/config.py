@@ -1,0 +1,191 @@
+"""What a run is: a validated, frozen configuration whose digest names it. Everything that changes numbers is here."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .files import canonical_json, text_digest
+
+# Raise this whenever the same configuration would train to other numbers than before (loop, losses, quantizers,
+# augmentation): old runs then keep their names and are not mistaken for new ones.
+RECIPE = 1
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+WeightBits = Literal[1, 2, 4, 32]
+ActivationBits = Literal[4, 32]
+Precision = Literal["float32", "bf16"]
+
+
+class ConfigurationError(ValueError):
+    """A setting is unknown, of the wrong type or out of range; the message has one line for each."""
+
+
+class Frozen(BaseModel):
+    """Unknown keys, wrong types and later changes raise."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @classmethod
+    def parse(cls, values: dict, where: str) -> Self:
+        """Validate a dictionary; ``where`` (a file, a notebook) starts every error message.
+
+        Raises:
+            ConfigurationError: one line for each bad key, with the value and what was expected.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigurationError(_explain(cls, error, where)) from None
+
+
+def _explain(model: type[BaseModel], error: ValidationError, where: str) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"]) or "the whole"
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown setting {key!r}; known are: {', '.join(sorted(model.model_fields))}")
+        elif problem["type"] == "missing":
+            lines.append(f"{where}: {key} is missing")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {key} = {problem['input']!r}: {message}")
+    return "\n".join(lines)
+
+
+class DataConfig(Frozen):
+    """Which images: a dataset by name and fingerprint, and the seeded, class-balanced subsets taken from it."""
+
+    name: str
+    fingerprint: str
+    train_images: Count | None = None
+    test_images: Count | None = None
+    validation_images: Annotated[int, Field(ge=0)] = 0
+    subset_seed: int = 0
+
+
+class QuantizationConfig(Frozen):
+    """Bits of weights and activations, and the policy for the first and the last layer."""
+
+    weight_bits: WeightBits = 32
+    activation_bits: ActivationBits = 32
+    first_layer: Literal["quantize", "float"] = "quantize"
+    last_layer: Literal["quantize", "float"] = "float"
+
+
+class ObjectiveConfig(Frozen):
+    """Weights and kinds of the loss terms; see :class:`faqd_lib.distill.DistillationObjective`."""
+
+    logit_loss: Literal["none", "mse", "kl"] = "none"
+    logit_weight: Weight = 1.0
+    temperature: Positive = 4.0
+    affinity: Literal["none", "fa", "ffa"] = "none"
+    affinity_weight: Weight = 0.0
+    k: Count = 6
+    distribution: Literal["gaussian", "rademacher"] = "gaussian"
+    label_weight: Weight = 0.0
+    adapters: bool = False
+
+    @property
+    def uses_teacher(self) -> bool:
+        return self.logit_loss != "none" or self.affinity != "none"
+
+    @property
+    def label_free(self) -> bool:
+        return self.label_weight == 0
+
+    @model_validator(mode="after")
+    def _some_term(self) -> Self:
+        if not self.uses_teacher and self.label_free:
+            raise ValueError("the objective has no term: set logit_loss, affinity or label_weight")
+        if (self.affinity == "none") != (self.affinity_weight == 0):
+            raise ValueError("affinity and affinity_weight must be given together: 'none' with 0, a loss with more")
+        if self.adapters and self.affinity == "none":
+            raise ValueError("adapters need an affinity loss: they stand before its comparison")
+        return self
+
+
+class OptimizationConfig(Frozen):
+    """SGD with Nesterov momentum, linear warm-up, cosine to zero, gradient norm clipped."""
+
+    epochs: Count
+    batch_size: Annotated[int, Field(ge=2)] = 128  # batch normalisation needs at least two images
+    learning_rate: Positive = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Weight = 5e-4
+    warmup_epochs: Weight = 1.0
+    clip_norm: Positive = 20.0
+    precision: Precision = "float32"
+
+    @model_validator(mode="after")
+    def _warmup_is_part(self) -> Self:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs} is more than epochs={self.epochs}")
+        return self
+
+
+class RunConfig(Frozen):
+    """One training run. ``teacher`` and ``initial`` (the float student that fine-tuning starts from) are runs, too."""
+
+    data: DataConfig
+    model: str
+    optimization: OptimizationConfig
+    objective: ObjectiveConfig
+    quantization: QuantizationConfig = QuantizationConfig()
+    seed: Annotated[int, Field(ge=0)] = 0
+    teacher: "RunConfig | None" = None
+    initial: "RunConfig | None" = None
+    recipe: Literal[RECIPE] = RECIPE
+
+    @model_validator(mode="after")
+    def _needs(self) -> Self:
+        if self.objective.uses_teacher != (self.teacher is not None):
+            raise ValueError("a teacher is needed exactly where the objective has a logit or an affinity loss")
+        if self.initial is not None and self.initial.model != self.model:
+            raise ValueError(f"initial weights of {self.initial.model} do not fit {self.model}")
+        for other in (self.teacher, self.initial):
+            if other is not None and other.data != self.data:
+                raise ValueError("teacher, initial weights and student must be trained on the same data")
+        return self
+
+    @property
+    def label_free(self) -> bool:
+        """Whether this run's own training is given no labels."""
+        return self.objective.label_free
+
+    @property
+    def regime(self) -> str:
+        return "end-to-end" if self.initial is None else "fine-tuning"
+
+    @property
+    def method(self) -> str:
+        """``labels``, ``KD``, ``FAQD`` or ``FFAQD``: what the student learns from, labels aside."""
+        if not self.objective.uses_teacher:
+            return "labels"
+        return {"none": "KD", "fa": "FAQD", "ffa": "FFAQD"}[self.objective.affinity]
+
+    @property
+    def bits(self) -> str:
+        """``1W4A`` and the like; 32 bits stand for float."""
+        return f"{self.quantization.weight_bits}W{self.quantization.activation_bits}A"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the whole configuration, nested runs and recipe version included."""
+        return text_digest(canonical_json(self.model_dump(mode="json")))
+
+    @property
+    def run_id(self) -> str:
+        """Readable name and the first 12 digits of the digest; the name of the run's folder."""
+        parts = [self.model, self.bits.lower(), self.method.lower()]
+        if self.method == "FFAQD":
+            parts.append(f"k{self.objective.k}")
+        if self.objective.logit_loss != "none":
+            parts.append(self.objective.logit_loss)
+        if self.teacher is not None:
+            parts.append("labelfree" if self.label_free else "labelled")
+            parts.append(f"from-{self.teacher.model}")
+        if self.initial is not None:
+            parts.append("finetuned")
+        return "-".join([*parts, f"seed{self.seed}", self.digest[:12]])

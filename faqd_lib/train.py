@@ -1,0 +1,253 @@
+"""The training loop, for teachers and students alike.
+
+Networks that share data, seed, batch size, epochs and teacher train side by side as a cohort: one augmentation and one
+teacher pass for all, and paired comparisons on the same batches. A network's weights are the same bits whether it
+trains alone or in a cohort: its initial weights, optimizer and random projections are its own.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .batches import Batches, Normalizer, stream
+from .config import OptimizationConfig, RunConfig
+from .data import Images
+from .distill import DistillationObjective
+from .measure import peak_bytes
+from .models import FeatureTap
+from .quantize import split_parameters
+
+CHECK_EVERY = {"cpu": 1}  # steps between looks at the loss; elsewhere a look waits for the device
+CHECK_EVERY_ELSEWHERE = 50
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss became NaN or infinite; the message gives epoch, step and every term of the loss."""
+
+
+def learning_rate(config: OptimizationConfig, step: int, steps_per_epoch: int) -> float:
+    """Rate of a step (from 0): linear warm-up, then half a cosine that ends at 0 after the last step."""
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    total = config.epochs * steps_per_epoch
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    return config.learning_rate * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+
+
+def precision_that_pays(device: torch.device | str) -> str:
+    """``"bf16"`` where the hardware computes in it, else ``"float32"`` (emulated bf16 is many times slower)."""
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+
+
+class Learner:
+    """One network in training: weights, optimizer, objective and history."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        objective: DistillationObjective,
+        feature_names: Sequence[str],
+        steps_per_epoch: int,
+    ) -> None:
+        self.config, self.model, self.objective = config, model, objective
+        self.steps_per_epoch = steps_per_epoch
+        self.tap = FeatureTap(model, feature_names if objective.affinity_weight > 0 else ())
+        weights, activation_steps = split_parameters(model)
+        self.parameters = [*weights, *activation_steps, *objective.parameters()]
+        o = config.optimization
+        self.optimizer = torch.optim.SGD(
+            [
+                {"params": [*weights, *objective.parameters()]},
+                {"params": activation_steps, "weight_decay": 0.0},  # decay would shrink the clipping range
+            ],
+            lr=o.learning_rate,
+            momentum=o.momentum,
+            nesterov=o.momentum > 0,
+            weight_decay=o.weight_decay,
+        )
+        self.history: list[dict[str, float]] = []
+        self.step_seconds: list[float] = []
+        self.shared_seconds = 0.0
+        self.peak_bytes = 0
+        self._terms: list[dict[str, torch.Tensor]] = []
+        self._checked = 0
+
+    def step(self, epoch: int, images, labels, teacher_logits, teacher_maps) -> None:
+        """One update. ``labels`` is not even looked at by a label-free objective's caller: it is None then."""
+        started = time.perf_counter()
+        o, position = self.config.optimization, len(self.step_seconds)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(o, position, self.steps_per_epoch)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=o.precision == "bf16"):
+            logits = self.model(images)
+            terms = self.objective(logits, self.tap.features, teacher_logits, teacher_maps, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        terms["total"].backward()
+        terms["gradient_norm"] = nn.utils.clip_grad_norm_(self.parameters, o.clip_norm)
+        self._terms.append({name: term.detach() for name, term in terms.items()})
+        if len(self._terms) - self._checked >= CHECK_EVERY.get(images.device.type, CHECK_EVERY_ELSEWHERE):
+            self._check(epoch)
+        self.optimizer.step()
+        self.tap.clear()
+        self.step_seconds.append(time.perf_counter() - started)
+
+    def _check(self, epoch: int) -> None:
+        for offset, terms in enumerate(self._terms[self._checked :], start=self._checked):
+            values = {name: float(term) for name, term in terms.items()}
+            if not all(map(math.isfinite, values.values())):
+                listed = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
+                raise NonFiniteLossError(
+                    f"{self.config.run_id}: the loss is not finite in epoch {epoch + 1}, step {offset + 1} of "
+                    f"{self.steps_per_epoch} ({listed}). Lower the learning rate or the weight of the largest term."
+                )
+        self._checked = len(self._terms)
+
+    def end_epoch(self, epoch: int, evaluations: dict[str, tuple[float, float]]) -> None:
+        """Append the epoch's mean loss terms and its evaluations (accuracy in percent, cross-entropy)."""
+        self._check(epoch)
+        row: dict[str, float] = {"epoch": epoch + 1}
+        for name in self._terms[0]:
+            row[name if name != "total" else "loss"] = float(torch.stack([t[name] for t in self._terms]).mean())
+        for split, (accuracy, cross_entropy) in evaluations.items():
+            row[f"{split}_accuracy"], row[f"{split}_cross_entropy"] = accuracy, cross_entropy
+        self.history.append(row)
+        self._terms.clear()
+        self._checked = 0
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Images, normalizer: Normalizer, batch_size: int = 500) -> tuple[float, float]:
+    """(top-1 accuracy in percent, mean cross-entropy) in float32, with the weights as they are now."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    correct, loss = 0, 0.0
+    for start in range(0, len(images), batch_size):
+        pixels = images.pixels[start : start + batch_size].to(device)
+        labels = images.labels[start : start + batch_size].to(device)
+        logits = model(normalizer(pixels)).float()
+        correct += int((logits.argmax(1) == labels).sum())
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+    model.train(was_training)
+    return 100 * correct / len(images), loss / len(images)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run: the network in evaluation mode, its history and what it cost."""
+
+    config: RunConfig
+    model: nn.Module
+    history: list[dict[str, float]]
+    cost: dict[str, float]
+
+
+@dataclass
+class CohortResult:
+    """What a cohort came to: finished runs, and by run the error that stopped the others."""
+
+    trained: list[Trained] = field(default_factory=list)
+    failed: dict[str, NonFiniteLossError] = field(default_factory=dict)
+
+
+def train(
+    learners: Sequence[Learner],
+    batches: Batches,
+    teacher: nn.Module | None,
+    feature_names: Sequence[str],
+    splits: dict[str, Images],
+    on_epoch: Callable[[int, list[Learner]], None] = lambda epoch, learners: None,
+) -> CohortResult:
+    """Train a cohort to the end.
+
+    Args:
+        learners: at least one; all with the same epochs, batch size and seed. If ``batches`` has no labels, theirs
+            must be label-free objectives.
+        batches: the training batches that all of them see.
+        teacher: in evaluation mode and frozen; None if no learner needs one.
+        feature_names: modules of the teacher to tap; the students' own were given to them.
+        splits: what to evaluate after each epoch, by name; labelled.
+        on_epoch: called after every epoch with its number (from 0) and the learners still in training.
+
+    Returns:
+        A learner whose loss stops being finite is reported as failed; the others go on undisturbed.
+    """
+    result, active = CohortResult(), list(learners)
+    wants_maps = any(learner.objective.affinity_weight > 0 for learner in learners)
+    wants_teacher = teacher is not None and any(learner.config.objective.uses_teacher for learner in learners)
+    tap = FeatureTap(teacher, feature_names if wants_maps else ()) if wants_teacher else None
+    precision = learners[0].config.optimization.precision
+    for learner in learners:
+        learner.model.train()
+    for epoch in range(learners[0].config.optimization.epochs):
+        started = time.perf_counter()
+        for batch in batches.epoch(epoch):
+            teacher_logits, teacher_maps = None, []
+            if tap is not None:
+                with torch.no_grad(), torch.autocast(
+                    batch.images.device.type, torch.bfloat16, enabled=precision == "bf16"
+                ):
+                    teacher_logits = teacher(batch.images)
+                teacher_maps = tap.features
+                tap.clear()
+            for learner in active:
+                learner.shared_seconds += (time.perf_counter() - started) / len(active)
+            for learner in list(active):
+                labels = batch.labels if not learner.config.label_free else None
+
+                def step(learner=learner, batch=batch, labels=labels, logits=teacher_logits, maps=teacher_maps):
+                    learner.step(epoch, batch.images, labels, logits, maps)
+
+                try:
+                    if learner.peak_bytes:
+                        step()
+                    else:
+                        learner.peak_bytes = peak_bytes(step, batch.images.device)
+                except NonFiniteLossError as error:
+                    result.failed[learner.config.run_id] = error
+                    active.remove(learner)
+            started = time.perf_counter()
+        for learner in list(active):
+            try:
+                learner.end_epoch(
+                    epoch, {name: evaluate(learner.model, s, batches.normalizer) for name, s in splits.items()}
+                )
+            except NonFiniteLossError as error:
+                result.failed[learner.config.run_id] = error
+                active.remove(learner)
+        if not active:
+            break
+        on_epoch(epoch, active)
+    if tap is not None:
+        tap.close()
+    result.trained = [_finish(learner, batches.batch_size, len(learners)) for learner in active]
+    return result
+
+
+def _finish(learner: Learner, batch_size: int, cohort: int) -> Trained:
+    learner.tap.close()
+    own = sum(learner.step_seconds[1:])  # the first step carries the memory measurement
+    steps = max(1, len(learner.step_seconds) - 1)
+    cost = {
+        "training_seconds": own / steps * len(learner.step_seconds) + learner.shared_seconds,
+        "shared_seconds": learner.shared_seconds,
+        "step_milliseconds": 1000 * statistics.median(learner.step_seconds[1:] or learner.step_seconds),
+        "images_per_second": batch_size * steps / own if own else 0.0,
+        "peak_step_bytes": learner.peak_bytes,
+        "cohort": cohort,
+    }
+    return Trained(learner.config, learner.model.eval(), learner.history, cost)
+
+
+def projection_seed(seed: int) -> int:
+    """Seed of a run's random projections: a stream of its own."""
+    return stream(seed, "projections").initial_seed()

@@ -292,7 +292,5 @@ def projections_needed(relative_error: float, confidence: float) -> int:
         ValueError: ``relative_error`` not above 0, or ``confidence`` not inside (0, 1).
     """
     if not relative_error > 0 or not 0 < confidence < 1:
-        raise ValueError(
-            f"need relative_error > 0 and 0 < confidence < 1, got {relative_error!r} and {confidence!r}"
-        )
+        raise ValueError(f"need relative_error > 0 and 0 < confidence < 1, got {relative_error!r} and {confidence!r}")
     return math.ceil(2 / (relative_error**2 * (1 - confidence)))

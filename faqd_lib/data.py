@@ -42,7 +42,9 @@ class Images:
 
     def __post_init__(self) -> None:
         if self.pixels.dtype != torch.uint8 or self.pixels.ndim != 4:
-            raise ValueError(f"pixels must be uint8 of 4 dimensions, got {self.pixels.dtype} {tuple(self.pixels.shape)}")
+            raise ValueError(
+                f"pixels must be uint8 of 4 dimensions, got {self.pixels.dtype} {tuple(self.pixels.shape)}"
+            )
         if self.labels is not None and len(self.labels) != len(self.pixels):
             raise ValueError(f"{len(self.pixels)} images but {len(self.labels)} labels")
 
@@ -321,7 +323,10 @@ def _read_cifar(name: str) -> Callable[[Path, int | None], _Decoded]:
         if image_size not in (None, 32):
             raise DatasetError(f"{name} has 32x32 images; image_size={image_size} is for folders of images")
         return _Decoded(
-            *(Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in splits),
+            *(
+                Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets))
+                for s in splits
+            ),
             tuple(splits[0].classes),
         )
 

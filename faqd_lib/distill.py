@@ -1,6 +1,6 @@
 """The distillation objective: logits, feature affinity and, where there are any, labels.
 
-    logit_weight · (MSE or T²·KL)  +  affinity_weight · Σ_stages (FA or FFA)  +  label_weight · cross-entropy
+logit_weight · (MSE or T²·KL)  +  affinity_weight · Σ_stages (FA or FFA)  +  label_weight · cross-entropy
 """
 
 from collections.abc import Sequence

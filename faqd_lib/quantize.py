@@ -119,9 +119,7 @@ def _nearest(values: torch.Tensor, step: torch.Tensor, lowest: int, highest: int
     return (values / safe).round().clamp_(lowest, highest) * (step > 0)
 
 
-def fit_step(
-    values: torch.Tensor, start: torch.Tensor, lowest: int, highest: int, iterations: int = 8
-) -> torch.Tensor:
+def fit_step(values: torch.Tensor, start: torch.Tensor, lowest: int, highest: int, iterations: int = 8) -> torch.Tensor:
     """Least-squares step of the levels {lowest..highest}·step for ``values``, by alternating from ``start``.
 
     Returns:

@@ -136,4 +136,3 @@ def accuracies(history: list[dict[str, float]]) -> dict[str, float | None]:
     if "validation_accuracy" in history[0]:
         selected = max(history, key=lambda row: row["validation_accuracy"])["test_accuracy"]
     return {"last_accuracy": test[-1], "best_accuracy": max(test), "selected_accuracy": selected}
-

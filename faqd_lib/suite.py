@@ -1,7 +1,7 @@
 """A suite: one profile on one dataset, its runs, and the folder they live in.
 
-    suite = Suite.open(profile="quick")
-    records = suite.run([suite.student("FAQD", weight_bits=1)])
+suite = Suite.open(profile="quick")
+records = suite.run([suite.student("FAQD", weight_bits=1)])
 """
 
 import difflib
@@ -336,9 +336,9 @@ class Suite:
 
     def build(self, config: RunConfig, *, initial_weights: bool = True) -> nn.Module:
         """The network of a run before training: initial weights, quantizers, calibrated activation steps."""
-        model = build_model(
-            config.model, len(self.data.classes), image_size=self.data.image_size, seed=config.seed
-        ).to(self.device, memory_format=torch.channels_last)
+        model = build_model(config.model, len(self.data.classes), image_size=self.data.image_size, seed=config.seed).to(
+            self.device, memory_format=torch.channels_last
+        )
         if initial_weights and config.initial is not None:
             self.store.load_weights(config.initial, model)
         return quantize(model, **config.quantization.model_dump())

@@ -193,8 +193,9 @@ def train(
         for batch in batches.epoch(epoch):
             teacher_logits, teacher_maps = None, []
             if tap is not None:
-                with torch.no_grad(), torch.autocast(
-                    batch.images.device.type, torch.bfloat16, enabled=precision == "bf16"
+                with (
+                    torch.no_grad(),
+                    torch.autocast(batch.images.device.type, torch.bfloat16, enabled=precision == "bf16"),
                 ):
                     teacher_logits = teacher(batch.images)
                 teacher_maps = tap.features

@@ -143,6 +143,12 @@ class Profile(Frozen):
             raise ConfigurationError(f"{profile}: not valid TOML: {error}") from error
         return cls.parse({"name": path.stem, **values}, where=str(profile))
 
+    def resolve_dataset(self, dataset: str, data_root: str | Path | None) -> tuple[str, str]:
+        """The dataset that is used and the reason, from a name, ``"auto"`` or nothing (the profile's own choice)."""
+        return datasets.resolve(
+            dataset or self.dataset, data_root or None, allow_digits=not self.download, allow_download=self.download
+        )
+
     def for_dataset(self, dataset: str) -> Self:
         """This profile with the settings that it has for one dataset."""
         settings = {**self.model_dump(), **self.dataset_settings.get(dataset, {}), "dataset_settings": {}}
@@ -150,12 +156,31 @@ class Profile(Frozen):
 
 
 class SuiteState(Frozen):
-    """What a results folder was begun with (``suite.json``). ``seeds`` and ``cohort`` may change, nothing else."""
+    """What a results folder was begun with (``suite.json``): all that is needed to name its runs and caption its tables."""
 
     profile: Profile
+    dataset: str
+    reason: str
+    note: str
     data: DataConfig
+    training_count: int
+    test_count: int
     precision: Precision
     recipe: int
+
+    @property
+    def caption(self) -> str:
+        """What every table and figure says of its origin."""
+        note = f" ({self.note})" if self.note else ""
+        text = (
+            f"{self.dataset}{note}, {self.training_count:,} training and {self.test_count:,} test images, "
+            f"profile {self.profile.name}"
+        )
+        return text if ": found on disk" in self.reason or ": asked for" in self.reason else f"{text}; {self.reason}"
+
+
+# Settings under which the same runs are the same runs: they may differ from what the folder was begun with.
+FREE_SETTINGS = {"reason", "profile.seeds", "profile.cohort", "profile.series_datasets", "profile.dataset"}
 
 
 def default_results() -> Path:
@@ -165,16 +190,12 @@ def default_results() -> Path:
 
 @dataclass(frozen=True)
 class Suite:
-    """See the head of this module. Make one with :meth:`open`."""
+    """See the head of this module. Make one with :meth:`open`, or with :meth:`read` from a folder alone."""
 
-    profile: Profile
-    dataset: str
-    reason: str
-    data_root: str | None
-    precision: Precision
-    device: torch.device
+    state: SuiteState
     store: RunStore
-    data_config: DataConfig
+    device: torch.device
+    data_root: str | None = None
 
     @classmethod
     def open(
@@ -202,33 +223,61 @@ class Suite:
             ResultsError: the folder was begun with another configuration.
             PermissionError: the folder cannot be written to.
         """
-        base = Profile.load(profile)
+        chosen = Profile.load(profile)
         if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 0:
             raise ConfigurationError(f"seeds must be a whole number of at least 1 (0: the profile's), got {seeds!r}")
-        name, reason = datasets.resolve(
-            dataset or base.dataset, data_root or None, allow_digits=not base.download, allow_download=base.download
-        )
-        chosen = base.for_dataset(name)
-        chosen = chosen.model_copy(update={"dataset": name, "seeds": seeds or chosen.seeds})
-        folder = Path(results or default_results()) / f"{chosen.name}-{name}"
-        require_writable(folder)
+        name, reason = chosen.resolve_dataset(dataset, data_root)
+        chosen = chosen.for_dataset(name)
+        chosen = chosen.model_copy(update={"seeds": seeds or chosen.seeds})
+        folder = require_writable(suite_folder(chosen, name, results))
         where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        images = cls._load(chosen, name, data_root)
-        suite_data = DataConfig(
+        images = datasets.load(name, data_root or None, image_size=chosen.image_size, download=chosen.download)
+        rest = len(images.train) - chosen.validation_images
+        config = DataConfig(
             name=name,
             fingerprint=images.fingerprint,
-            train_images=_limit(chosen.train_images, len(images.train)),
+            train_images=_limit(chosen.train_images, rest),
             test_images=_limit(chosen.test_images, len(images.test)),
             validation_images=chosen.validation_images,
         )
-        precision = _claim(folder, chosen, suite_data, precision_that_pays(where))
-        suite = cls(chosen, name, reason, data_root or None, precision, where, RunStore(folder), suite_data)
-        suite.__dict__["data"] = images
+        state = SuiteState(
+            profile=chosen,
+            dataset=name,
+            reason=reason,
+            note=images.note,
+            data=config,
+            training_count=config.train_images or rest,
+            test_count=config.test_images or len(images.test),
+            precision=precision_that_pays(where),
+            recipe=RECIPE,
+        )
+        suite = cls(_claim(folder, state), RunStore(folder), where, str(data_root) if data_root else None)
+        suite.__dict__["data"] = images  # loaded already; `data` is a cached property
         return suite
 
-    @staticmethod
-    def _load(profile: Profile, name: str, data_root) -> datasets.ImageData:
-        return datasets.load(name, data_root or None, image_size=profile.image_size, download=profile.download)
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The suite of a results folder, without its images: enough for tables.
+
+        Raises:
+            ResultsError: no suite was begun there, or its ``suite.json`` is damaged.
+        """
+        return cls(_read_state(folder), RunStore(folder), torch.device("cpu"))
+
+    @property
+    def profile(self) -> Profile:
+        """The profile, with the settings for this dataset."""
+        return self.state.profile
+
+    @property
+    def dataset(self) -> str:
+        """The dataset's name."""
+        return self.state.dataset
+
+    @property
+    def precision(self) -> Precision:
+        """In which the training steps compute."""
+        return self.state.precision
 
     @property
     def folder(self) -> Path:
@@ -238,26 +287,29 @@ class Suite:
     @property
     def caption(self) -> str:
         """What every table and figure says of its origin."""
-        note = f" ({self.data.note})" if self.data.note else ""
-        subset = f"{len(self.splits[0])} training and {len(self.splits[2])} test images"
-        return f"{self.dataset}{note}, {subset}, profile {self.profile.name}, dataset chosen: {self.reason}"
+        return self.state.caption
 
     # ---- data
 
     @cached_property
     def data(self) -> datasets.ImageData:
-        return self._load(self.profile, self.dataset, self.data_root)
+        """The dataset, whole."""
+        images = datasets.load(self.dataset, self.data_root, image_size=self.profile.image_size)
+        if images.fingerprint != self.state.data.fingerprint:
+            raise ResultsError(f"the images of {self.dataset} are not those that {self.folder} was begun with")
+        return images
 
     @cached_property
     def splits(self) -> tuple[datasets.Images, datasets.Images | None, datasets.Images]:
         """(training, validation or None, test) images, after subsets are taken; the validation split comes first."""
-        config = self.data_config
+        config = self.state.data
         rest, validation = datasets.split_validation(self.data.train, config.validation_images, config.subset_seed)
-        training = datasets.subset(rest, _limit(config.train_images, len(rest)), config.subset_seed)
+        training = datasets.subset(rest, config.train_images, config.subset_seed)
         return training, validation, datasets.subset(self.data.test, config.test_images, config.subset_seed)
 
     @cached_property
     def normalizer(self) -> Normalizer:
+        """uint8 images to what the networks take, on the suite's device."""
         return Normalizer(self.data.mean, self.data.std, self.device)
 
     # ---- configurations of runs
@@ -268,7 +320,7 @@ class Suite:
     def teacher(self, model: str | None = None) -> RunConfig:
         """The float teacher (the profile's first one by default), trained on labels with seed 0."""
         return RunConfig(
-            data=self.data_config,
+            data=self.state.data,
             model=model or self.profile.teachers[0],
             optimization=self._optimization(self.profile.teacher_schedule),
             objective=ObjectiveConfig(label_weight=1.0),
@@ -277,7 +329,7 @@ class Suite:
     def float_student(self, seed: int = 0) -> RunConfig:
         """The float student, trained on labels: a reference row, and where fine-tuning starts."""
         return RunConfig(
-            data=self.data_config,
+            data=self.state.data,
             model=self.profile.student,
             optimization=self._optimization(self.profile.student_schedule),
             objective=ObjectiveConfig(label_weight=1.0),
@@ -322,7 +374,7 @@ class Suite:
             )
         schedule = self.profile.fine_tuning_schedule if fine_tuning else self.profile.student_schedule
         return RunConfig(
-            data=self.data_config,
+            data=self.state.data,
             model=self.profile.student,
             optimization=self._optimization(schedule),
             objective=objective,
@@ -404,7 +456,7 @@ class Suite:
         learners = [self._learner(c, batches) for c in cohort]
 
         def on_epoch(epoch: int, active: list[Learner]) -> None:
-            names = ", ".join(sorted({f"{l.config.bits} {l.config.method}" for l in active}))
+            names = ", ".join(sorted({f"{learner.config.bits} {learner.config.method}" for learner in active}))
             accuracy = " ".join(f"{learner.history[-1]['test_accuracy']:.1f}" for learner in active)
             progress.advance(
                 len(cohort), f"{label} ({names}), epoch {epoch + 1} of {config.optimization.epochs}: test {accuracy} %"
@@ -422,7 +474,7 @@ class Suite:
                 weight_bytes=weight_bytes(trained.model),
                 cost=trained.cost,
                 environment=environment(self.device),
-                dataset_note=self.data.note,
+                dataset_note=self.state.note,
             )
         if result.failed:
             error = next(iter(result.failed.values()))
@@ -476,33 +528,46 @@ def _cohorts(configs: Sequence[RunConfig], largest: int) -> list[list[RunConfig]
     return [group[i : i + largest] for group in groups.values() for i in range(0, len(group), largest)]
 
 
-def _claim(folder: Path, profile: Profile, data: DataConfig, precision: Precision) -> Precision:
-    """Begin the folder, or make sure that it was begun with the same configuration; return its precision."""
+def suite_folder(profile: Profile, dataset: str, results: str | Path | None = None) -> Path:
+    """Where the suite of a profile on a dataset lives."""
+    return Path(results or default_results()) / f"{profile.name}-{dataset}"
+
+
+def _read_state(folder: Path) -> SuiteState:
     path = folder / "suite.json"
-    if not path.exists():
-        state = SuiteState(profile=profile, data=data, precision=precision, recipe=RECIPE)
-        atomic_write_text(path, state.model_dump_json(indent=1) + "\n")
-        return precision
+    if not path.is_file():
+        raise ResultsError(f"no suite was begun in {folder}: there is no suite.json")
     try:
-        begun = SuiteState.model_validate_json(path.read_text(encoding="utf-8"))
+        return SuiteState.model_validate_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ResultsError(
             f"{path} is damaged or of another version of the suite: give another folder with --results, or begin "
             "again with --fresh (the old folder is moved aside)"
         ) from error
-    now = SuiteState(profile=profile, data=data, precision=begun.precision, recipe=RECIPE).model_dump(mode="json")
-    free = {"seeds", "cohort", "series_datasets"}
-    differences = [
-        f"{key}: {was!r} there, {now_value!r} now"
-        for key, was, now_value in _differences(begun.model_dump(mode="json"), now)
-        if key.removeprefix("profile.") not in free
-    ]
-    if differences:
-        raise ResultsError(
-            f"{folder} was begun with another configuration ({'; '.join(differences[:4])}): give another folder with "
-            "--results, or begin again with --fresh (the old folder is moved aside)"
-        )
-    return begun.precision
+
+
+def _claim(folder: Path, state: SuiteState) -> SuiteState:
+    """Begin the folder, or make sure that it was begun with the same configuration; return the state to work with."""
+    path = folder / "suite.json"
+    if path.exists():
+        begun = _read_state(folder)
+        # What the folder was begun with stays, though another precision might pay on this machine.
+        state = state.model_copy(update={"precision": begun.precision})
+        differences = [
+            f"{key}: {was!r} there, {now!r} now"
+            for key, was, now in _differences(begun.model_dump(mode="json"), state.model_dump(mode="json"))
+            if key not in FREE_SETTINGS
+        ]
+        if differences:
+            raise ResultsError(
+                f"{folder} was begun with another configuration ({'; '.join(differences[:4])}): give another folder "
+                "with --results, or begin again with --fresh (the old folder is moved aside)"
+            )
+        # Seeds only grow: a notebook opened with fewer does not hide what has been trained.
+        if begun.profile.seeds >= state.profile.seeds:
+            return state
+    atomic_write_text(path, state.model_dump_json(indent=1) + "\n")
+    return state
 
 
 def _differences(was: dict, now: dict, prefix: str = "") -> list[tuple[str, object, object]]:

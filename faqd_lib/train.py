@@ -81,12 +81,28 @@ class Learner:
         self._terms: list[dict[str, torch.Tensor]] = []
         self._checked = 0
 
-    def step(self, epoch: int, images, labels, teacher_logits, teacher_maps) -> None:
-        """One update. ``labels`` is not even looked at by a label-free objective's caller: it is None then."""
+    def step(
+        self,
+        epoch: int,
+        images: torch.Tensor,
+        labels: torch.Tensor | None,
+        teacher_logits: torch.Tensor | None,
+        teacher_maps: Sequence[torch.Tensor],
+    ) -> None:
+        """One update; the peak memory of the first one is measured."""
         started = time.perf_counter()
-        o, position = self.config.optimization, len(self.step_seconds)
+        if self.step_seconds:
+            self._update(epoch, images, labels, teacher_logits, teacher_maps)
+        else:
+            self.peak_bytes = peak_bytes(
+                lambda: self._update(epoch, images, labels, teacher_logits, teacher_maps), images.device
+            )
+        self.step_seconds.append(time.perf_counter() - started)
+
+    def _update(self, epoch, images, labels, teacher_logits, teacher_maps) -> None:
+        o = self.config.optimization
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(o, position, self.steps_per_epoch)
+            group["lr"] = learning_rate(o, len(self.step_seconds), self.steps_per_epoch)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=o.precision == "bf16"):
             logits = self.model(images)
             terms = self.objective(logits, self.tap.features, teacher_logits, teacher_maps, labels)
@@ -98,7 +114,6 @@ class Learner:
             self._check(epoch)
         self.optimizer.step()
         self.tap.clear()
-        self.step_seconds.append(time.perf_counter() - started)
 
     def _check(self, epoch: int) -> None:
         for offset, terms in enumerate(self._terms[self._checked :], start=self._checked):
@@ -182,56 +197,59 @@ def train(
         A learner whose loss stops being finite is reported as failed; the others go on undisturbed.
     """
     result, active = CohortResult(), list(learners)
+
+    def attempt(learner: Learner, action: Callable[..., None], *arguments: object) -> None:
+        try:
+            action(*arguments)
+        except NonFiniteLossError as error:
+            result.failed[learner.config.run_id] = error
+            active.remove(learner)
+
     wants_maps = any(learner.objective.affinity_weight > 0 for learner in learners)
-    wants_teacher = teacher is not None and any(learner.config.objective.uses_teacher for learner in learners)
-    tap = FeatureTap(teacher, feature_names if wants_maps else ()) if wants_teacher else None
-    precision = learners[0].config.optimization.precision
+    teaches = _Teacher(teacher, feature_names if wants_maps else (), learners[0].config.optimization.precision)
     for learner in learners:
         learner.model.train()
     for epoch in range(learners[0].config.optimization.epochs):
         started = time.perf_counter()
         for batch in batches.epoch(epoch):
-            teacher_logits, teacher_maps = None, []
-            if tap is not None:
-                with (
-                    torch.no_grad(),
-                    torch.autocast(batch.images.device.type, torch.bfloat16, enabled=precision == "bf16"),
-                ):
-                    teacher_logits = teacher(batch.images)
-                teacher_maps = tap.features
-                tap.clear()
-            for learner in active:
-                learner.shared_seconds += (time.perf_counter() - started) / len(active)
+            teacher_logits, teacher_maps = teaches(batch.images)
+            shared = (time.perf_counter() - started) / max(1, len(active))
             for learner in list(active):
-                labels = batch.labels if not learner.config.label_free else None
-
-                def step(learner=learner, batch=batch, labels=labels, logits=teacher_logits, maps=teacher_maps):
-                    learner.step(epoch, batch.images, labels, logits, maps)
-
-                try:
-                    if learner.peak_bytes:
-                        step()
-                    else:
-                        learner.peak_bytes = peak_bytes(step, batch.images.device)
-                except NonFiniteLossError as error:
-                    result.failed[learner.config.run_id] = error
-                    active.remove(learner)
+                learner.shared_seconds += shared
+                labels = None if learner.config.label_free else batch.labels
+                attempt(learner, learner.step, epoch, batch.images, labels, teacher_logits, teacher_maps)
             started = time.perf_counter()
         for learner in list(active):
-            try:
-                learner.end_epoch(
-                    epoch, {name: evaluate(learner.model, s, batches.normalizer) for name, s in splits.items()}
-                )
-            except NonFiniteLossError as error:
-                result.failed[learner.config.run_id] = error
-                active.remove(learner)
+            scores = {name: evaluate(learner.model, images, batches.normalizer) for name, images in splits.items()}
+            attempt(learner, learner.end_epoch, epoch, scores)
         if not active:
             break
         on_epoch(epoch, active)
-    if tap is not None:
-        tap.close()
+    teaches.close()
     result.trained = [_finish(learner, batches.batch_size, len(learners)) for learner in active]
     return result
+
+
+class _Teacher:
+    """The one pass through the teacher that a whole cohort shares; without a teacher, nothing."""
+
+    def __init__(self, model: nn.Module | None, feature_names: Sequence[str], precision: str) -> None:
+        self.model, self.precision = model, precision
+        self.tap = None if model is None else FeatureTap(model.eval(), feature_names)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        if self.model is None:
+            return None, []
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = self.model(images)
+        maps = self.tap.features
+        self.tap.clear()
+        return logits, maps
+
+    def close(self) -> None:
+        if self.tap is not None:
+            self.tap.close()
 
 
 def _finish(learner: Learner, batch_size: int, cohort: int) -> Trained:

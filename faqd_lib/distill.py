@@ -21,7 +21,7 @@ def logit_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 def logit_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """T²·KL(softmax(teacher/T) ‖ softmax(student/T)), mean over images (Hinton et al. 2015); logits (batch, classes)."""
+    """T²·KL(softmax(teacher/T) ‖ softmax(student/T)), mean over images (Hinton et al. 2015), of (batch, classes)."""
     return temperature**2 * F.kl_div(
         F.log_softmax(student / temperature, 1), F.log_softmax(teacher / temperature, 1),
         reduction="batchmean", log_target=True,

@@ -1,4 +1,4 @@
-"""Progress of a batch of runs: a bar where somebody watches (JupyterLab, a terminal), lines of text where nobody does."""
+"""Progress of many runs: a bar where somebody watches (JupyterLab, a terminal), lines of text where nobody does."""
 
 import os
 import sys

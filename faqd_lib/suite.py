@@ -156,7 +156,7 @@ class Profile(Frozen):
 
 
 class SuiteState(Frozen):
-    """What a results folder was begun with (``suite.json``): all that is needed to name its runs and caption its tables."""
+    """What a results folder was begun with (``suite.json``): enough to name its runs and to caption its tables."""
 
     profile: Profile
     dataset: str

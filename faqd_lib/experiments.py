@@ -1,0 +1,95 @@
+"""Which runs each table is made of. Tables and notebooks take the same lists, so that neither can miss a run."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from .config import RunConfig
+from .suite import Suite
+
+
+class Column(NamedTuple):
+    """A column of tables 1 and 2: what a student learns from."""
+
+    title: str
+    method: str
+    labels: bool
+
+
+COLUMNS = (
+    Column("labels only", "labels", True),
+    Column("KD, labels", "KD", True),
+    Column("FAQD, labels", "FAQD", True),
+    Column("KD, label-free", "KD", False),
+    Column("FAQD, label-free", "FAQD", False),
+)
+
+
+def _unique(configs: Iterable[RunConfig]) -> list[RunConfig]:
+    return list(dict.fromkeys(configs))
+
+
+def seeds(suite: Suite) -> range:
+    """The suite's seeds, 0 first."""
+    return range(suite.profile.seeds)
+
+
+def references(suite: Suite) -> list[RunConfig]:
+    """Reference rows: the float teachers and, for each seed, the float student."""
+    teachers = [suite.teacher(model) for model in suite.profile.teachers]
+    return _unique([*teachers, *(suite.float_student(seed) for seed in seeds(suite))])
+
+
+def weight_quantization(suite: Suite) -> list[RunConfig]:
+    """T1: weights at each bit-width × what is learned from × regime × teacher × seed; float activations."""
+    grid = suite.profile.grid
+    return _unique(
+        suite.student(
+            column.method, labels=column.labels, weight_bits=bits, regime=regime, teacher=teacher, seed=seed
+        )
+        for teacher in suite.profile.teachers
+        for regime in grid.weight_regimes
+        for bits in grid.weight_bits
+        for column in COLUMNS
+        for seed in seeds(suite)
+    )  # fmt: skip
+
+
+def full_quantization(suite: Suite) -> list[RunConfig]:
+    """T2: weights and activations quantized × what is learned from × regime × seed; the first teacher."""
+    grid = suite.profile.grid
+    return _unique(
+        suite.student(
+            column.method, labels=column.labels, weight_bits=weights, activation_bits=activations, regime=regime,
+            seed=seed,
+        )
+        for regime in grid.full_regimes
+        for weights, activations in grid.full_bits
+        for column in COLUMNS
+        for seed in seeds(suite)
+    )  # fmt: skip
+
+
+def logit_losses(suite: Suite) -> list[RunConfig]:
+    """T3: label-free FAQD with MSE and with KL × regime × bits × seed."""
+    return _unique(
+        suite.student("FAQD", weight_bits=bits, regime=regime, logit_loss=loss, seed=seed)
+        for regime in ("end-to-end", "fine-tuning")
+        for bits in suite.profile.grid.logit_bits
+        for loss in ("mse", "kl")
+        for seed in seeds(suite)
+    )
+
+
+def affinity_losses(suite: Suite) -> list[RunConfig]:
+    """T4: label-free students without affinity loss, with the exact one, and with k projections × seed."""
+    bits = suite.profile.grid.affinity_bits
+    variants = [("KD", None), ("FAQD", None), *(("FFAQD", k) for k in suite.profile.grid.projections)]
+    return _unique(
+        suite.student(method, weight_bits=bits, k=k, seed=seed) for method, k in variants for seed in seeds(suite)
+    )
+
+
+def everything(suite: Suite) -> list[RunConfig]:
+    """Every run of the series."""
+    tables = (references, weight_quantization, full_quantization, logit_losses, affinity_losses)
+    return _unique(config for table in tables for config in table(suite))

@@ -1,0 +1,263 @@
+"""Run the notebook series headless: ``python -m faqd_lib.series [PROFILE] [options]`` (``./run_all.sh`` calls it).
+
+Every notebook is executed in order through papermill; trained runs are found on disk again, so a second call goes on
+where the first one stopped. What is executed is copied to ``results/<profile>-<dataset>/notebooks/``.
+"""
+
+import argparse
+import datetime
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import nbformat
+import papermill
+from jupyter_client.kernelspec import NoSuchKernel
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from .config import ConfigurationError
+from .data import DatasetError
+from .experiments import everything
+from .files import project_root, require_writable
+from .progress import clock
+from .results import ResultsError
+from .suite import PROFILES, Profile, Suite, suite_folder
+
+# What a notebook reads that another one has made: checked before `--only` runs it.
+NEEDS = {"09": ("04", "05", "06", "07", "08")}
+LOCK_NAME = ".series.lock"
+
+
+class SeriesError(RuntimeError):
+    """The series cannot start or has stopped; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One executed notebook: number and name, seconds, and where the executed copy is."""
+
+    name: str
+    seconds: float
+    copy: Path
+
+
+def notebooks_folder() -> Path:
+    """``notebooks/`` of the project."""
+    folder = project_root() / "notebooks"
+    if not folder.is_dir():
+        raise SeriesError(f"there are no notebooks in {folder}: run this from a checkout of the project")
+    return folder
+
+
+def select(only: Sequence[str]) -> list[Path]:
+    """The notebooks to run, in order: all of them, or those whose numbers are given.
+
+    Raises:
+        SeriesError: a number that no notebook has.
+    """
+    notebooks = sorted(notebooks_folder().glob("[0-9][0-9]_*.ipynb"))
+    numbers = [path.name[:2] for path in notebooks]
+    unknown = [number for number in only if number not in numbers]
+    if unknown:
+        raise SeriesError(f"there is no notebook {unknown[0]!r}: choose from {' '.join(numbers)}")
+    return [path for path in notebooks if not only or path.name[:2] in only]
+
+
+def check_needs(selected: Sequence[Path], suite: Suite) -> None:
+    """Make sure that a notebook which reads others' runs finds some, and say how many it will miss.
+
+    Raises:
+        SeriesError: there are none at all; the message names the notebooks to run first.
+    """
+    chosen = {path.name[:2] for path in selected}
+    for number in chosen & NEEDS.keys():
+        missing = [need for need in NEEDS[number] if need not in chosen]
+        runs = everything(suite)
+        there = sum(suite.store.record(config) is not None for config in runs)
+        if missing and not there:
+            raise SeriesError(
+                f"notebook {number} reads the runs of {', '.join(NEEDS[number])}, and there are none in "
+                f"{suite.folder}: run --only {' '.join([*missing, number])}"
+            )
+        if missing and there < len(runs):
+            print(
+                f"notebook {number}: {len(runs) - there} of {len(runs)} runs are missing, their cells will read "
+                f"'not run'; --only {' '.join([*missing, number])} trains them"
+            )
+
+
+def check_parameters(notebook: Path, parameters: dict[str, object]) -> None:
+    """Refuse parameters that a notebook does not have; papermill would let them pass.
+
+    Raises:
+        SeriesError: the notebook has no parameters cell, or not this parameter.
+    """
+    known = papermill.inspect_notebook(str(notebook))
+    unknown = [name for name in parameters if name not in known]
+    if unknown:
+        raise SeriesError(f"{notebook.name} has no parameter {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
+
+
+def failing_cell(copy: Path) -> str:
+    """Where in an executed copy the error is: ``cell 5 (In [3])``."""
+    for index, cell in enumerate(nbformat.read(copy, as_version=4).cells):
+        if cell.cell_type == "code" and any(output.output_type == "error" for output in cell.outputs):
+            return f"cell {index} (In [{cell.execution_count}])"
+    return "an unknown cell"
+
+
+def execute(notebook: Path, copy: Path, parameters: dict[str, object]) -> Outcome:
+    """Execute one notebook with its text output on the terminal; the executed copy is written as it goes.
+
+    Raises:
+        SeriesError: a cell failed or the kernel died: notebook, cell, error and executed copy.
+    """
+    check_parameters(notebook, parameters)
+    started = time.monotonic()
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(copy),
+            parameters,
+            kernel_name="python3",
+            progress_bar=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+            cwd=str(copy.parent),
+        )
+    except PapermillExecutionError as error:
+        raise SeriesError(
+            f"{notebook.name}, {failing_cell(copy)}: {error.ename}: {error.evalue}\nexecuted copy: {copy}"
+        ) from error
+    except DeadKernelError as error:
+        raise SeriesError(
+            f"{notebook.name}: the kernel died, most likely for want of memory. Finished runs are kept; call again "
+            f"to go on.\nexecuted copy: {copy}"
+        ) from error
+    except NoSuchKernel as error:
+        raise SeriesError(
+            f"{notebook.name}: there is no kernel 'python3' in {sys.prefix}: install ipykernel"
+        ) from error
+    return Outcome(notebook.stem, time.monotonic() - started, copy)
+
+
+def set_aside(folder: Path) -> None:
+    """Move an old results folder out of the way (``--fresh``); nothing is deleted."""
+    if folder.exists():
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        target = folder.with_name(f"{folder.name}.old-{stamp}")
+        folder.rename(target)
+        print(f"moved the old results to {target}")
+
+
+def run_series(arguments: argparse.Namespace, dataset: str) -> list[Outcome]:
+    """Run the selected notebooks on one dataset.
+
+    Raises:
+        SeriesError, ConfigurationError, DatasetError, ResultsError, PermissionError: see their messages.
+    """
+    profile = Profile.load(arguments.profile)
+    name, reason = profile.resolve_dataset(dataset, arguments.data_root)
+    print(f"\n=== profile {profile.name}, dataset {reason}")
+    folder = suite_folder(profile, name, arguments.results)
+    require_writable(folder.parent)
+    lock = filelock.FileLock(folder.parent / f".{folder.name}{LOCK_NAME}")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise SeriesError(f"another run_all.sh is working in {folder}: wait for it, or give --results") from None
+    with lock:
+        if arguments.fresh:
+            set_aside(folder)
+        suite = Suite.open(arguments.profile, name, arguments.data_root, arguments.results, arguments.seeds)
+        selected = select(arguments.only)
+        check_needs(selected, suite)
+        parameters = {
+            "profile": str(arguments.profile),
+            "dataset": name,
+            "data_root": str(arguments.data_root or ""),
+            "results_dir": str(folder.parent),
+            "seeds": arguments.seeds,
+        }
+        copies = require_writable(folder / "notebooks")
+        outcomes: list[Outcome] = []
+        started = time.monotonic()
+        for index, notebook in enumerate(selected, start=1):
+            print(
+                f"\n--- notebook {index} of {len(selected)}: {notebook.stem} ({clock(time.monotonic() - started)} gone)"
+            )
+            outcomes.append(execute(notebook, copies / notebook.name, parameters))
+    summarise(folder, outcomes)
+    return outcomes
+
+
+def summarise(folder: Path, outcomes: Sequence[Outcome]) -> None:
+    """Print what was executed and what lies in the folder."""
+    print(f"\n=== done: {folder}")
+    print(f"{'notebook':<34} {'time':>7}")
+    for outcome in outcomes:
+        print(f"{outcome.name:<34} {clock(outcome.seconds):>7}")
+    print(f"{'all':<34} {clock(sum(outcome.seconds for outcome in outcomes)):>7}")
+    for kind, pattern in {
+        "run records": "runs/*/record.json",
+        "tables": "tables/*.md",
+        "figures": "figures/*.png",
+        "executed notebooks": "notebooks/*.ipynb",
+    }.items():
+        found = sorted(folder.glob(pattern))
+        if found:
+            print(f"{len(found):4} {kind + ':':<20} {found[0].parent if kind != 'run records' else folder / 'runs'}")
+    if (folder / "summary.md").is_file():
+        print(f"     {'summary:':<20} {folder / 'summary.md'}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="run_all.sh",
+        description="Run the notebook series headless and write every table. A second call goes on where the first "
+        "one stopped.",
+    )
+    parser.add_argument(
+        "profile", nargs="?", default="quick", help=f"{', '.join(PROFILES)} (default: quick), or a .toml file"
+    )
+    parser.add_argument("--dataset", default="", help="a dataset's name; left out: the profile's own choice")
+    parser.add_argument("--data-root", type=Path, help="the only folder to look for data in")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers of the notebooks to run")
+    parser.add_argument("--seeds", type=int, default=0, help="number of seeds (left out: the profile's own)")
+    parser.add_argument("--results", type=Path, help="where results go (default: results/)")
+    parser.add_argument("--fresh", action="store_true", help="begin again; the old results are moved aside")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit status is 0 only if every notebook ran to its end."""
+    arguments = parser().parse_args(argv)
+    for option in ("data_root", "results"):
+        path = getattr(arguments, option)
+        setattr(arguments, option, None if path is None else path.expanduser().resolve())
+    if arguments.results is None and os.environ.get("FAQD_RESULTS"):
+        arguments.results = Path(os.environ["FAQD_RESULTS"]).resolve()
+    # Kernels inherit these: text instead of progress bars, and this checkout's kernel before a user's own.
+    os.environ.update(FAQD_PROGRESS="text", JUPYTER_PREFER_ENV_PATH="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
+    try:
+        profile = Profile.load(arguments.profile)
+        datasets = [arguments.dataset] if arguments.dataset else profile.series_datasets
+        for dataset in datasets:
+            run_series(arguments, dataset)
+    except (SeriesError, ConfigurationError, DatasetError, ResultsError, PermissionError) as error:
+        print(f"\nstopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished runs are kept, call again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

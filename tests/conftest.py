@@ -1,0 +1,135 @@
+"""Fixtures of the whole suite: no network, no settings of the user's, one thread, tiny images."""
+
+import ipaddress
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from faqd_lib.batches import stream
+from faqd_lib.config import DataConfig, ObjectiveConfig, OptimizationConfig, RunConfig
+from faqd_lib.data import ImageData, Images
+from faqd_lib.results import RunStore
+from faqd_lib.suite import Profile, Suite
+
+# The user's own settings, as they were before any test changed them.
+USER_SETTINGS = {name: value for name, value in os.environ.items() if name.startswith("FAQD_")}
+
+# The same examples on every machine and in every run; nothing is written into the checkout.
+settings.register_profile("faqd", max_examples=20, deadline=None, derandomize=True, database=None)
+settings.load_profile("faqd")
+
+torch.set_num_threads(1)  # several test processes share few cores; tiny tensors gain nothing from threads
+
+
+class NetworkUsedError(AssertionError):
+    """Not an OSError, so that no code under test can take it for an ordinary failed download."""
+
+
+def _is_local(host: object) -> bool:
+    if host in (None, "", "localhost", b"localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host.decode() if isinstance(host, bytes) else host).is_loopback
+    except ValueError:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Any connection that leaves the machine fails the test. Kernels talk over the loopback, which stays open."""
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
+
+    def checked_connect(self, address):
+        if self.family != socket.AF_UNIX and not _is_local(address[0]):
+            raise NetworkUsedError(f"a test tried to reach {address}")
+        return connect(self, address)
+
+    def checked_look_up(host, *arguments, **options):
+        if not _is_local(host):
+            raise NetworkUsedError(f"a test tried to look up {host}")
+        return look_up(host, *arguments, **options)
+
+    monkeypatch.setattr(socket.socket, "connect", checked_connect)
+    monkeypatch.setattr(socket, "getaddrinfo", checked_look_up)
+
+
+@pytest.fixture(autouse=True)
+def isolated(request, monkeypatch, tmp_path):
+    """No FAQD_* setting of the user's and no dataset of the checkout's reaches a test; text progress, own cache."""
+    if request.node.get_closest_marker("series"):
+        return  # those start processes of their own and say what they are given
+    for name in USER_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FAQD_PROGRESS", "text")
+    monkeypatch.setenv("FAQD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("faqd_lib.data.project_root", lambda: tmp_path / "project")
+
+
+@pytest.fixture
+def user_data() -> Path | None:
+    """The user's folder of real data sets (``FAQD_DATA``), or None."""
+    folder = USER_SETTINGS.get("FAQD_DATA")
+    return Path(folder) if folder and Path(folder).is_dir() else None
+
+
+def random_images(count: int, classes: int, size: int, purpose: str, labels: bool = True) -> Images:
+    """Noise around one colour a class, so that there is something to learn."""
+    generator = stream(0, purpose)
+    label = torch.arange(count) % classes
+    colours = torch.randint(40, 216, (classes, 3, 1, 1), generator=stream(0, "colours"))
+    pixels = colours[label] + torch.randint(-40, 41, (count, 3, size, size), generator=generator)
+    return Images(pixels.clamp(0, 255).to(torch.uint8), label if labels else None)
+
+
+@pytest.fixture
+def tiny_data() -> ImageData:
+    """48 + 24 images of 3 classes, 8×8 pixels."""
+    train, test = random_images(48, 3, 8, "train"), random_images(24, 3, 8, "test")
+    return ImageData("tiny", ("a", "b", "c"), train, test, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "0" * 64)
+
+
+@pytest.fixture
+def tiny_suite(tmp_path, tiny_data):
+    """A function that makes a suite of tiny runs in memory: ``tiny_suite("name", data=…, **profile settings)``."""
+
+    def make(name: str = "suite", data: ImageData = tiny_data, **profile) -> Suite:
+        schedule = {"epochs": 2, "batch_size": 16, "warmup_epochs": 0.5, "learning_rate": 0.05}
+        values = {
+            "name": "tiny",
+            "shows_results": False,
+            "teachers": ["resnet8"],
+            "student": "resnet8",
+            "teacher_schedule": {**schedule, "epochs": 1},
+            "student_schedule": schedule,
+            "fine_tuning_schedule": {**schedule, "epochs": 1},
+            **profile,
+        }
+        suite = Suite(
+            profile=Profile.parse(values, "tiny"),
+            dataset="tiny",
+            reason="made for a test",
+            data_root=None,
+            precision="float32",
+            device=torch.device("cpu"),
+            store=RunStore(tmp_path / name),
+            data_config=DataConfig(name="tiny", fingerprint=data.fingerprint),
+        )
+        suite.__dict__["data"] = data
+        return suite
+
+    return make
+
+
+@pytest.fixture
+def run_config() -> RunConfig:
+    """A run on labels alone."""
+    return RunConfig(
+        data=DataConfig(name="tiny", fingerprint="0" * 64),
+        model="resnet8",
+        optimization=OptimizationConfig(epochs=2, batch_size=16),
+        objective=ObjectiveConfig(label_weight=1.0),
+    )

@@ -1,0 +1,517 @@
+"""Feature affinity against its N×N definition, its symmetries, its estimates and its refusals."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from faqd_lib import affinity
+from faqd_lib.affinity import (
+    FastFeatureAffinityLoss,
+    FeatureAffinityLoss,
+    affinity_matrix,
+    cheaper_exact,
+    draw_projections,
+    feature_affinity_loss,
+    projections_needed,
+)
+
+EXACT = ("gram", "pairwise", "auto")
+
+
+def naive_differences(student: torch.Tensor, teacher: torch.Tensor) -> list[torch.Tensor]:
+    """D = S_student − S_teacher of every image, from the definition, in float64."""
+    differences = []
+    for pair in zip(student.detach().double(), teacher.detach().double(), strict=True):
+        matrices = []
+        for feature_map in pair:
+            vectors = [pixel / max(float(pixel.norm()), 1e-6) for pixel in feature_map.flatten(1).T]
+            x = torch.stack(vectors)
+            matrices.append(x @ x.T)
+        differences.append(matrices[0] - matrices[1])
+    return differences
+
+
+def naive(student: torch.Tensor, teacher: torch.Tensor) -> float:
+    return float(np.mean([float(d.square().sum()) / d.numel() for d in naive_differences(student, teacher)]))
+
+
+def maps(seed: int = 0, student=(2, 3, 4, 4), teacher=None, dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(shape, generator=generator, dtype=dtype) for shape in (student, teacher or student))
+
+
+# ---- values
+
+SHAPES = {
+    "equal": ((2, 3, 4, 4), (2, 3, 4, 4)),
+    "fewer pixels than channels": ((2, 12, 2, 2), (2, 12, 2, 2)),
+    "more pixels than channels": ((3, 2, 6, 5), (3, 2, 6, 5)),
+    "one pixel": ((2, 5, 1, 1), (2, 5, 1, 1)),
+    "one channel": ((2, 1, 3, 4), (2, 1, 3, 4)),
+    "not square": ((1, 4, 2, 7), (1, 4, 2, 7)),
+    "wider teacher": ((2, 3, 4, 3), (2, 8, 4, 3)),
+    "narrower teacher": ((2, 8, 4, 3), (2, 3, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+def test_exact_forms_equal_the_definition(method, shapes):
+    student, teacher = maps(1, *shapes)
+    value = feature_affinity_loss(student, teacher, method)
+    assert value.dtype == torch.float64
+    assert value.item() == pytest.approx(naive(student, teacher), rel=1e-12, abs=1e-15)
+    assert feature_affinity_loss(student.float(), teacher.float(), method).dtype == torch.float32
+
+
+# Two by two pixels whose cosines are rational, so that the expected values can be worked out on paper.
+STUDENT_PIXELS = [(3, 4), (1, 0), (0, 2), (5, 12)]
+TEACHER_PIXELS = [(1, 2, 2), (0, 0, 3), (2, 1, 2), (0, 3, 4)]
+# D above the diagonal: student's cosine − teacher's.
+ABOVE = {
+    (0, 1): Fraction(3, 5) - Fraction(2, 3),
+    (0, 2): Fraction(4, 5) - Fraction(8, 9),
+    (0, 3): Fraction(63, 65) - Fraction(14, 15),
+    (1, 2): Fraction(0) - Fraction(2, 3),
+    (1, 3): Fraction(5, 13) - Fraction(4, 5),
+    (2, 3): Fraction(12, 13) - Fraction(11, 15),
+}
+GOLDEN_EXACT = 0.083328219738
+GOLDEN_PROJECTED = 0.155619110234  # z = (1, −1, 2, 0) and (0, 1, 1, −3)
+PROJECTIONS = [(1, 0), (-1, 1), (2, 1), (0, -3)]
+
+
+def golden_maps() -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(
+        torch.tensor(pixels, dtype=torch.float32).T.reshape(1, -1, 2, 2) for pixels in (STUDENT_PIXELS, TEACHER_PIXELS)
+    )
+
+
+def test_golden_values_follow_from_the_fractions():
+    d = [[ABOVE.get((min(i, j), max(i, j)), Fraction(0)) for j in range(4)] for i in range(4)]
+    exact = sum(entry**2 for row in d for entry in row) / 16
+    assert float(exact) == pytest.approx(GOLDEN_EXACT, rel=1e-8)
+    projected = [[sum(d[i][j] * PROJECTIONS[j][p] for j in range(4)) for i in range(4)] for p in range(2)]
+    assert float(sum(entry**2 for column in projected for entry in column) / 2 / 16) == pytest.approx(
+        GOLDEN_PROJECTED, rel=1e-8
+    )
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_golden_exact(method):
+    assert feature_affinity_loss(*golden_maps(), method).item() == pytest.approx(GOLDEN_EXACT, rel=1e-5)
+
+
+def test_golden_projection(monkeypatch):
+    monkeypatch.setattr(affinity, "draw_projections", lambda *_: torch.tensor(PROJECTIONS, dtype=torch.float32))
+    assert feature_affinity_loss(*golden_maps(), "projection", k=2).item() == pytest.approx(GOLDEN_PROJECTED, rel=1e-5)
+
+
+def test_golden_batch_is_the_mean_over_images():
+    student, teacher = golden_maps()
+    assert feature_affinity_loss(student.repeat(3, 1, 1, 1), teacher.repeat(3, 1, 1, 1)).item() == pytest.approx(
+        GOLDEN_EXACT, rel=1e-5
+    )
+    # Beside an image whose maps agree, the mean halves.
+    both = feature_affinity_loss(torch.cat((student, student)), torch.cat((student * 0 + 1, student)))
+    alone = feature_affinity_loss(student, student * 0 + 1)
+    assert alone.item() > 0
+    assert both.item() == pytest.approx(alone.item() / 2, rel=1e-5)
+
+
+def test_affinity_matrix_holds_cosines():
+    matrix = affinity_matrix(golden_maps()[0])
+    assert matrix.shape == (1, 4, 4)
+    assert torch.allclose(matrix[0].diagonal(), torch.ones(4))
+    assert matrix[0, 0, 3].item() == pytest.approx(63 / 65, rel=1e-6)
+    assert torch.equal(matrix, matrix.transpose(1, 2))
+    student, _ = maps(2)
+    assert torch.autograd.gradcheck(affinity_matrix, (student.requires_grad_(),))
+
+
+@pytest.mark.parametrize("shapes", [((2, 3, 4, 4), (2, 3, 4, 4)), ((2, 4, 2, 3), (2, 7, 2, 3))])
+def test_projection_is_the_mean_squared_length_of_Dz(shapes):
+    student, teacher = maps(3, *shapes)
+    pixels = shapes[0][2] * shapes[0][3]
+    z = draw_projections(pixels, 5, generator=torch.Generator().manual_seed(7)).double()
+    expected = np.mean([float((d @ z).square().sum()) / 5 / pixels**2 for d in naive_differences(student, teacher)])
+    value = feature_affinity_loss(student, teacher, "projection", k=5, generator=torch.Generator().manual_seed(7))
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [(8, 6), (2, 3), (5, 9)])
+def test_teacher_of_another_size_is_resized(size):
+    student, teacher = maps(4, (2, 3, 4, 4), (2, 5, *size))
+    resized = F.interpolate(teacher, (4, 4), mode="bilinear", align_corners=False, antialias=True)
+    assert feature_affinity_loss(student, teacher).item() == pytest.approx(naive(student, resized), rel=1e-10)
+
+
+def test_resizing_leaves_a_constant_map_constant():
+    student, _ = maps(4)
+    teacher = torch.ones(2, 3, 9, 2, dtype=torch.float64)
+    assert feature_affinity_loss(student, teacher).item() == pytest.approx(
+        naive(student, torch.ones_like(student)), rel=1e-10
+    )
+
+
+@pytest.mark.parametrize("method", ["gram", "pairwise"])
+@pytest.mark.parametrize("delta", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("channels", [(16, 16), (16, 24)])
+def test_float32_does_not_cancel_when_student_is_near_teacher(method, delta, channels):
+    student_channels, teacher_channels = channels
+    teacher, noise = maps(5, (2, student_channels, 12, 12), dtype=torch.float32)
+    student = teacher + delta * noise
+    if teacher_channels > student_channels:  # zero channels change no cosine
+        teacher = F.pad(teacher, (0, 0, 0, 0, 0, teacher_channels - student_channels))
+    value = feature_affinity_loss(student, teacher, method).item()
+    assert value == pytest.approx(feature_affinity_loss(student.double(), teacher.double(), method).item(), rel=1e-5)
+    assert value > 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_never_negative_however_near(seed):
+    teacher, noise = maps(seed, (2, 8, 6, 6), dtype=torch.float32)
+    for delta in (1e-5, 1e-6, 1e-7, 1e-8, 0):
+        assert feature_affinity_loss(teacher + delta * noise, teacher, "gram").item() >= 0
+
+
+@pytest.mark.parametrize("method", [*EXACT, "projection"])
+def test_zero_for_equal_maps(method):
+    student, _ = maps(6, dtype=torch.float32)
+    student.requires_grad_()
+    value = feature_affinity_loss(student, student.detach().clone(), method)
+    value.backward()
+    assert value.item() == pytest.approx(0, abs=1e-14)
+    assert student.grad.abs().max() < 1e-7
+
+
+# ---- properties
+
+shape = st.tuples(*(st.integers(1, most) for most in (3, 5, 4, 4)))
+exact_method = st.sampled_from(["gram", "pairwise"])
+seed = st.integers(0, 2**31)
+
+
+@given(shape, seed, exact_method)
+def test_rescaling_any_pixel_vector_changes_nothing(shape, seed, method):
+    student, teacher = maps(seed, shape)
+    generator = torch.Generator().manual_seed(seed + 1)
+    lengths = [torch.rand(shape[0], 1, *shape[2:], generator=generator, dtype=torch.float64) * 9 + 0.1 for _ in "st"]
+    assert feature_affinity_loss(student * lengths[0], teacher * lengths[1], method).item() == pytest.approx(
+        feature_affinity_loss(student, teacher, method).item(), rel=1e-10, abs=1e-14
+    )
+
+
+@given(shape, seed, exact_method)
+def test_an_orthogonal_change_of_the_channel_basis_changes_nothing(shape, seed, method):
+    student, teacher = maps(seed, shape)
+    generator = torch.Generator().manual_seed(seed + 1)
+    basis, _ = torch.linalg.qr(torch.randn(shape[1], shape[1], generator=generator, dtype=torch.float64))
+    turned = torch.einsum("dc,bchw->bdhw", basis, student)
+    expected = feature_affinity_loss(student, teacher, method).item()
+    assert feature_affinity_loss(turned, teacher, method).item() == pytest.approx(expected, rel=1e-10, abs=1e-14)
+
+
+@given(shape, seed, exact_method)
+def test_permuting_the_pixels_of_both_maps_changes_nothing(shape, seed, method):
+    student, teacher = maps(seed, shape)
+    order = torch.randperm(shape[2] * shape[3], generator=torch.Generator().manual_seed(seed + 1))
+    permuted = [m.flatten(2)[:, :, order].unflatten(2, shape[2:]) for m in (student, teacher)]
+    expected = feature_affinity_loss(student, teacher, method).item()
+    assert feature_affinity_loss(*permuted, method).item() == pytest.approx(expected, rel=1e-10, abs=1e-14)
+
+
+@given(shape, st.integers(1, 6), seed, exact_method)
+def test_symmetric_in_student_and_teacher(shape, teacher_channels, seed, method):
+    student, teacher = maps(seed, shape, (shape[0], teacher_channels, *shape[2:]))
+    there = feature_affinity_loss(student, teacher, method).item()
+    assert feature_affinity_loss(teacher, student, method).item() == pytest.approx(there, rel=1e-10, abs=1e-14)
+
+
+@given(shape, seed)
+def test_gram_and_pairwise_agree_in_value_and_gradient(shape, seed):
+    student, teacher = maps(seed, shape)
+    values, gradients = [], []
+    for method in ("gram", "pairwise"):
+        leaf = student.clone().requires_grad_()
+        value = feature_affinity_loss(leaf, teacher, method)
+        value.backward()
+        values.append(value.item())
+        gradients.append(leaf.grad)
+    assert values[0] == pytest.approx(values[1], rel=1e-10, abs=1e-14)
+    assert torch.allclose(*gradients, rtol=1e-8, atol=1e-12)
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("method", ["gram", "pairwise", "projection"])
+@pytest.mark.parametrize(
+    "shapes", [((2, 3, 2, 3), (2, 3, 2, 3)), ((1, 5, 2, 2), (1, 3, 2, 2)), ((2, 2, 3, 3), (2, 4, 2, 5))]
+)
+def test_gradcheck(method, shapes):
+    student, teacher = maps(8, *shapes)
+
+    def loss(x):
+        # The same projections at every call, or there would be no derivative to compare with.
+        return feature_affinity_loss(x, teacher, method, k=3, generator=torch.Generator().manual_seed(1))
+
+    assert torch.autograd.gradcheck(loss, (student.requires_grad_(),))
+
+
+def test_gradient_is_scaled_by_the_weight_of_the_loss():
+    student, teacher = maps(9)
+    gradients = []
+    for weight in (1.0, 30.0):
+        leaf = student.clone().requires_grad_()
+        (weight * feature_affinity_loss(leaf, teacher)).backward()
+        gradients.append(leaf.grad)
+    assert gradients[0].abs().max() > 0
+    assert torch.allclose(30 * gradients[0], gradients[1], rtol=1e-12)
+
+
+def test_teacher_gets_no_gradient():
+    student, teacher = (m.requires_grad_() for m in maps(10))
+    feature_affinity_loss(student, teacher).backward()
+    assert student.grad is not None
+    assert teacher.grad is None
+
+
+def test_no_graph_where_the_student_needs_no_gradient():
+    student, teacher = maps(10)
+    assert not feature_affinity_loss(student, teacher.requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_double_backward_is_refused(power):
+    student, teacher = maps(11)
+    student.requires_grad_()
+    loss = feature_affinity_loss(student, teacher) ** power
+
+    def gradient_penalty():
+        (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+        # Beside a term that can be differentiated twice, a constant gradient would pass unnoticed.
+        (gradient.square().sum() + student.square().sum()).backward()
+
+    with pytest.raises(RuntimeError):
+        gradient_penalty()
+
+
+@pytest.mark.parametrize("method", [*EXACT, "projection"])
+def test_all_zero_pixel_gives_finite_loss_and_gradient(method):
+    student, teacher = maps(12, dtype=torch.float32)
+    student[0, :, 1, 2] = 0
+    teacher[1, :, 0, 0] = 0
+    student.requires_grad_()
+    value = feature_affinity_loss(student, teacher, method, generator=torch.Generator().manual_seed(0))
+    value.backward()
+    assert math.isfinite(value.item())
+    if method != "projection":
+        assert value.item() == pytest.approx(naive(student, teacher), rel=1e-5)
+    assert student.grad.isfinite().all()
+    assert student.grad[0, :, 1, 2].abs().max() == 0
+    assert student.grad[0, :, 0, 0].abs().max() > 0
+
+
+@pytest.mark.parametrize("method", [*EXACT, "projection"])
+def test_wholly_dead_map_is_finite(method):
+    student = torch.zeros(2, 3, 4, 4, requires_grad=True)
+    value = feature_affinity_loss(student, maps(13, dtype=torch.float32)[1], method)
+    value.backward()
+    assert value.item() > 0
+    assert student.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("method", [*EXACT, "projection"])
+@pytest.mark.parametrize("which", ["student", "teacher"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_infinity_do_not_look_like_a_number(method, which, bad):
+    pair = dict(zip(("student", "teacher"), maps(14, dtype=torch.float32), strict=True))
+    pair[which][1, 2, 3, 3] = bad
+    assert math.isnan(feature_affinity_loss(**pair, method=method).item())
+
+
+# ---- memory formats and precisions
+
+
+@pytest.mark.parametrize("method", [*EXACT, "projection"])
+def test_channels_last_and_contiguous_agree(method):
+    student, teacher = maps(15, (2, 6, 4, 5), dtype=torch.float32)
+    values, gradients = [], []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        leaf = student.clone(memory_format=memory_format).requires_grad_()
+        value = feature_affinity_loss(
+            leaf, teacher.to(memory_format=memory_format), method, generator=torch.Generator().manual_seed(2)
+        )
+        value.backward()
+        values.append(value.item())
+        gradients.append(leaf.grad)
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+    assert torch.allclose(*gradients, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["gram", "pairwise", "projection"])
+def test_bf16_autocast_computes_in_float32(method):
+    student, teacher = maps(16, (2, 6, 4, 4), dtype=torch.float32)
+
+    def loss():
+        return feature_affinity_loss(student, teacher, method, generator=torch.Generator().manual_seed(3))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = loss()
+    assert inside.dtype == torch.float32
+    assert inside.item() == loss().item()
+
+
+def test_bf16_maps():
+    student, teacher = (m.bfloat16() for m in maps(17, (2, 6, 4, 4)))
+    student.requires_grad_()
+    value = feature_affinity_loss(student, teacher)
+    value.backward()
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(naive(student, teacher), rel=1e-5)
+    assert student.grad.dtype == torch.bfloat16
+
+
+# ---- estimates
+
+
+def draws(student, teacher, k, count, distribution="gaussian") -> np.ndarray:
+    generator = torch.Generator().manual_seed(k)
+    return np.array(
+        [
+            feature_affinity_loss(
+                student, teacher, "projection", k=k, distribution=distribution, generator=generator
+            ).item()
+            for _ in range(count)
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def pair():
+    student, teacher = maps(18, (1, 3, 3, 3))
+    (d,) = naive_differences(student, teacher)
+    return student, teacher, d
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_estimate_is_unbiased_with_the_known_variance(pair, distribution):
+    student, teacher, d = pair
+    squared = d @ d
+    variance = 2 * squared.square().sum()
+    if distribution == "rademacher":
+        variance = variance - 2 * squared.diagonal().square().sum()
+    variance = float(variance) / d.numel() ** 2
+    count = 1500
+    values = draws(student, teacher, 1, count, distribution)
+    assert abs(values.mean() - naive(student, teacher)) < 4 * math.sqrt(variance / count)
+    assert values.var() == pytest.approx(variance, rel=0.25)
+
+
+def test_variance_falls_like_one_over_k(pair):
+    student, teacher, d = pair
+    one = 2 * float((d @ d).square().sum()) / d.numel() ** 2
+    for k in (4, 16):
+        assert draws(student, teacher, k, 1000).var() == pytest.approx(one / k, rel=0.25)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_projections_have_mean_zero_and_identity_covariance(distribution):
+    z = draw_projections(5, 20_000, distribution, torch.Generator().manual_seed(0))
+    assert z.shape == (5, 20_000)
+    assert z.mean(1).abs().max() < 4 / math.sqrt(20_000)
+    assert torch.allclose(z @ z.T / 20_000, torch.eye(5), atol=0.06)
+    assert (z.unique().tolist() == [-1, 1]) == (distribution == "rademacher")
+
+
+def test_projections_needed_keeps_chebyshevs_promise(pair):
+    student, teacher, _ = pair
+    k = projections_needed(0.5, 0.5)
+    assert k == 16
+    exact = naive(student, teacher)
+    assert (np.abs(draws(student, teacher, k, 400) - exact) > 0.5 * exact).mean() <= 0.5
+    with pytest.raises(ValueError, match=r"1\.5"):
+        projections_needed(0.1, 1.5)
+
+
+def test_module_draws_anew_at_every_call():
+    student, teacher = maps(19)
+    first, second = FastFeatureAffinityLoss(k=2, seed=5), FastFeatureAffinityLoss(k=2, seed=5)
+    values = [first(student, teacher).item() for _ in range(4)]
+    assert len(set(values)) == 4
+    assert values == [second(student, teacher).item() for _ in range(4)]
+    assert values[0] != FastFeatureAffinityLoss(k=2, seed=6)(student, teacher).item()
+
+
+def test_generator_decides_and_the_global_one_is_left_alone():
+    student, teacher = maps(20)
+    before = torch.get_rng_state()
+    values = [draws(student, teacher, 3, 2).tolist() for _ in range(2)]
+    FastFeatureAffinityLoss()(student, teacher)
+    assert values[0] == values[1]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_without_a_generator_the_global_one_is_used_and_moves_on():
+    student, teacher = maps(20)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        one, two = (feature_affinity_loss(student, teacher, "projection").item() for _ in range(2))
+        torch.manual_seed(3)
+        assert feature_affinity_loss(student, teacher, "projection").item() == one
+    assert one != two
+
+
+def test_exact_module_and_choice_of_form():
+    student, teacher = maps(21)
+    for method in EXACT:
+        assert FeatureAffinityLoss(method)(student, teacher).item() == pytest.approx(naive(student, teacher), rel=1e-10)
+    assert cheaper_exact(1024, 16, 16) == "gram"
+    assert cheaper_exact(16, 64, 64) == "pairwise"
+    assert "gram" in repr(FeatureAffinityLoss("gram"))
+    assert "k=3" in repr(FastFeatureAffinityLoss(3))
+
+
+# ---- refusals
+
+GOOD = torch.ones(2, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "names"),
+    [
+        ({"teacher": torch.ones(3, 3, 4, 4)}, ValueError, ["2 images", "3"]),
+        ({"student": torch.ones(0, 3, 4, 4), "teacher": torch.ones(0, 3, 4, 4)}, ValueError, ["(0, 3, 4, 4)"]),
+        ({"student": torch.ones(2, 3, 4)}, ValueError, ["student", "(2, 3, 4)"]),
+        ({"teacher": torch.ones(2, 3, 0, 4)}, ValueError, ["teacher", "(2, 3, 0, 4)"]),
+        ({"student": torch.ones(2, 3, 4, 4, dtype=torch.int64)}, TypeError, ["student", "int64"]),
+        ({"teacher": [1.0]}, TypeError, ["teacher", "list"]),
+        ({"method": "l1"}, ValueError, ["'l1'", "gram", "projection"]),
+        ({"method": "projection", "k": 0}, ValueError, ["k", "0"]),
+        ({"method": "projection", "k": -2}, ValueError, ["k", "-2"]),
+        ({"method": "projection", "k": 1.5}, TypeError, ["k", "1.5"]),
+        ({"method": "projection", "k": True}, TypeError, ["k", "True"]),
+        ({"method": "projection", "distribution": "cauchy"}, ValueError, ["'cauchy'", "rademacher"]),
+    ],
+)
+def test_bad_arguments_are_named(change, error, names):
+    with pytest.raises(error) as raised:
+        feature_affinity_loss(**{"student": GOOD, "teacher": GOOD, **change})
+    for name in names:
+        assert name in str(raised.value)
+
+
+def test_modules_check_at_construction():
+    with pytest.raises(ValueError, match="0"):
+        FastFeatureAffinityLoss(k=0)
+    with pytest.raises(ValueError, match="projection"):
+        FeatureAffinityLoss("projection")
+    with pytest.raises(ValueError, match=r"\(2, 3\)"):
+        affinity_matrix(torch.ones(2, 3))

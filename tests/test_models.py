@@ -1,0 +1,164 @@
+"""Networks: parameter counts, seeds, and maps tapped from any module."""
+
+import doctest
+
+import pytest
+import torch
+from torch import nn
+
+from faqd_lib import models
+from faqd_lib.models import FeatureTap, build_model, parameter_count
+
+
+@pytest.mark.parametrize(
+    ("name", "exact", "millions"),
+    [
+        ("resnet20", 269_722, 0.27),
+        ("resnet32", 464_154, 0.46),
+        ("resnet44", 658_586, 0.66),
+        ("resnet56", 853_018, 0.85),
+        ("resnet110", 1_727_962, 1.73),
+    ],
+)
+def test_parameter_counts_are_those_of_he_et_al(name, exact, millions):
+    count = parameter_count(build_model(name, 10))
+    assert count == exact
+    assert round(count / 1e6, 2) == millions
+
+
+def test_classes_change_the_classifier_only():
+    assert parameter_count(build_model("resnet20", 100)) - parameter_count(build_model("resnet20", 10)) == 90 * 65
+
+
+def test_cifar_resnet_shapes():
+    model = build_model("resnet8", 7).eval()
+    with FeatureTap(model, model.feature_names) as tap, torch.no_grad():
+        logits = model(torch.zeros(2, 3, 32, 32))
+    assert logits.shape == (2, 7)
+    assert [tuple(m.shape[1:]) for m in tap.features] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+
+
+def test_option_a_shortcut_subsamples_and_pads_with_zeros():
+    x = torch.arange(2 * 2 * 4 * 4.0).reshape(2, 2, 4, 4)
+    out = models.SubsampleAndPad(2, 2)(x)
+    assert out.shape == (2, 4, 2, 2)
+    assert torch.equal(out[:, 1:3], x[:, :, ::2, ::2])
+    assert out[:, 0].abs().max() == out[:, 3].abs().max() == 0
+
+
+def test_every_relu_is_its_own_module():
+    relus = [m for m in build_model("resnet20", 10).modules() if isinstance(m, nn.ReLU)]
+    assert len(relus) == 19 == len(set(relus))
+
+
+def test_same_seed_same_weights_and_the_global_generator_is_left_alone():
+    before = torch.get_rng_state()
+    first, again, other = (build_model("resnet8", 10, seed=seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_resnet18_for_64_pixels():
+    model = build_model("resnet18", 200, image_size=64).eval()
+    # torchvision's 11,689,512 with another classifier and a 3×3 instead of a 7×7 stem.
+    assert parameter_count(model) == 11_689_512 - 513_000 + 513 * 200 - 64 * 3 * (49 - 9)
+    with FeatureTap(model, model.feature_names) as tap, torch.no_grad():
+        assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 200)
+    assert [tuple(m.shape[1:]) for m in tap.features] == [(64, 64, 64), (128, 32, 32), (256, 16, 16), (512, 8, 8)]
+
+
+def test_resnet18_keeps_torchvisions_stem_for_larger_images():
+    model = build_model("resnet18", 10, image_size=96)
+    assert model.conv1.kernel_size == (7, 7)
+    assert isinstance(model.maxpool, nn.MaxPool2d)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "names"), [("resnet19", 10, "resnet20"), ("vgg", 10, "'vgg'"), ("resnet20", 1, "1")]
+)
+def test_bad_arguments(name, classes, names):
+    with pytest.raises(ValueError, match=names):
+        build_model(name, classes)
+
+
+@pytest.mark.parametrize("depth", [2, 21, 0])
+def test_bad_depth(depth):
+    with pytest.raises(ValueError, match=f"got {depth}"):
+        models.CifarResNet(depth)
+
+
+# ---- taps
+
+
+@pytest.fixture
+def network():
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.ReLU(), nn.Conv2d(4, 5, 1)))
+
+
+def test_tap_keeps_the_order_of_the_names_and_the_latest_pass(network):
+    x = torch.ones(1, 3, 2, 2)
+    with FeatureTap(network, ["1.1", "0"]) as tap:
+        network(x)
+        out = network(2 * x)
+    assert torch.equal(tap.features[0], out)
+    assert torch.equal(tap.features[1], network[0](2 * x))
+    assert tap.features[0].requires_grad  # the gradient must reach the student through the tap
+
+
+def test_tap_on_torchvisions_networks():
+    from faqd_lib._torchvision import torchvision
+
+    model = torchvision.models.squeezenet1_1(num_classes=3).eval()
+    with FeatureTap(model, ["features.3", "features.12.squeeze"]) as tap, torch.no_grad():
+        model(torch.zeros(1, 3, 64, 64))
+    assert [m.shape[1] for m in tap.features] == [128, 64]
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_hooks_are_removed_on_exit_on_close_and_on_an_error(network):
+    with FeatureTap(network, ["0", "1"]):
+        assert hooks(network) == 2
+    assert hooks(network) == 0
+    tap = FeatureTap(network, ["0"])
+    tap.close()
+    assert hooks(network) == 0
+    with pytest.raises(RuntimeError, match="expected input"), FeatureTap(network, ["0"]):
+        network(torch.ones(1, 7, 2, 2))
+    assert hooks(network) == 0
+
+
+def test_unknown_name_lists_close_matches_and_leaves_no_hook():
+    model = build_model("resnet8", 10)
+    with pytest.raises(ValueError, match="'layer4'") as raised:
+        FeatureTap(model, ["layer1", "layer4"])
+    assert "layer3" in str(raised.value)
+    assert hooks(model) == 0
+    with pytest.raises(ValueError, match="''"):
+        FeatureTap(model, [""])
+
+
+def test_a_name_given_twice_is_refused(network):
+    with pytest.raises(ValueError, match="twice"):
+        FeatureTap(network, ["0", "0"])
+    assert hooks(network) == 0
+
+
+def test_reading_before_a_pass_or_after_clear_is_an_error(network):
+    with FeatureTap(network, ["0"]) as tap:
+        with pytest.raises(RuntimeError, match="'0'"):
+            _ = tap.features
+        network(torch.ones(1, 3, 2, 2))
+        assert len(tap.features) == 1
+        tap.clear()
+        with pytest.raises(RuntimeError, match="'0'"):
+            _ = tap.features
+
+
+def test_docstring_examples():
+    result = doctest.testmod(models)
+    assert result.attempted >= 3
+    assert result.failed == 0

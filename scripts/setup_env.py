@@ -40,6 +40,7 @@ LOCK = ROOT / ".venv.lock"
 INPUTS = (ROOT / "pyproject.toml", ROOT / "requirements.lock")
 OLDEST = (3, 11)
 HEARTBEAT = 15  # seconds between signs of life during an installation
+STEPS = ("Collecting", "Downloading", "Using cached", "Building", "Installing")  # lines of pip that say where it is
 TAIL = 25  # lines of a failed command's output that are shown
 
 
@@ -60,7 +61,7 @@ def unmet_requirements(extras: list[str]) -> list[str]:
     try:
         from packaging.requirements import Requirement
     except ImportError:
-        return ["packaging: not installed"]
+        return ["packaging (it compares the versions): not installed"]
     project = tomllib.loads(INPUTS[0].read_text(encoding="utf-8"))["project"]
     optional = project.get("optional-dependencies", {})
     unmet = []
@@ -129,7 +130,7 @@ def candidates() -> list[tuple[str, Path]]:
         if prefix and Path(prefix).resolve() != VENV.resolve():
             found.append((f"{kind} {prefix}", python_in(Path(prefix))))
     if os.environ.get("FAQD_PYTHON"):
-        found.append((f"FAQD_PYTHON, {sys.executable}", Path(sys.executable)))
+        found.append((f"Python that FAQD_PYTHON names, {sys.executable}", Path(sys.executable)))
     return found
 
 
@@ -237,8 +238,8 @@ def run(command: list, lock: int, what: str, advice: str) -> None:
             status = process.wait(HEARTBEAT)
             break
         except subprocess.TimeoutExpired:
-            last = lines[-1].strip()[:100] if lines else ""
-            say(f"  {time.monotonic() - start:.0f} s: {last}")
+            now = [line.strip()[:80] for line in list(lines) if line.lstrip().startswith(STEPS)]
+            say(f"  {time.monotonic() - start:.0f} s{': ' + now[-1] if now else ''}")
     reader.join(10)
     if status:
         tail = "".join(f"  | {line.rstrip()}\n" for line in lines)

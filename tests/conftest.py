@@ -10,10 +10,10 @@ import torch
 from hypothesis import settings
 
 from faqd_lib.batches import stream
-from faqd_lib.config import DataConfig, ObjectiveConfig, OptimizationConfig, RunConfig
+from faqd_lib.config import RECIPE, DataConfig, ObjectiveConfig, OptimizationConfig, RunConfig
 from faqd_lib.data import ImageData, Images
 from faqd_lib.results import RunStore
-from faqd_lib.suite import Profile, Suite
+from faqd_lib.suite import Profile, Suite, SuiteState
 
 # The user's own settings, as they were before any test changed them.
 USER_SETTINGS = {name: value for name, value in os.environ.items() if name.startswith("FAQD_")}
@@ -108,16 +108,18 @@ def tiny_suite(tmp_path, tiny_data):
             "fine_tuning_schedule": {**schedule, "epochs": 1},
             **profile,
         }
-        suite = Suite(
+        state = SuiteState(
             profile=Profile.parse(values, "tiny"),
             dataset="tiny",
-            reason="made for a test",
-            data_root=None,
+            reason="tiny: asked for",
+            note=data.note,
+            data=DataConfig(name="tiny", fingerprint=data.fingerprint),
+            training_count=len(data.train),
+            test_count=len(data.test),
             precision="float32",
-            device=torch.device("cpu"),
-            store=RunStore(tmp_path / name),
-            data_config=DataConfig(name="tiny", fingerprint=data.fingerprint),
+            recipe=RECIPE,
         )
+        suite = Suite(state, RunStore(tmp_path / name), torch.device("cpu"))
         suite.__dict__["data"] = data
         return suite
 

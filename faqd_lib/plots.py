@@ -4,7 +4,8 @@ The figures are closed for pyplot, so that a notebook shows each once, where it 
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -13,7 +14,7 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
 
 from .files import atomic_write
 
@@ -61,7 +62,7 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
         def write(temporary: Path, kind: str = kind, metadata: dict | None = metadata) -> None:
             with style():
-                figure.savefig(temporary, format=kind, metadata=metadata, bbox_inches="tight")
+                figure.savefig(temporary, format=kind, metadata=metadata)
 
         written.append(atomic_write(Path(folder) / f"{name}.{kind}", write))
     return written
@@ -81,44 +82,63 @@ def _plain_ticks(axis, values: Sequence[float]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def _readable_decades(axis, values: pd.Series) -> None:
+    """Numbers such as 0.2 and 500 on a logarithmic axis; several of a decade where there are few decades."""
+    decades = math.log10(values.max() / values.min()) if len(values) else 0
+    finest = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5)
+    axis.set_major_locator(LogLocator(subs=finest if decades < 2.5 else (1,)))
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:g}" if value < 1e5 else f"$10^{{{math.log10(value):g}}}$")
+    )
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _cosine_colours(matrices: Iterable[torch.Tensor]) -> dict:
+    """Cosines between maps taken after a ReLU are never negative: half of a diverging scale would lie idle."""
+    if min(float(matrix.min()) for matrix in matrices) >= 0:
+        return {"vmin": 0, "vmax": 1, "cmap": "viridis"}
+    return {"vmin": -1, "vmax": 1, "cmap": "RdBu_r"}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
 
-def _picture(image: torch.Tensor):
-    """(3, height, width), uint8 or float in [0, 1], as matplotlib wants it."""
+def _picture(image: torch.Tensor) -> torch.Tensor:
+    """(3, height, width), uint8 or float in [0, 1], as matplotlib wants it: (height, width, 3) in [0, 1]."""
     image = image.detach().cpu()
-    return (image if image.dtype == torch.uint8 else image.float().clamp(0, 1)).permute(1, 2, 0).numpy()
+    return (image / 255 if image.dtype == torch.uint8 else image.float().clamp(0, 1)).permute(1, 2, 0)
 
 
-def image_grid(
-    rows: Sequence[torch.Tensor], row_names: Sequence[str], column_names: Sequence[str] | None = None
-) -> Figure:
+def image_grid(rows: Sequence[torch.Tensor], row_names: Sequence[str]) -> Figure:
     """Pictures in rows: each entry of ``rows`` is (count, 3, height, width), uint8 or float in [0, 1]."""
-    columns = max(len(row) for row in rows)
-    size = min(0.95, (WIDTH - 1.2) / columns)
-    with _figure(
-        len(rows), columns, width=columns * size + 1.2, height=len(rows) * size + (0.3 if column_names else 0.1)
-    ) as (figure, axes):
-        for axis in axes:
-            axis.axis("off")
-        for row, (pictures, name) in enumerate(zip(rows, row_names, strict=True)):
-            for column, picture in enumerate(pictures):
-                axes[row * columns + column].imshow(_picture(picture), interpolation="nearest")
-            axes[row * columns].text(
-                -0.12, 0.5, name, transform=axes[row * columns].transAxes, ha="right", va="center", fontsize="small"
-            )
-        for axis, name in zip(axes, column_names or (), strict=False):
-            axis.set_title(name, fontsize="small", fontweight="normal")
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
+    if len(rows) != len(row_names) or not rows:
+        raise ValueError(f"{len(rows)} rows of pictures but {len(row_names)} names: give each row a name")
+    columns, (height, width) = max(len(row) for row in rows), rows[0].shape[2:]
+    gap = max(1, height // 16)
+    # One canvas instead of an axis for each picture: a hundred axes take seconds to draw.
+    canvas = torch.ones(len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3)
+    for row, pictures in enumerate(rows):
+        for column, picture in enumerate(pictures):
+            top, left = row * (height + gap), column * (width + gap)
+            canvas[top : top + height, left : left + width] = _picture(picture)
+    size = min(0.78, (WIDTH - 1.2) / columns)
+    with _figure(width=columns * size + 1.2, height=len(rows) * size + 0.1) as (figure, (axis,)):
+        axis.imshow(canvas.numpy(), interpolation="nearest")
+        axis.set_yticks([row * (height + gap) + height / 2 for row in range(len(rows))], row_names)
+        axis.set_xticks([])
+        axis.tick_params(left=False)
+        axis.grid(visible=False)
+        sns.despine(ax=axis, left=True, bottom=True)
         return figure
 
 
 def affinity_matrices(matrices: Mapping[str, torch.Tensor], difference: torch.Tensor) -> Figure:
-    """Affinity matrices (N×N) by name on one scale from −1 to 1, and a difference matrix on a scale of its own."""
+    """Affinity matrices (N×N) by name on one scale, and a difference matrix on a scale of its own."""
+    colours = _cosine_colours(matrices.values())
     with _figure(1, len(matrices) + 1, height=3.1) as (figure, axes):
         for axis, (name, matrix) in zip(axes, matrices.items(), strict=False):
-            shown = axis.imshow(matrix.detach().cpu(), vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
+            shown = axis.imshow(matrix.detach().cpu(), interpolation="nearest", **colours)
             axis.set(title=name, xlabel="pixel $j$")
         axes[0].set_ylabel("pixel $i$")
         figure.colorbar(shown, ax=axes[: len(matrices)], label="cosine", shrink=0.85, pad=0.02)
@@ -140,16 +160,14 @@ def pixel_affinity(images: torch.Tensor, points: Sequence[tuple[int, int]], maps
         points: (row, column) of the chosen pixel, in pixels of the map, one an image.
         maps: by name, (count, h, w): the cosines of the chosen pixel with every pixel.
     """
-    count = len(images)
+    count, colours = len(images), _cosine_colours(maps.values())
     with _figure(count, len(maps) + 1, width=2.35 * (len(maps) + 1) + 0.6, height=2.2 * count + 0.3) as (figure, axes):
         for index in range(count):
             row = axes[index * (len(maps) + 1) : (index + 1) * (len(maps) + 1)]
             height, width = images.shape[2:]
             row[0].imshow(_picture(images[index]), extent=(0, width, height, 0))
             for axis, (name, cosines) in zip(row[1:], maps.items(), strict=True):
-                shown = axis.imshow(
-                    cosines[index].detach().cpu(), vmin=-1, vmax=1, cmap="RdBu_r", extent=(0, width, height, 0)
-                )
+                shown = axis.imshow(cosines[index].detach().cpu(), extent=(0, width, height, 0), **colours)
                 axis.set_title(name if index == 0 else "")
             row[0].set_title("image" if index == 0 else "")
             h, w = next(iter(maps.values())).shape[1:]
@@ -194,6 +212,7 @@ def scaling(
             axis.set(xscale="log", yscale="log", xlabel=x_label, title=(panel_titles or {}).get(panel, panel))
             axis.set_ylabel(part["y_label"].iloc[0] if "y_label" in part else y_label)
             _plain_ticks(axis.xaxis, part.loc[part["kind"] == "measured", "x"])
+            _readable_decades(axis.yaxis, part["y"])
         handles = {}
         for axis in axes:
             handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}

@@ -314,7 +314,7 @@ def describe(model: nn.Module) -> list[LayerBits]:
                           weight.unique().numel(), scale)
             )  # fmt: skip
         elif isinstance(module, QuantizedReLU):
-            rows.append(LayerBits(name, "ReLU", (), module.bits, 2**module.bits, float(module.step)))
+            rows.append(LayerBits(name, "ReLU", (), module.bits, 2**module.bits, float(module.step.detach())))
     return rows
 
 

@@ -129,6 +129,8 @@ def execute(notebook: Path, copy: Path, parameters: dict[str, object]) -> Outcom
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
             cwd=str(copy.parent),
+            # A kernel's own remarks on its transport and its shutdown are no news; its death is noticed without them.
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
     except PapermillExecutionError as error:
         raise SeriesError(

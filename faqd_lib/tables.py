@@ -106,11 +106,20 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+MEASURES = {
+    "loss": "training loss",
+    "logit": "logit loss",
+    "affinity": "affinity loss, sum over stages",
+    "label": "cross-entropy",
+    "test_accuracy": "test accuracy (%)",
+}
+
+
 def history_frame(records: Iterable[RunRecord], measures: Iterable[str]) -> pd.DataFrame:
-    """Long form of histories: columns run, label, epoch, measure, value."""
+    """Long form of histories for plots: columns run, epoch, measure (its label, see ``MEASURES``), value."""
     wanted = list(measures)
     rows = [
-        {"run": record.run_id, "epoch": row["epoch"], "measure": measure, "value": row[measure]}
+        {"run": record.run_id, "epoch": int(row["epoch"]), "measure": MEASURES[measure], "value": row[measure]}
         for record in records
         for row in record.history
         for measure in wanted

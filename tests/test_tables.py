@@ -1,0 +1,185 @@
+"""Tables and claims from records, without training."""
+
+import re
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from faqd_lib import claims, experiments, tables
+from faqd_lib.results import ResultsError
+from faqd_lib.suite import Suite
+
+
+@pytest.fixture
+def suite(tmp_path):
+    return Suite.open("quick", "digits", results=tmp_path)
+
+
+def save(suite, config, accuracy, best=None):
+    suite.store.save(
+        config,
+        nn.Linear(2, 2),
+        history=[{"epoch": 1, "loss": 1.0, "affinity": 0.25, "test_accuracy": accuracy}],
+        last_accuracy=accuracy,
+        best_accuracy=accuracy if best is None else best,
+        selected_accuracy=None,
+        test_images=10,
+        parameters=6,
+        weight_bytes=24.0,
+        cost={
+            "training_seconds": 2.0, "shared_seconds": 1.0, "step_milliseconds": 3.5, "images_per_second": 100.0,
+            "peak_step_bytes": 2e6, "cohort": 1.0,
+        },
+        environment={"torch": torch.__version__},
+        dataset_note="",
+    )  # fmt: skip
+
+
+EMPTY = pd.DataFrame(columns=list(tables.REFERENCE_COLUMNS), dtype=str)
+
+
+def test_every_table_says_not_run_without_records(suite):
+    for table in tables.all_tables(suite, EMPTY):
+        if "ours, last epoch" in table.frame:
+            assert set(table.frame["ours, last epoch"]) == {tables.NOT_RUN}
+            assert set(table.frame["n"]) == {"0"}
+    assert set(claims.table(suite).frame["verdict"]) == {tables.NOT_RUN}
+
+
+def test_a_record_fills_its_cell_and_no_other(suite):
+    save(suite, suite.student("FAQD", weight_bits=2), 81.25, best=82.5)
+    table = tables.weight_quantization(suite, EMPTY)
+    filled = table.frame[table.frame["ours, last epoch"] != tables.NOT_RUN]
+    assert len(filled) == 1
+    row = filled.iloc[0]
+    assert (row["bits"], row["regime"], row["learns from"]) == ("2W32A", "end-to-end", "FAQD, label-free")
+    assert (row["ours, last epoch"], row["ours, best epoch"], row["n"]) == ("81.25", "82.50", "1")
+    cell = table.overview.query("bits == '2W32A' and regime == 'end-to-end'")["FAQD, label-free"].item()
+    assert cell == "81.25"
+
+
+def test_seeds_give_mean_and_deviation(tmp_path):
+    suite = Suite.open("quick", "digits", results=tmp_path, seeds=2)
+    for seed, accuracy in enumerate((80.0, 82.0)):
+        save(suite, suite.student("KD", weight_bits=1, seed=seed), accuracy)
+    frame = tables.affinity_losses(suite, EMPTY).frame.set_index("affinity loss")
+    assert frame.loc["none", "ours, last epoch"] == "81.00 ± 1.41"
+    assert frame.loc["none", "n"] == "2"
+    assert frame.loc["FA (exact)", "ours, last epoch"] == tables.NOT_RUN
+
+
+def test_smoke_numbers_are_never_shown(tmp_path):
+    suite = Suite.open("smoke", "digits", results=tmp_path)
+    for config in experiments.everything(suite):
+        save(suite, config, 98.7654)
+    made = [claims.table(suite), *tables.all_tables(suite, EMPTY)]
+    for path in tables.write_all(suite, made):
+        assert "98.7" not in path.read_text(), path
+    assert set(claims.table(suite).frame["verdict"]) == {tables.NOT_A_RESULT}
+
+
+def test_all_tables_are_written_in_three_formats(suite):
+    save(suite, suite.teacher(), 90.0)
+    made = tables.all_tables(suite, EMPTY)
+    assert {table.name.split("_")[0] for table in made} == {"T1", "T2", "T3", "T4", "T5"}
+    t1 = {table.name.rpartition("_")[2] for table in made if table.name.startswith("T1")}
+    assert t1 == {"digits", "cifar10", "cifar100", "tiny-imagenet"}
+    written = tables.write_all(suite, made)
+    assert {path.suffix for path in written} == {".csv", ".md", ".tex"}
+    for table in made:
+        assert "n = 0" in table.caption or "seed" in table.caption
+        assert table.caption in (suite.folder / "tables" / f"{table.name}.md").read_text()
+        back = pd.read_csv(suite.folder / "tables" / f"{table.name}.csv", dtype=str, keep_default_na=False)
+        assert back.astype(str).equals(table.frame.astype(str)), table.name
+        tex = (suite.folder / "tables" / f"{table.name}.tex").read_text()
+        assert re.search(r"(?<!\\)%", tex) is None
+    assert "digits" in (suite.folder / "summary.md").read_text()
+
+
+def test_caption_names_dataset_reason_profile_and_seeds(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAQD_DATA", str(tmp_path))
+    suite = Suite.open("quick", results=tmp_path / "results", data_root=tmp_path)
+    caption = tables.weight_quantization(suite, EMPTY).caption
+    for part in ("digits", "no CIFAR-10 was found", "profile quick", "one seed"):
+        assert part in caption
+
+
+def test_paper_column_comes_from_the_users_file(suite, tmp_path):
+    config = suite.student("FAQD", weight_bits=1)
+    save(suite, config, 80.0)
+    path = tmp_path / "paper.csv"
+    row = f"T1,digits,{config.teacher.model},{config.model},1,32,end-to-end,FAQD,no,mse,fa,,81.5,page 7"
+    path.write_text(",".join(tables.REFERENCE_COLUMNS) + "\n" + row + "\n")
+    frame = tables.weight_quantization(suite, tables.read_paper_reference(path)).frame
+    cell = frame[frame["paper"] != ""]
+    assert cell[["paper", "ours, last epoch", "difference"]].values.tolist() == [["81.50", "80.00", "-1.50"]]
+
+
+def test_shipped_paper_reference_holds_no_guess():
+    assert len(tables.read_paper_reference()) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("table,dataset\nT1,cifar10\n", "lacks the columns"),
+        (",".join(tables.REFERENCE_COLUMNS) + "\nT1,a,b,c,1,32,r,m,no,mse,fa,,high,p\n", "'high' is not a percentage"),
+        (",".join(tables.REFERENCE_COLUMNS) + "\nT1,a,b,c,1,32,r,m,no,mse,fa,,101,p\n", "'101' is not a percentage"),
+    ],
+)
+def test_bad_paper_reference_is_refused(tmp_path, text, message):
+    path = tmp_path / "paper.csv"
+    path.write_text(text)
+    with pytest.raises(ResultsError, match=message):
+        tables.read_paper_reference(path)
+
+
+# ---- claims
+
+
+def test_verdict_follows_the_rule():
+    assert claims.verdict([1.0, 1.2, 0.9])[0] == claims.REPRODUCED
+    assert claims.verdict([-1.0, -1.2, -0.9])[0] == claims.NOT_REPRODUCED
+    assert claims.verdict([1.0, -1.2, 0.1])[0] == claims.INCONCLUSIVE
+    assert claims.verdict([5.0, 5.1])[0] == claims.INCONCLUSIVE
+    assert claims.verdict([])[0] == claims.INCONCLUSIVE
+    assert claims.verdict([-0.1, -0.2, -0.1], 0.5)[0] == claims.REPRODUCED
+    assert claims.verdict([-0.1, -0.12, -0.11], 0.0)[0] == claims.NOT_REPRODUCED
+
+
+def test_interval_is_students():
+    # mean 2, standard deviation 1, n = 4: half width 3.1824 · 1 / 2
+    _, low, high = claims.verdict([1.0, 2.0, 2.0, 3.0])
+    deviation = (2 / 3) ** 0.5
+    assert (high + low) / 2 == pytest.approx(2.0)
+    assert (high - low) / 2 == pytest.approx(3.182446 * deviation / 2, rel=1e-5)
+
+
+def test_pairs_are_same_bits_regime_and_seed(suite):
+    for bits, kd, faqd in ((1, 70.0, 71.0), (2, 75.0, 77.0), (4, 80.0, 83.0)):
+        save(suite, suite.student("KD", weight_bits=bits), kd)
+        save(suite, suite.student("FAQD", weight_bits=bits), faqd)
+    save(suite, suite.student("KD", weight_bits=1, regime="fine-tuning"), 99.0)  # without a partner
+    save(suite, suite.student("FAQD", weight_bits=1, logit_loss="kl"), 10.0)  # T3's other half
+    row = claims.table(suite).frame.iloc[0]
+    assert (row["n"], row["difference"], row["verdict"]) == ("3", "+2.00", claims.INCONCLUSIVE)
+
+
+def test_logit_loss_claims_compare_within_a_regime(suite):
+    for bits in (1, 2, 4):
+        save(suite, suite.student("FAQD", weight_bits=bits, logit_loss="mse"), 80.0 + bits / 10)
+        save(suite, suite.student("FAQD", weight_bits=bits, logit_loss="kl"), 79.0)
+    frame = claims.table(suite).frame.set_index("claim")
+    assert frame.loc["MSE beats KL end to end", "verdict"] == claims.REPRODUCED
+    assert frame.loc["KL beats MSE in fine-tuning", "verdict"] == tables.NOT_RUN
+
+
+def test_ffa_is_held_against_fa_with_its_margin(suite):
+    save(suite, suite.student("FAQD", weight_bits=1), 80.0)
+    save(suite, suite.student("FFAQD", weight_bits=1, k=6), 79.9)
+    save(suite, suite.student("FFAQD", weight_bits=1, k=1), 20.0)  # another k
+    row = claims.table(suite).frame.set_index("claim").loc["FFA with k = 6 is as good as exact FA"]
+    assert (row["n"], row["difference"], row["margin"]) == ("1", "-0.10", "0.5")
+    assert row["verdict"] == claims.INCONCLUSIVE

@@ -174,7 +174,7 @@ class _Cells:
             "activation_bits": str(config.quantization.activation_bits),
             "regime": config.regime,
             "method": config.method,
-            "labels": "no" if config.label_free else "yes",
+            "labels": "false" if config.label_free else "true",
             "logit_loss": config.objective.logit_loss,
             "affinity": affinity,
             "k": str(config.objective.k) if affinity == "ffa" else "",

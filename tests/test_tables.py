@@ -110,7 +110,7 @@ def test_paper_column_comes_from_the_users_file(suite, tmp_path):
     config = suite.student("FAQD", weight_bits=1)
     save(suite, config, 80.0)
     path = tmp_path / "paper.csv"
-    row = f"T1,digits,{config.teacher.model},{config.model},1,32,end-to-end,FAQD,no,mse,fa,,81.5,page 7"
+    row = f"T1,digits,{config.teacher.model},{config.model},1,32,end-to-end,FAQD,false,mse,fa,,81.5,page 7"
     path.write_text(",".join(tables.REFERENCE_COLUMNS) + "\n" + row + "\n")
     frame = tables.weight_quantization(suite, tables.read_paper_reference(path)).frame
     cell = frame[frame["paper"] != ""]
@@ -125,8 +125,8 @@ def test_shipped_paper_reference_holds_no_guess():
     ("text", "message"),
     [
         ("table,dataset\nT1,cifar10\n", "lacks the columns"),
-        (",".join(tables.REFERENCE_COLUMNS) + "\nT1,a,b,c,1,32,r,m,no,mse,fa,,high,p\n", "'high' is not a percentage"),
-        (",".join(tables.REFERENCE_COLUMNS) + "\nT1,a,b,c,1,32,r,m,no,mse,fa,,101,p\n", "'101' is not a percentage"),
+        (",".join(tables.REFERENCE_COLUMNS) + "\nT1,a,b,c,1,32,r,m,false,mse,fa,,high,p\n", "'high' is not a percentage"),
+        (",".join(tables.REFERENCE_COLUMNS) + "\nT1,a,b,c,1,32,r,m,false,mse,fa,,101,p\n", "'101' is not a percentage"),
     ],
 )
 def test_bad_paper_reference_is_refused(tmp_path, text, message):

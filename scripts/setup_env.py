@@ -245,6 +245,8 @@ def run(command: list, lock: int, what: str, advice: str) -> None:
         tail = "".join(f"  | {line.rstrip()}\n" for line in lines)
         if any("No space left" in line for line in lines):
             advice = f"The disk of {ROOT} or the temporary folder is full: make room, or set TMPDIR; then start again."
+        elif any("ResolutionImpossible" in line for line in lines):
+            advice = "requirements.lock does not fit pyproject.toml: its first lines say how to make it again."
         raise SetupError(f"{what} failed (exit status {status}); the end of its output:\n{tail}{advice}")
 
 
@@ -323,6 +325,7 @@ def install(python: Path, extras: list[str], lock: int) -> None:
     run(
         [
             python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--progress-bar", "off",
+            "--no-compile",  # most of what Jupyter brings is never imported; the rest is compiled when it is
             *(["--force-reinstall"] if over else []),
             "-c", INPUTS[1].name, "-e", f".[{','.join(extras)}]" if extras else ".",
         ],

@@ -299,7 +299,7 @@ def test_describe_counts_levels_and_names_scales():
     model = quantize(small_network(), 1, 4)
     rows = {row.layer: row for row in describe(model)}
     assert (rows["0"].kind, rows["0"].shape, rows["0"].levels) == ("Conv2d", (4, 3, 3, 3), 2)
-    assert rows["0"].scale == pytest.approx(float(model[0].weight.abs().max()))
+    assert rows["0"].scale == pytest.approx(model[0].weight.abs().max().item())
     assert math.isnan(rows["6"].scale)
     assert (rows["2"].kind, rows["2"].bits, rows["2"].levels) == ("ReLU", 4, 16)
     assert rows["2"].scale == pytest.approx(float(model[2].step))
@@ -368,7 +368,7 @@ def test_quantized_relu_levels():
     assert torch.allclose(relu(values), values)
     # Nearest, not up: no bias over the range.
     x = torch.linspace(0, 1.5, 15_001)
-    assert abs(float((relu(x) - x).mean())) < 1e-4
+    assert abs((relu(x) - x).mean().item()) < 1e-4
 
 
 def test_quantized_relu_gradient_window():

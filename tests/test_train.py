@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from faqd_lib.batches import Batches
 from faqd_lib.config import OptimizationConfig, RunConfig
 from faqd_lib.data import ImageData, Images
+from faqd_lib.files import tensors_digest
 from faqd_lib.results import RunRecord
 from faqd_lib.suite import Suite
 from faqd_lib.train import NonFiniteLossError, evaluate, learning_rate, precision_that_pays, projection_seed, train
@@ -285,3 +286,15 @@ def test_cost_is_measured(tiny_suite):
     assert record.cost["step_milliseconds"] > 0
     assert record.cost["training_seconds"] > record.cost["shared_seconds"] > 0
     assert record.environment["device"] == "cpu"
+
+
+def test_a_label_free_learner_is_kept_blind_among_labelled_batches(tiny_suite):
+    suite = tiny_suite()
+    config = suite.student("KD", weight_bits=1)
+    teacher = suite.build(suite.teacher()).requires_grad_(False).eval()
+    digests = []
+    for images in (suite.splits[0], suite.splits[0].unlabelled()):
+        batches = Batches(images, 16, 0, suite.normalizer)
+        (trained,) = train([suite._learner(config, batches)], batches, teacher, (), {"test": suite.splits[2]}).trained
+        digests.append(tensors_digest(trained.model.state_dict()))
+    assert digests[0] == digests[1]

@@ -28,7 +28,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 EPS = 1e-6
 METHODS = ("auto", "gram", "pairwise", "projection")
@@ -276,8 +275,9 @@ class _AffinityLoss(torch.autograd.Function):
         return (value * scale).clamp_min(0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient_of_loss):
+        if torch.is_grad_enabled():  # only under create_graph: the saved gradient would silently count as constant
+            raise RuntimeError("the affinity loss has no second derivative: call backward without create_graph=True")
         (gradient,) = ctx.saved_tensors
         return gradient * gradient_of_loss.to(gradient.dtype), None, None, None
 

@@ -162,7 +162,7 @@ def table(suite: Suite) -> Table:
     caption = (
         f"Claims of the paper on {suite.caption}; {suite.profile.seeds} seed(s). Difference of last-epoch test "
         "accuracy in percentage points, mean over n pairs of runs (same bits, regime, teacher, seed) with Student's "
-        "95 % interval. Reproduced: interval above −margin; not reproduced: below; else, or with n < 3, inconclusive. The "
-        f"pairs share {suite.state.test_count:,} test images and their teacher: the interval speaks of these."
+        "95 % interval. Reproduced: interval above −margin; not reproduced: below; else, or with n < 3, inconclusive. "
+        f"The pairs share {suite.state.test_count:,} test images and their teacher: the interval speaks of these."
     )
     return Table("claims", f"Claims, {suite.dataset}", caption, pd.DataFrame(rows))

@@ -69,5 +69,5 @@ def check_injected(known: set[str]) -> None:
     for name in injected_names(list(cells)):
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ConfigurationError(f"unknown parameter {name!r}{hint} This notebook has: {', '.join(sorted(known))}")

@@ -5,6 +5,7 @@ computes with the quantized one, and the gradient passes straight through. Activ
 :class:`QuantizedReLU` with a learned step. Everything happens in place and :func:`dequantize` undoes it.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -133,6 +134,7 @@ def fit_step(values: torch.Tensor, start: torch.Tensor, lowest: int, highest: in
     return step
 
 
+@functools.cache
 def _gaussian_step(highest: int, signed: bool) -> float:
     """The least-squares step for values from N(0, 1) (through a ReLU unless ``signed``), on 4,001 quantiles."""
     quantiles = torch.linspace(0, 1, 4003, dtype=torch.float64)[1:-1]
@@ -344,7 +346,7 @@ def _replace(model: nn.Module, kind: type[nn.Module], make) -> nn.Module:
     """Replace every submodule of a kind; a module used in several places stays one module."""
     made: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children() leaves out a module's second place
             if type(child) is kind:
                 made.setdefault(child, make(child))
                 setattr(parent, name, made[child])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -28,6 +28,9 @@ class RunRecord(Frozen):
     """All that is known of a finished run. Accuracies in percent; ``best`` is the best epoch on the test set and
     therefore optimistic, ``last`` is what counts; with a validation split, ``selected`` is the test accuracy of the
     epoch that was best there."""
+
+    # JSON has no NaN: a record with one could not be read again.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     run_id: str
     digest: str

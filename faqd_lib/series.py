@@ -26,7 +26,8 @@ from .experiments import everything
 from .files import project_root, require_writable
 from .progress import clock
 from .results import ResultsError
-from .suite import PROFILES, Profile, Suite, suite_folder
+from .settings import PROFILES, Profile, suite_folder
+from .suite import Suite
 
 # What a notebook reads that another one has made: checked before `--only` runs it.
 NEEDS = {"09": ("04", "05", "06", "07", "08")}

@@ -4,188 +4,38 @@ suite = Suite.open(profile="quick")
 records = suite.run([suite.student("FAQD", weight_bits=1)])
 """
 
-import difflib
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import nn
 
 from . import data as datasets
 from .batches import Batches, Normalizer
 from .config import (
     RECIPE,
-    ActivationBits,
     ConfigurationError,
-    Count,
     DataConfig,
-    Frozen,
     ObjectiveConfig,
     OptimizationConfig,
-    Positive,
     Precision,
     QuantizationConfig,
     RunConfig,
-    Weight,
-    WeightBits,
 )
 from .distill import DistillationObjective
-from .files import atomic_write_text, project_root, require_writable
+from .files import require_writable
 from .measure import environment
-from .models import MODEL_NAMES, FeatureTap, build_model, parameter_count
+from .models import FeatureTap, build_model, parameter_count
 from .progress import Progress
 from .quantize import FLOAT_BITS, calibrate, quantize, weight_bytes
 from .results import ResultsError, RunRecord, RunStore, accuracies
+from .settings import Profile, Schedule, SuiteState, claim, read_state, suite_folder
 from .train import Learner, evaluate, precision_that_pays, projection_seed, train
 
-ModelName = Literal[MODEL_NAMES]
 Method = Literal["labels", "KD", "FAQD", "FFAQD"]
-PROFILES = ("smoke", "quick", "cpu", "paper")
-
-
-class Schedule(Frozen):
-    """Optimization of one kind of run; the precision is chosen for the machine."""
-
-    epochs: Count
-    batch_size: Annotated[int, Field(ge=2)] = 128
-    learning_rate: Positive = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Weight = 5e-4
-    warmup_epochs: Weight = 1.0
-    clip_norm: Positive = 20.0
-
-
-class Losses(Frozen):
-    """Weights of the objective's terms, and the logit loss of each regime outside the table that compares them."""
-
-    end_to_end_logit_loss: Literal["mse", "kl"] = "mse"
-    fine_tuning_logit_loss: Literal["mse", "kl"] = "kl"
-    logit_weight: Positive = 1.0
-    temperature: Positive = 4.0
-    affinity_weight: Positive = 30.0
-    label_weight: Positive = 0.3
-    k: Count = 6
-    adapters: bool = False
-
-
-class Grid(Frozen):
-    """Which cells of the tables are trained; a cell that is left out reads "not run"."""
-
-    weight_bits: list[WeightBits] = [1, 2, 4]
-    weight_regimes: list[Literal["end-to-end", "fine-tuning"]] = ["end-to-end", "fine-tuning"]
-    full_bits: list[tuple[WeightBits, ActivationBits]] = [(1, 4), (4, 4)]
-    full_regimes: list[Literal["end-to-end", "fine-tuning"]] = ["end-to-end", "fine-tuning"]
-    logit_bits: list[WeightBits] = [1, 2, 4]
-    affinity_bits: WeightBits = 1
-    projections: list[Count] = [1, 3, 6, 15]
-
-
-class Profile(Frozen):
-    """A profile file (``faqd_lib/profiles/*.toml``, or one of the user's own)."""
-
-    name: str
-    shows_results: bool  # False: its numbers are for tests and never shown as a result
-    dataset: str = "auto"
-    download: bool = False
-    train_images: Count | None = None
-    test_images: Count | None = None
-    validation_images: Annotated[int, Field(ge=0)] = 0
-    image_size: Count | None = None
-    teachers: Annotated[list[ModelName], Field(min_length=1)]
-    student: ModelName
-    seeds: Count = 1
-    cohort: Count = 8
-    teacher_schedule: Schedule
-    student_schedule: Schedule
-    fine_tuning_schedule: Schedule
-    losses: Losses = Losses()
-    grid: Grid = Grid()
-    series_datasets: list[str] = ["auto"]
-    dataset_settings: dict[str, dict] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_to_tuples(cls, values: dict) -> dict:
-        # TOML has no tuples; the pairs of bits are lists there.
-        grid = values.get("grid")
-        if isinstance(grid, dict) and isinstance(grid.get("full_bits"), list):
-            pairs = [tuple(pair) if isinstance(pair, list) else pair for pair in grid["full_bits"]]
-            values = {**values, "grid": {**grid, "full_bits": pairs}}
-        return values
-
-    @classmethod
-    def load(cls, profile: str | Path) -> Self:
-        """A shipped profile by name, or a TOML file by path.
-
-        Raises:
-            ConfigurationError: no such profile, no valid TOML, unknown keys, wrong types, values out of range.
-        """
-        path = Path(profile)
-        if str(profile) in PROFILES:
-            text = (resources.files("faqd_lib") / "profiles" / f"{profile}.toml").read_text(encoding="utf-8")
-        elif path.suffix == ".toml" and path.is_file():
-            text = path.read_text(encoding="utf-8")
-        else:
-            near = difflib.get_close_matches(str(profile), PROFILES, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ConfigurationError(
-                f"unknown profile {str(profile)!r}{hint}: choose {', '.join(PROFILES)}, or the path of a .toml file"
-            )
-        try:
-            values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigurationError(f"{profile}: not valid TOML: {error}") from error
-        return cls.parse({"name": path.stem, **values}, where=str(profile))
-
-    def resolve_dataset(self, dataset: str, data_root: str | Path | None) -> tuple[str, str]:
-        """The dataset that is used and the reason, from a name, ``"auto"`` or nothing (the profile's own choice)."""
-        return datasets.resolve(
-            dataset or self.dataset, data_root or None, allow_digits=not self.download, allow_download=self.download
-        )
-
-    def for_dataset(self, dataset: str) -> Self:
-        """This profile with the settings that it has for one dataset."""
-        settings = {**self.model_dump(), **self.dataset_settings.get(dataset, {}), "dataset_settings": {}}
-        return type(self).parse(settings, where=f"profile {self.name}, dataset_settings.{dataset}")
-
-
-class SuiteState(Frozen):
-    """What a results folder was begun with (``suite.json``): enough to name its runs and to caption its tables."""
-
-    profile: Profile
-    dataset: str
-    reason: str
-    note: str
-    data: DataConfig
-    training_count: int
-    test_count: int
-    precision: Precision
-    recipe: int
-
-    @property
-    def caption(self) -> str:
-        """What every table and figure says of its origin."""
-        note = f" ({self.note})" if self.note else ""
-        text = (
-            f"{self.dataset}{note}, {self.training_count:,} training and {self.test_count:,} test images, "
-            f"profile {self.profile.name}"
-        )
-        return text if ": found on disk" in self.reason or ": asked for" in self.reason else f"{text}; {self.reason}"
-
-
-# Settings under which the same runs are the same runs: they may differ from what the folder was begun with.
-FREE_SETTINGS = {"reason", "profile.seeds", "profile.cohort", "profile.series_datasets", "profile.dataset"}
-
-
-def default_results() -> Path:
-    """``results/`` in the project."""
-    return project_root() / "results"
 
 
 @dataclass(frozen=True)
@@ -251,7 +101,7 @@ class Suite:
             precision=precision_that_pays(where),
             recipe=RECIPE,
         )
-        suite = cls(_claim(folder, state), RunStore(folder), where, str(data_root) if data_root else None)
+        suite = cls(claim(folder, state), RunStore(folder), where, str(data_root) if data_root else None)
         suite.__dict__["data"] = images  # loaded already; `data` is a cached property
         return suite
 
@@ -262,7 +112,7 @@ class Suite:
         Raises:
             ResultsError: no suite was begun there, or its ``suite.json`` is damaged.
         """
-        return cls(_read_state(folder), RunStore(folder), torch.device("cpu"))
+        return cls(read_state(folder), RunStore(folder), torch.device("cpu"))
 
     @property
     def profile(self) -> Profile:
@@ -526,56 +376,3 @@ def _cohorts(configs: Sequence[RunConfig], largest: int) -> list[list[RunConfig]
             key = next((other for other in groups if other[:-1] == shared), key)
         groups.setdefault(key, []).append(config)
     return [group[i : i + largest] for group in groups.values() for i in range(0, len(group), largest)]
-
-
-def suite_folder(profile: Profile, dataset: str, results: str | Path | None = None) -> Path:
-    """Where the suite of a profile on a dataset lives."""
-    return Path(results or default_results()) / f"{profile.name}-{dataset}"
-
-
-def _read_state(folder: Path) -> SuiteState:
-    path = folder / "suite.json"
-    if not path.is_file():
-        raise ResultsError(f"no suite was begun in {folder}: there is no suite.json")
-    try:
-        return SuiteState.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ResultsError(
-            f"{path} is damaged or of another version of the suite: give another folder with --results, or begin "
-            "again with --fresh (the old folder is moved aside)"
-        ) from error
-
-
-def _claim(folder: Path, state: SuiteState) -> SuiteState:
-    """Begin the folder, or make sure that it was begun with the same configuration; return the state to work with."""
-    path = folder / "suite.json"
-    if path.exists():
-        begun = _read_state(folder)
-        # What the folder was begun with stays, though another precision might pay on this machine.
-        state = state.model_copy(update={"precision": begun.precision})
-        differences = [
-            f"{key}: {was!r} there, {now!r} now"
-            for key, was, now in _differences(begun.model_dump(mode="json"), state.model_dump(mode="json"))
-            if key not in FREE_SETTINGS
-        ]
-        if differences:
-            raise ResultsError(
-                f"{folder} was begun with another configuration ({'; '.join(differences[:4])}): give another folder "
-                "with --results, or begin again with --fresh (the old folder is moved aside)"
-            )
-        # Seeds only grow: a notebook opened with fewer does not hide what has been trained.
-        if begun.profile.seeds >= state.profile.seeds:
-            return state
-    atomic_write_text(path, state.model_dump_json(indent=1) + "\n")
-    return state
-
-
-def _differences(was: dict, now: dict, prefix: str = "") -> list[tuple[str, object, object]]:
-    found = []
-    for key in {**was, **now}:
-        before, after = was.get(key), now.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append((prefix + key, before, after))
-    return found

@@ -14,7 +14,8 @@ from . import experiments
 from .config import RunConfig
 from .files import atomic_write_text
 from .results import ResultsError, RunRecord
-from .suite import Suite, default_results, suite_folder
+from .settings import default_results, suite_folder
+from .suite import Suite
 
 NOT_RUN = "not run"
 NOT_A_RESULT = "not a result"
@@ -23,6 +24,17 @@ REFERENCE_COLUMNS = (
     "table", "dataset", "teacher", "student", "weight_bits", "activation_bits", "regime", "method", "labels",
     "logit_loss", "affinity", "k", "accuracy", "source",
 )  # fmt: skip
+# A line with any other value would silently match nothing.
+REFERENCE_VALUES = {
+    "table": ("T1", "T2", "T3", "T4"),
+    "weight_bits": ("1", "2", "4", "32"),
+    "activation_bits": ("4", "32"),
+    "regime": ("end-to-end", "fine-tuning"),
+    "method": ("labels", "KD", "FAQD", "FFAQD"),
+    "labels": ("true", "false"),
+    "logit_loss": ("none", "mse", "kl"),
+    "affinity": ("none", "fa", "ffa"),
+}
 
 
 @dataclass(frozen=True)
@@ -202,6 +214,16 @@ def read_paper_reference(path: Path | None = None) -> pd.DataFrame:
     bad = frame[~accuracies.between(0, 100)]
     if len(bad):
         raise ResultsError(f"{path}: accuracy {bad['accuracy'].iloc[0]!r} is not a percentage between 0 and 100")
+    for column, allowed in REFERENCE_VALUES.items():
+        strange = frame[~frame[column].isin(allowed)]
+        if len(strange):
+            raise ResultsError(
+                f"{path}: {column} = {strange[column].iloc[0]!r} matches no run; write one of {', '.join(allowed)}"
+            )
+    keys = [column for column in REFERENCE_COLUMNS if column not in ("accuracy", "source")]
+    twice = frame[frame.duplicated(keys)]
+    if len(twice):
+        raise ResultsError(f"{path} has two lines for {dict(twice[keys].iloc[0])}: keep one")
     return frame
 
 

@@ -133,6 +133,11 @@ class Learner:
         for name in self._terms[0]:
             row[name if name != "total" else "loss"] = float(torch.stack([t[name] for t in self._terms]).mean())
         for split, (accuracy, cross_entropy) in evaluations.items():
+            if not math.isfinite(cross_entropy):
+                raise NonFiniteLossError(
+                    f"{self.config.run_id}: the {split} cross-entropy after epoch {epoch + 1} is {cross_entropy}, "
+                    "though no training loss was: the weights left the range of float32. Lower the learning rate."
+                )
             row[f"{split}_accuracy"], row[f"{split}_cross_entropy"] = accuracy, cross_entropy
         self.history.append(row)
         self._terms.clear()

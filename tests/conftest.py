@@ -13,7 +13,8 @@ from faqd_lib.batches import stream
 from faqd_lib.config import RECIPE, DataConfig, ObjectiveConfig, OptimizationConfig, RunConfig
 from faqd_lib.data import ImageData, Images
 from faqd_lib.results import RunStore
-from faqd_lib.suite import Profile, Suite, SuiteState
+from faqd_lib.settings import Profile, SuiteState
+from faqd_lib.suite import Suite
 
 # The user's own settings, as they were before any test changed them.
 USER_SETTINGS = {name: value for name, value in os.environ.items() if name.startswith("FAQD_")}

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from faqd_lib import data
+from faqd_lib import data, sources
 from faqd_lib._torchvision import torchvision
 from faqd_lib.data import (
     DatasetError,
@@ -131,7 +131,7 @@ def test_images_of_different_sizes_are_named(root):
     told = message(lambda: load("cifar10-jpeg", root))
     assert "9x9" in told
     assert "8x8" in told
-    assert "--image-size" in told
+    assert "image_size" in told
     assert load("cifar10-jpeg", root, image_size=8).train.pixels.shape == (5, 3, 8, 8)
 
 
@@ -141,7 +141,7 @@ def test_splits_of_different_sizes_are_named(root):
         picture(root / f"cifar10-jpeg/test/{name}/0.png", 5, (16, 16))
     told = message(lambda: load("cifar10-jpeg", root))
     assert "16x16" in told
-    assert "--image-size" in told
+    assert "image_size" in told
 
 
 def test_images_that_are_not_square_are_named(root):
@@ -638,6 +638,6 @@ def test_real_cifar10_jpeg(user_data):
     folders = sorted(p.name for p in (tree / "train").iterdir())
     assert folders == sorted(["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"])
     file = next(iter(sorted((tree / "test" / "frog").iterdir())))
-    decoded = data._decode([(str(file), file.read_bytes)], None)
+    decoded = sources._decode([(str(file), file.read_bytes)], None)
     assert decoded.shape == (1, 3, 32, 32)
     assert np.array_equal(decoded[0].permute(1, 2, 0).numpy(), np.asarray(Image.open(file).convert("RGB")))

@@ -8,7 +8,8 @@ import torch
 from faqd_lib.config import ConfigurationError
 from faqd_lib.data import DatasetError
 from faqd_lib.results import ResultsError
-from faqd_lib.suite import Profile, Suite
+from faqd_lib.settings import Profile
+from faqd_lib.suite import Suite
 
 
 def no_training(monkeypatch):

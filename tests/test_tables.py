@@ -125,7 +125,15 @@ def test_shipped_paper_reference_holds_no_guess():
     ("text", "message"),
     [
         ("table,dataset\nT1,cifar10\n", "lacks the columns"),
-        (",".join(tables.REFERENCE_COLUMNS) + "\nT1,a,b,c,1,32,r,m,false,mse,fa,,high,p\n", "'high' is not a percentage"),
+        (",".join(tables.REFERENCE_COLUMNS) + "\nT1,a,b,c,1,32,end-to-end,KD,no,mse,fa,,80,p\n", "labels = 'no'"),
+        (
+            ",".join(tables.REFERENCE_COLUMNS) + 2 * "\nT1,a,b,c,1,32,end-to-end,KD,true,mse,none,,80,p" + "\n",
+            "has two lines for",
+        ),
+        (
+            ",".join(tables.REFERENCE_COLUMNS) + "\nT1,a,b,c,1,32,r,m,false,mse,fa,,high,p\n",
+            "'high' is not a percentage",
+        ),
         (",".join(tables.REFERENCE_COLUMNS) + "\nT1,a,b,c,1,32,r,m,false,mse,fa,,101,p\n", "'101' is not a percentage"),
     ],
 )

@@ -1,0 +1,29 @@
+"""The README's code runs as it stands, and what it names exists."""
+
+import re
+
+from faqd_lib.files import project_root
+from faqd_lib.series import parser
+from faqd_lib.settings import PROFILES
+
+TEXT = (project_root() / "README.md").read_text(encoding="utf-8")
+
+
+def test_code_runs_and_trains():
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    scope: dict = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    weight = scope["student"].layer1[0].conv1.parametrizations.weight.original
+    assert weight.grad is not None
+    assert weight.grad.abs().sum() > 0
+    assert len(scope["student"].layer1[0].conv1.weight.unique()) == 2
+
+
+def test_options_profiles_and_links_exist():
+    options = {string for action in parser()._actions for string in action.option_strings if string.startswith("--")}
+    named = set(re.findall(r"(?<!-)--[a-z-]+", TEXT))
+    assert named <= options | {"--file"}
+    assert options - {"--help"} <= named
+    assert all(f"`{profile}`" in TEXT for profile in PROFILES)
+    for link in re.findall(r"\]\(([^)]+)\)", TEXT):
+        assert link.startswith("https://") or (project_root() / link).exists(), link

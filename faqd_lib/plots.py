@@ -82,6 +82,14 @@ def _plain_ticks(axis, values: Sequence[float]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend for all panels; what several of them show is listed once."""
+    entries = {}
+    for axis in axes:
+        entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, fontsize="small")
+
+
 def _readable_decades(axis, values: pd.Series) -> None:
     """Numbers such as 0.2 and 500 on a logarithmic axis; several of a decade where there are few decades."""
     decades = math.log10(values.max() / values.min()) if len(values) else 0
@@ -213,21 +221,19 @@ def scaling(
             axis.set_ylabel(part["y_label"].iloc[0] if "y_label" in part else y_label)
             _plain_ticks(axis.xaxis, part.loc[part["kind"] == "measured", "x"])
             _readable_decades(axis.yaxis, part["y"])
-        handles = {}
-        for axis in axes:
-            handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
         if len(panels) == 1:
-            axes[0].legend(handles.values(), handles.keys(), fontsize="small")
+            axes[0].legend(fontsize="small")
         else:
-            figure.legend(
-                handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)),
-                fontsize="small",
-            )  # fmt: skip
+            _legend_below(figure, axes)
         return figure
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Quantizers
+
+
+def _bits_title(bits: int | str) -> str:
+    return bits if isinstance(bits, str) else BITS_NAMES.get(bits, f"{bits} bits").replace("\n", " ")
 
 
 def staircases(frame: pd.DataFrame) -> Figure:
@@ -238,7 +244,7 @@ def staircases(frame: pd.DataFrame) -> Figure:
     _require(frame, "quantizer", "input", "output", "gradient")
     names = list(frame["quantizer"].unique())
     colour = sns.color_palette(PALETTE)
-    with _figure(2, len(names), height=4.6, sharex="col") as (_figure_, axes):
+    with _figure(2, len(names), height=4.4, sharex="col", sharey="row") as (figure, axes):
         for index, name in enumerate(names):
             part = frame[frame["quantizer"] == name].sort_values("input")
             above, below = axes[index], axes[len(names) + index]
@@ -246,10 +252,10 @@ def staircases(frame: pd.DataFrame) -> Figure:
             above.plot(part["input"], part["output"], color=colour[0], drawstyle="steps-mid")
             below.plot(part["input"], part["gradient"], color=colour[3], drawstyle="steps-mid")
             above.set_title(name)
-            below.set(xlabel="input", ylim=(-0.1, 1.3))
+            below.set(xlabel="input", ylim=(-0.1, 1.2), yticks=(0, 1))
         axes[0].set_ylabel("output (forward)")
         axes[len(names)].set_ylabel("gradient (backward)")
-        return _figure_
+        return figure
 
 
 def weight_histograms(frame: pd.DataFrame) -> Figure:
@@ -272,10 +278,10 @@ def weight_histograms(frame: pd.DataFrame) -> Figure:
             stems = axis.vlines(shares.index, 0, shares, color=colour[0], linewidth=2.5, label="quantized")
             stems.set_capstyle("butt")
             axis.plot(shares.index, shares, "o", color=colour[0], markersize=4.5)
-            axis.set(title=BITS_NAMES.get(bits, f"{bits} bits").replace("\n", " "), xlabel="weight")
+            axis.set(title=_bits_title(bits), xlabel="weight")
             axis.set_xlim(-extent, extent)
         axes[0].set_ylabel("share of the weights (%)")
-        axes[0].legend(fontsize="small", loc="upper left")
+        axes[-1].legend(fontsize="small", loc="upper right")
         figure.get_layout_engine().set(wspace=0.04)
         return figure
 
@@ -283,7 +289,8 @@ def weight_histograms(frame: pd.DataFrame) -> Figure:
 def scale_scan(frame: pd.DataFrame, chosen: pd.DataFrame) -> Figure:
     """Squared error against the scale, and the scales that were chosen.
 
-    ``frame``: columns ``bits``, ``scale``, ``error``; ``chosen``: the same and ``rule`` (which formula chose it).
+    ``frame``: columns ``bits`` (a number, or the panel's title), ``scale``, ``error``; ``chosen``: the same and
+    ``rule`` (which formula chose it).
     """
     _require(frame, "bits", "scale", "error")
     _require(chosen, "bits", "scale", "error", "rule")
@@ -298,14 +305,11 @@ def scale_scan(frame: pd.DataFrame, chosen: pd.DataFrame) -> Figure:
                 rule = point["rule"]
                 axis.plot(
                     point["scale"], point["error"], markers[rule], color=colours[rule], markersize=8, linestyle="",
-                    label=rule,
+                    label=rule, clip_on=False,
                 )  # fmt: skip
-            axis.set(title=BITS_NAMES.get(bits, f"{bits} bits").replace("\n", " "), xlabel="scale", ylim=(0, None))
+            axis.set(title=_bits_title(bits), xlabel="scale", ylim=(0, None))
         axes[0].set_ylabel("squared error / squared norm")
-        handles = {}
-        for axis in axes:
-            handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize="small")
+        _legend_below(figure, axes)
         return figure
 
 
@@ -370,7 +374,9 @@ def accuracy_by_bits(frame: pd.DataFrame, references: Mapping[str, float] | None
             for i, (method, colour) in enumerate(zip(methods, colours, strict=True))
         ]
         for dashes, (name, accuracy) in zip(("--", ":", "-."), (references or {}).items(), strict=False):
-            handles.append(axis.axhline(accuracy, color="0.25", linestyle=dashes, linewidth=1.4, zorder=0, label=name))
+            handles.append(
+                axis.axhline(accuracy, color="0.25", linestyle=dashes, linewidth=1.4, zorder=1.5, label=name)
+            )
         axis.set_xticks(range(len(grid)), [BITS_NAMES.get(bits, str(bits)) for bits in grid])
         axis.set(xlim=(-0.5, len(grid) - 0.5), ylabel="test accuracy (%)")
         axis.grid(visible=False, axis="x")
@@ -395,7 +401,6 @@ def affinity_frontier(frame: pd.DataFrame) -> Figure:
                 axis.plot(part["step_milliseconds"], part["accuracy"], marker, color=colour, markersize=4, alpha=0.5)
             axis.plot(*mean, marker, color=colour, markersize=10, label=loss, linestyle="", markeredgecolor="white")
         axis.set(xlabel="time of a training step (ms)", ylabel="test accuracy (%)")
-        axis.set_xlim(left=0)
-        axis.margins(y=0.15)
+        axis.margins(0.1, 0.15)
         figure.legend(loc="outside right upper", fontsize="small", title="affinity loss")
         return figure

@@ -21,7 +21,7 @@ def test_code_runs_and_trains():
 
 def test_options_profiles_and_links_exist():
     options = {string for action in parser()._actions for string in action.option_strings if string.startswith("--")}
-    named = set(re.findall(r"(?<!-)--[a-z-]+", TEXT))
+    named = set(re.findall(r"(?<![-\w])--[a-z][a-z-]+", TEXT))
     assert named <= options | {"--file"}
     assert options - {"--help"} <= named
     assert all(f"`{profile}`" in TEXT for profile in PROFILES)

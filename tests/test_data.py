@@ -499,7 +499,7 @@ def cached_files(tmp_path) -> list[Path]:
 
 
 def no_decoding(monkeypatch):
-    monkeypatch.setattr(data, "_decode", lambda *_: pytest.fail("decoded although there is a cached copy"))
+    monkeypatch.setattr(sources, "_decode", lambda *_: pytest.fail("decoded although there is a cached copy"))
 
 
 def test_cache_is_used_the_second_time(root, tmp_path, monkeypatch):

@@ -302,7 +302,7 @@ def test_describe_counts_levels_and_names_scales():
     assert rows["0"].scale == pytest.approx(model[0].weight.abs().max().item())
     assert math.isnan(rows["6"].scale)
     assert (rows["2"].kind, rows["2"].bits, rows["2"].levels) == ("ReLU", 4, 16)
-    assert rows["2"].scale == pytest.approx(float(model[2].step))
+    assert rows["2"].scale == pytest.approx(model[2].step.item())
 
 
 @pytest.mark.parametrize(("bits", "width"), [(1, 1), (2, 2), (4, 4)])

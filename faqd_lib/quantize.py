@@ -198,11 +198,18 @@ class QuantizedReLU(nn.Module):
 
     @torch.no_grad()
     def fit(self, x: torch.Tensor) -> None:
-        """Set the step to the least-squares optimum for ``x``; left as it is if nothing in ``x`` is positive."""
-        positive = x.detach().float().clamp_min(0)
+        """Set the step to the least-squares optimum for ``x``; left as it is if nothing in ``x`` is positive.
+
+        The squared error over the step has several minima: the best of 64 steps around the optimum for a normal
+        distribution is refined. At most 16,384 values, evenly spaced in ``x``, are looked at.
+        """
+        positive = x.detach().float().clamp_min(0).flatten()
+        positive = positive[:: max(1, positive.numel() // 16384)]
         if bool(positive.any()):
-            start = positive.square().mean().sqrt() * math.sqrt(2) * _gaussian_step(self.highest, signed=False)
-            self.step.copy_(fit_step(positive, start, 0, self.highest))
+            centre = positive.square().mean().sqrt() * math.sqrt(2) * _gaussian_step(self.highest, signed=False)
+            steps = centre * torch.logspace(-1.5, 1.5, 64, base=2, device=x.device).unsqueeze(1)
+            errors = ((positive / steps).round().clamp_(0, self.highest) * steps - positive).square().sum(1)
+            self.step.copy_(fit_step(positive, steps[errors.argmin(), 0], 0, self.highest, iterations=30))
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"

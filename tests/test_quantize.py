@@ -384,7 +384,7 @@ def test_step_gradient_is_lsqs():
     upstream = torch.randn(300, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     expected = 0.0
     for value, weight in zip(x.tolist(), upstream.tolist(), strict=True):
-        scaled = value / float(relu.step)
+        scaled = value / relu.step.item()
         if scaled >= 15:
             expected += weight * 15
         elif scaled > 0:

@@ -201,10 +201,13 @@ class QuantizedReLU(nn.Module):
         """Set the step to the least-squares optimum for ``x``; left as it is if nothing in ``x`` is positive.
 
         The squared error over the step has several minima: the best of 64 steps around the optimum for a normal
-        distribution is refined. At most 16,384 values, evenly spaced in ``x``, are looked at.
+        distribution is refined. Of more than 65,536 values a seeded sample of that many is looked at (a regular
+        pattern would meet the same image columns again and again).
         """
         positive = x.detach().float().clamp_min(0).flatten()
-        positive = positive[:: max(1, positive.numel() // 16384)]
+        if positive.numel() > 65536:
+            sample = torch.randint(positive.numel(), (65536,), generator=torch.Generator().manual_seed(0))
+            positive = positive[sample.to(x.device)]
         if bool(positive.any()):
             centre = positive.square().mean().sqrt() * math.sqrt(2) * _gaussian_step(self.highest, signed=False)
             steps = centre * torch.logspace(-1.5, 1.5, 64, base=2, device=x.device).unsqueeze(1)

@@ -50,7 +50,7 @@ class Suite:
     @classmethod
     def open(
         cls,
-        profile: str | Path = "quick",
+        profile: str | Path | Profile = "quick",
         dataset: str = "",
         data_root: str | Path | None = None,
         results: str | Path | None = None,
@@ -60,7 +60,7 @@ class Suite:
         """Open (or begin) the suite of a profile on a dataset.
 
         Args:
-            profile: a shipped profile's name, or the path of a TOML file.
+            profile: a shipped profile's name, the path of a TOML file, or a profile.
             dataset: a dataset's name, or ``"auto"``; empty for the profile's own choice.
             data_root: the only folder to look for data in; None for ``$FAQD_DATA``, then ``data/``.
             results: where suite folders live; None for the project's ``results/``.
@@ -73,7 +73,7 @@ class Suite:
             ResultsError: the folder was begun with another configuration.
             PermissionError: the folder cannot be written to.
         """
-        chosen = Profile.load(profile)
+        chosen = profile if isinstance(profile, Profile) else Profile.load(profile)
         if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 0:
             raise ConfigurationError(f"seeds must be a whole number of at least 1 (0: the profile's), got {seeds!r}")
         name, reason = chosen.resolve_dataset(dataset, data_root)

@@ -18,6 +18,6 @@ cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 workers = min(cores, 4)
 print(workers, max(1, cores // workers))')
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
-    set -- -n "$workers" --dist loadgroup
+    set -- -n "$workers" --dist loadfile
 fi
 exec "$python" -m pytest "$@"

@@ -48,7 +48,7 @@ def main() -> None:
             "FAQD" if weight else "KD", weight_bits=arguments.weight_bits, affinity_weight=weight or None, seed=seed
         )
         for weight in arguments.weights
-        for seed in range(arguments.seeds)
+        for seed in range(1, arguments.seeds + 1)
     }
     records = suite.run(runs.values(), "affinity weight")
     rows = [

@@ -270,7 +270,8 @@ class _AffinityLoss(torch.autograd.Function):
             # Through the normalisation: dF = (dX − X⟨X, dX⟩) / ‖F‖, nothing for pixels without direction.
             gradient.addcmul_(x, (x * gradient).sum(2, keepdim=True), value=-1)
             gradient.mul_(torch.where(lengths < EPS, 0.0, scale / lengths.clamp_min(EPS)))
-            ctx.save_for_backward(gradient.unflatten(1, student.shape[2:]).permute(0, 3, 1, 2).to(student.dtype))
+            ctx.save_for_backward(gradient.unflatten(1, student.shape[2:]).permute(0, 3, 1, 2))
+            ctx.student_dtype = student.dtype
         # The gram form is a difference of rounded sums where the maps agree; a squared norm is not negative.
         return (value * scale).clamp_min(0)
 
@@ -279,7 +280,8 @@ class _AffinityLoss(torch.autograd.Function):
         if torch.is_grad_enabled():  # only under create_graph: the saved gradient would silently count as constant
             raise RuntimeError("the affinity loss has no second derivative: call backward without create_graph=True")
         (gradient,) = ctx.saved_tensors
-        return gradient * gradient_of_loss.to(gradient.dtype), None, None, None
+        # Multiplied before the cast: the scale of float16 training does not fit into float16 by itself.
+        return (gradient * gradient_of_loss).to(ctx.student_dtype), None, None, None
 
 
 def projections_needed(relative_error: float, confidence: float) -> int:

@@ -34,6 +34,7 @@ class Normalizer:
     """uint8 images to float32 of mean 0 and deviation 1 per channel, in channels-last memory."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
+        self.device = torch.device(device)
         scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
         self._scale = scale.float().view(1, 1, 1, -1).to(device)
         self._shift = (-torch.tensor(mean, dtype=torch.float64) * 255 * scale).float().view(1, 1, 1, -1).to(device)
@@ -58,7 +59,7 @@ class Batches:
         seed: of order and augmentation.
         normalizer: made with the dataset's mean and deviation, on the training device.
         flip: whether half of the images are mirrored.
-        device: where the images live and the batches are made.
+        device: where the images live and the batches are made; None for the normalizer's device.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Batches:
         normalizer: Normalizer,
         *,
         flip: bool = True,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
     ) -> None:
         if not 2 <= batch_size <= len(images):
             raise ValueError(
@@ -77,7 +78,7 @@ class Batches:
                 f"of the split, got {batch_size}"
             )
         self.batch_size, self.seed, self.flip, self.normalizer = batch_size, seed, flip, normalizer
-        self.device = torch.device(device)
+        self.device = normalizer.device if device is None else torch.device(device)
         self._pixels = images.pixels.permute(0, 2, 3, 1).contiguous().to(self.device)  # channels last, as used
         self._labels = None if images.labels is None else images.labels.to(self.device)
 

@@ -50,7 +50,8 @@ def _explain(model: type[BaseModel], error: ValidationError, where: str) -> str:
             lines.append(f"{where}: {key} is missing")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {key} = {problem['input']!r}: {message}")
+            value = f" = {problem['input']!r}" if problem["loc"] and not isinstance(problem["input"], dict) else ""
+            lines.append(f"{where}: {key}{value}: {message}")
     return "\n".join(lines)
 
 
@@ -106,7 +107,7 @@ class ObjectiveConfig(Frozen):
         return self
 
 
-class OptimizationConfig(Frozen):
+class Schedule(Frozen):
     """SGD with Nesterov momentum, linear warm-up, cosine to zero, gradient norm clipped."""
 
     epochs: Count
@@ -116,13 +117,18 @@ class OptimizationConfig(Frozen):
     weight_decay: Weight = 5e-4
     warmup_epochs: Weight = 1.0
     clip_norm: Positive = 20.0
-    precision: Precision = "float32"
 
     @model_validator(mode="after")
     def _warmup_is_part(self) -> Self:
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} is more than epochs={self.epochs}")
         return self
+
+
+class OptimizationConfig(Schedule):
+    """A schedule, and in which precision its steps compute."""
+
+    precision: Precision = "float32"
 
 
 class RunConfig(Frozen):

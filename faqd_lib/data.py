@@ -7,6 +7,7 @@ otherwise ``data/`` in the project; a download into the last of these comes last
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -56,14 +57,23 @@ def _find(source: Source, roots: list[Path]) -> Path | None:
 
 def _signature(path: Path) -> str:
     """A digest of names, sizes and times below ``path``: cheap, changes whenever a file does."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(str(path.resolve()).encode())
     files = [path.as_posix()] if path.is_file() else []
-    for folder, _, names in os.walk(path):
+    for folder, _, names in os.walk(path, followlinks=True):
         files += [f"{folder}/{name}" for name in names]
     for file in sorted(files):
         status = os.stat(file)
         digest.update(f"{file[len(str(path)) :]}|{status.st_size}|{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _download(source: Source, target: Path) -> None:
+    """Fetch into a folder beside, then move what is whole: a killed download leaves nothing that looks like data."""
+    with tempfile.TemporaryDirectory(dir=target, prefix=".download-") as folder:
+        source.download(Path(folder))
+        for place in source.places:
+            if (Path(folder) / place).exists():
+                os.replace(Path(folder) / place, target / place)
 
 
 def _source(name: str, roots: list[Path]) -> Source:
@@ -132,7 +142,7 @@ def load(
     if path is None and download and source.download is not None:
         target = require_writable(roots[-1])
         try:
-            source.download(target)
+            _download(source, target)
         except (OSError, RuntimeError) as error:
             raise DatasetError(
                 f"{name} is not on disk and could not be downloaded into {target} ({error}). Without a network, "

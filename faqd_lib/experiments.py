@@ -29,8 +29,8 @@ def _unique(configs: Iterable[RunConfig]) -> list[RunConfig]:
 
 
 def seeds(suite: Suite) -> range:
-    """The suite's seeds, 0 first."""
-    return range(suite.profile.seeds)
+    """The students' seeds, from 1 on."""
+    return range(1, suite.profile.seeds + 1)
 
 
 def references(suite: Suite) -> list[RunConfig]:

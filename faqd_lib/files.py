@@ -1,6 +1,5 @@
 """Files that are whole or absent: atomic writes, digests, and the places where the project looks and writes."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -52,7 +51,7 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> Path:
     temporary = Path(name)
     try:
         write(temporary)
-        with open(temporary, "rb") as written:
+        with open(temporary, "r+b") as written:  # Windows syncs only what is open for writing
             os.fsync(written.fileno())
         umask = os.umask(0)
         os.umask(umask)
@@ -87,13 +86,3 @@ def tensors_digest(tensors: dict[str, torch.Tensor], salt: str = "") -> str:
         if tensor.numel():
             digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def naming(what: str):
-    """Add to any error raised inside what was being done, so that it names the file or the run."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"while {what}")
-        raise

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 
@@ -54,9 +55,52 @@ def _native_stderr_silenced():
         os.close(saved)
 
 
+class Stopwatch:
+    """Durations of repeated pieces of work on a device, in seconds.
+
+    On CUDA between events in the stream, read later in one go, so that timing never makes the host wait.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._cuda = torch.device(device).type == "cuda"
+        self._marks: list[tuple] = []
+        self.seconds: list[float] = []
+
+    def _now(self):
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self) -> None:
+        """Begin a piece of work."""
+        self._started = self._now()
+
+    def stop(self) -> None:
+        """End it."""
+        self._marks.append((self._started, self._now()))
+
+    def read(self) -> list[float]:
+        """All durations so far."""
+        if self._cuda and self._marks:
+            torch.cuda.synchronize()
+        for begin, end in self._marks:
+            self.seconds.append(begin.elapsed_time(end) / 1000 if self._cuda else end - begin)
+        self._marks.clear()
+        return self.seconds
+
+
+def exact_kernels():
+    """A context in which convolutions on CUDA repeat to the bit and are computed in full float32 where asked for it."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+
 def commit() -> str:
     """Commit of the checkout, with ``+changes`` if the library differs from it; ``"unknown"`` outside a checkout."""
     root = project_root()
+    if not (root / ".git").exists():  # installed elsewhere: the user's own repository is not ours
+        return "unknown"
     git = ["git", "-C", str(root)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

@@ -81,7 +81,20 @@ def _resnet18(num_classes: int, image_size: int) -> nn.Module:
     """torchvision's ResNet-18; for images up to 64 pixels the stem is 3×3 with stride 1 and no pooling."""
     from ._torchvision import torchvision
 
-    model = torchvision.models.resnet18(num_classes=num_classes)
+    class Block(torchvision.models.resnet.BasicBlock):
+        """torchvision's block with a ReLU of its own at each of the two places, so that each can be quantized."""
+
+        def __init__(self, inplanes: int, planes: int, *arguments, **options) -> None:
+            super().__init__(inplanes, planes, *arguments, **options)
+            del self.relu
+            self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = self.relu1(self.bn1(self.conv1(x)))
+            identity = x if self.downsample is None else self.downsample(x)
+            return self.relu2(self.bn2(self.conv2(out)) + identity)
+
+    model = torchvision.models.ResNet(Block, [2, 2, 2, 2], num_classes=num_classes)
     if image_size <= 64:
         model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")

@@ -158,7 +158,9 @@ class _QuantizedReLUFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, step, highest):
-        step = step.to(x.dtype)
+        # A step that training drove to zero or below would turn the layer off or upside down. The gradient passes
+        # this guard, so that such a step can recover.
+        step = step.clamp_min(1e-6).to(x.dtype)
         scaled = x / step
         levels = scaled.clamp(0, highest).round_()
         ctx.save_for_backward(scaled, levels)
@@ -193,8 +195,7 @@ class QuantizedReLU(nn.Module):
         self.step = nn.Parameter(torch.tensor(_gaussian_step(self.highest, signed=False)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # A step that training drove to zero or below would turn the layer off or upside down.
-        return _QuantizedReLUFunction.apply(x, self.step.clamp_min(1e-6), self.highest)
+        return _QuantizedReLUFunction.apply(x, self.step, self.highest)
 
     @torch.no_grad()
     def fit(self, x: torch.Tensor) -> None:
@@ -251,7 +252,7 @@ def quantize(
         ``model`` itself.
 
     Raises:
-        ValueError: bits or policy that are not offered, or a network that is quantized already.
+        ValueError: bits or policy that are not offered, a network that is quantized already, or nothing to quantize.
     """
     _check_bits("weight_bits", weight_bits, (*WEIGHT_BITS, FLOAT_BITS))
     _check_bits("activation_bits", activation_bits, (*ACTIVATION_BITS, FLOAT_BITS))
@@ -261,6 +262,12 @@ def quantize(
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     if any(parametrize.is_parametrized(m, "weight") for _, m in layers) or next(_quantized_relus(model), None):
         raise ValueError("the network is quantized already: call dequantize(model) first")
+    if weight_bits != FLOAT_BITS and not layers:
+        raise ValueError("the network has no Conv2d or Linear module whose weights could be quantized")
+    if activation_bits != FLOAT_BITS and not any(type(module) is nn.ReLU for module in model.modules()):
+        raise ValueError(
+            "the network has no nn.ReLU module to quantize: replace calls of F.relu or torch.relu by modules"
+        )
     if weight_bits != FLOAT_BITS:
         for index, (_, module) in enumerate(layers):
             is_first, is_last = index == 0, index == len(layers) - 1
@@ -268,7 +275,8 @@ def quantize(
                 continue
             parametrize.register_parametrization(module, "weight", weight_quantizer(weight_bits))
     if activation_bits != FLOAT_BITS:
-        _replace(model, nn.ReLU, lambda relu: QuantizedReLU(activation_bits))
+        device = next((parameter.device for parameter in model.parameters()), None)
+        _replace(model, nn.ReLU, lambda relu: QuantizedReLU(activation_bits).to(device))
     return model
 
 

@@ -158,8 +158,8 @@ def set_aside(folder: Path) -> None:
         print(f"moved the old results to {target}")
 
 
-def run_series(arguments: argparse.Namespace, dataset: str) -> list[Outcome]:
-    """Run the selected notebooks on one dataset.
+def run_series(arguments: argparse.Namespace, dataset: str, only: Sequence[str]) -> list[Outcome]:
+    """Run the selected notebooks on one dataset (a name, ``"auto"``, or nothing for the profile's own choice).
 
     Raises:
         SeriesError, ConfigurationError, DatasetError, ResultsError, PermissionError: see their messages.
@@ -168,6 +168,7 @@ def run_series(arguments: argparse.Namespace, dataset: str) -> list[Outcome]:
     name, reason = profile.resolve_dataset(dataset, arguments.data_root)
     print(f"\n=== profile {profile.name}, dataset {reason}")
     folder = suite_folder(profile, name, arguments.results)
+    selected = select(only)
     require_writable(folder.parent)
     lock = filelock.FileLock(folder.parent / f".{folder.name}{LOCK_NAME}")
     try:
@@ -177,12 +178,11 @@ def run_series(arguments: argparse.Namespace, dataset: str) -> list[Outcome]:
     with lock:
         if arguments.fresh:
             set_aside(folder)
-        suite = Suite.open(arguments.profile, name, arguments.data_root, arguments.results, arguments.seeds)
-        selected = select(arguments.only)
+        suite = Suite.open(arguments.profile, dataset, arguments.data_root, arguments.results, arguments.seeds)
         check_needs(selected, suite)
         parameters = {
             "profile": str(arguments.profile),
-            "dataset": name,
+            "dataset": dataset,  # as it was asked for: the notebooks say in one line which it became, and why
             "data_root": str(arguments.data_root or ""),
             "results_dir": str(folder.parent),
             "seeds": arguments.seeds,
@@ -241,18 +241,28 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit status is 0 only if every notebook ran to its end."""
     arguments = parser().parse_args(argv)
+    # Kernels have another working directory: what is relative to this one must not stay so.
+    for variable in ("FAQD_DATA", "FAQD_CACHE", "FAQD_RESULTS"):
+        if os.environ.get(variable):
+            os.environ[variable] = str(Path(os.environ[variable]).expanduser().resolve())
+    if arguments.profile not in PROFILES and Path(arguments.profile).suffix == ".toml":
+        arguments.profile = str(Path(arguments.profile).expanduser().resolve())
     for option in ("data_root", "results"):
         path = getattr(arguments, option)
         setattr(arguments, option, None if path is None else path.expanduser().resolve())
     if arguments.results is None and os.environ.get("FAQD_RESULTS"):
-        arguments.results = Path(os.environ["FAQD_RESULTS"]).resolve()
+        arguments.results = Path(os.environ["FAQD_RESULTS"])
     # Kernels inherit these: text instead of progress bars, and this checkout's kernel before a user's own.
     os.environ.update(FAQD_PROGRESS="text", JUPYTER_PREFER_ENV_PATH="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
     try:
         profile = Profile.load(arguments.profile)
         datasets = [arguments.dataset] if arguments.dataset else profile.series_datasets
         for dataset in datasets:
-            run_series(arguments, dataset)
+            run_series(arguments, dataset, arguments.only)
+        if len(datasets) > 1 and (not arguments.only or "09" in arguments.only):
+            arguments.fresh = False
+            for dataset in datasets:  # only now are there runs on all of them for the tables to show
+                run_series(arguments, dataset, ["09"])
     except (SeriesError, ConfigurationError, DatasetError, ResultsError, PermissionError) as error:
         print(f"\nstopped: {error}", file=sys.stderr)
         return 1

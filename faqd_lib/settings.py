@@ -17,7 +17,7 @@ from .config import (
     Frozen,
     Positive,
     Precision,
-    Weight,
+    Schedule,
     WeightBits,
 )
 from .files import atomic_write_text, project_root
@@ -26,18 +26,6 @@ from .results import ResultsError
 
 ModelName = Literal[MODEL_NAMES]
 PROFILES = ("smoke", "quick", "cpu", "paper")
-
-
-class Schedule(Frozen):
-    """Optimization of one kind of run; the precision is chosen for the machine."""
-
-    epochs: Count
-    batch_size: Annotated[int, Field(ge=2)] = 128
-    learning_rate: Positive = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Weight = 5e-4
-    warmup_epochs: Weight = 1.0
-    clip_norm: Positive = 20.0
 
 
 class Losses(Frozen):
@@ -98,6 +86,12 @@ class Profile(Frozen):
             values = {**values, "grid": {**grid, "full_bits": pairs}}
         return values
 
+    @model_validator(mode="after")
+    def _datasets_are_valid(self) -> Self:
+        for dataset in self.dataset_settings:  # now, not when their turn comes after days
+            self.for_dataset(dataset)
+        return self
+
     @classmethod
     def load(cls, profile: str | Path) -> Self:
         """A shipped profile by name, or a TOML file by path.
@@ -152,7 +146,8 @@ class SuiteState(Frozen):
         """What every table and figure says of its origin."""
         note = f" ({self.note})" if self.note else ""
         text = (
-            f"{self.dataset}{note}, {self.training_count:,} training and {self.test_count:,} test images, "
+            f"{self.dataset}{note}, {self.training_count:,} training and {self.test_count:,} test images"
+            f"{' (class-balanced subsets)' if self.data.train_images or self.data.test_images else ''}, "
             f"profile {self.profile.name}"
         )
         return text if ": found on disk" in self.reason or ": asked for" in self.reason else f"{text}; {self.reason}"
@@ -190,8 +185,11 @@ def read_state(folder: Path) -> SuiteState:
         ) from error
 
 
-def claim(folder: Path, state: SuiteState) -> SuiteState:
-    """Begin the folder, or make sure that it was begun with the same configuration; return the state to work with."""
+def claim(folder: Path, state: SuiteState, asked_seeds: int) -> SuiteState:
+    """Begin the folder, or make sure that it was begun with the same configuration; return the state to work with.
+
+    ``asked_seeds`` 0 keeps the number of seeds that the folder has, if that is more than the profile's.
+    """
     path = folder / "suite.json"
     if path.exists():
         begun = read_state(folder)
@@ -207,8 +205,9 @@ def claim(folder: Path, state: SuiteState) -> SuiteState:
                 f"{folder} was begun with another configuration ({'; '.join(differences[:4])}): give another folder "
                 "with --results, or begin again with --fresh (the old folder is moved aside)"
             )
-        # Seeds only grow: a notebook opened with fewer does not hide what has been trained.
-        if begun.profile.seeds >= state.profile.seeds:
+        seeds = asked_seeds or max(begun.profile.seeds, state.profile.seeds)
+        state = state.model_copy(update={"profile": state.profile.model_copy(update={"seeds": seeds})})
+        if state == begun:
             return state
     atomic_write_text(path, state.model_dump_json(indent=1) + "\n")
     return state

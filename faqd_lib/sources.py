@@ -233,7 +233,7 @@ SOURCES: dict[str, Source] = {
     ),
     "cifar10-jpeg": Source(("cifar10-jpeg", "cifar10"), read_tree, is_tree, note=JPEG_NOTE, hint=_JPEG_HINT),
     "digits": Source(
-        (), _read_digits, flip=False, note="scikit-learn's 8×8 digits enlarged to 32×32, not a dataset of the paper"
+        (), _read_digits, flip=False, note="scikit-learn's 8×8 digits, enlarged; not a dataset of the paper"
     ),
 }
 BUILT_IN = ("digits",)

@@ -24,6 +24,7 @@ from .config import (
     Precision,
     QuantizationConfig,
     RunConfig,
+    Schedule,
 )
 from .distill import DistillationObjective
 from .files import require_writable
@@ -32,7 +33,7 @@ from .models import FeatureTap, build_model, parameter_count
 from .progress import Progress
 from .quantize import FLOAT_BITS, calibrate, quantize, weight_bytes
 from .results import ResultsError, RunRecord, RunStore, accuracies
-from .settings import Profile, Schedule, SuiteState, claim, read_state, suite_folder
+from .settings import Profile, SuiteState, claim, read_state, suite_folder
 from .train import Learner, evaluate, precision_that_pays, projection_seed, train
 
 Method = Literal["labels", "KD", "FAQD", "FFAQD"]
@@ -101,7 +102,7 @@ class Suite:
             precision=precision_that_pays(where),
             recipe=RECIPE,
         )
-        suite = cls(claim(folder, state), RunStore(folder), where, str(data_root) if data_root else None)
+        suite = cls(claim(folder, state, seeds), RunStore(folder), where, str(data_root) if data_root else None)
         suite.__dict__["data"] = images  # loaded already; `data` is a cached property
         return suite
 
@@ -168,7 +169,11 @@ class Suite:
         return OptimizationConfig(**schedule.model_dump(), precision=self.precision)
 
     def teacher(self, model: str | None = None) -> RunConfig:
-        """The float teacher (the profile's first one by default), trained on labels with seed 0."""
+        """The float teacher (the profile's first one by default), trained on labels with seed 0.
+
+        Seed 0 is the teachers' alone: a student of the same architecture must not start from its teacher's initial
+        weights, nor see its teacher's order of images.
+        """
         return RunConfig(
             data=self.state.data,
             model=model or self.profile.teachers[0],
@@ -176,7 +181,7 @@ class Suite:
             objective=ObjectiveConfig(label_weight=1.0),
         )
 
-    def float_student(self, seed: int = 0) -> RunConfig:
+    def float_student(self, seed: int = 1) -> RunConfig:
         """The float student, trained on labels: a reference row, and where fine-tuning starts."""
         return RunConfig(
             data=self.state.data,
@@ -198,13 +203,15 @@ class Suite:
         k: int | None = None,
         affinity_weight: float | None = None,
         teacher: str | None = None,
-        seed: int = 0,
+        seed: int = 1,
     ) -> RunConfig:
         """A student's run: ``method`` is ``"labels"``, ``"KD"``, ``"FAQD"`` (exact) or ``"FFAQD"`` (k projections).
 
         What is left out comes from the profile. ``labels`` adds cross-entropy; method ``"labels"`` is nothing else.
         """
         losses = self.profile.losses
+        if seed < 1:
+            raise ConfigurationError(f"students have seeds from 1 on (seed 0 is the teachers'), got {seed}")
         fine_tuning = {"end-to-end": False, "fine-tuning": True}[regime]
         default_loss = losses.fine_tuning_logit_loss if fine_tuning else losses.end_to_end_logit_loss
         if method == "labels":

@@ -403,7 +403,8 @@ def cost(suite: Suite) -> Table:
             shown[column] = shown[column].map(lambda value, places=places: f"{value:.{places}f}")
     total = frame["training_seconds"].sum() if len(frame) else 0.0
     what = f"{len(frame)} runs, {total:.0f} s of training in all; a cohort's data and teacher time is shared evenly."
-    return Table(f"T5_cost_{suite.dataset}", f"T5 Cost, {suite.dataset}", _caption(suite, what), shown)
+    caption = f"{what} {suite.caption}; {suite.profile.seeds} seed(s)."
+    return Table(f"T5_cost_{suite.dataset}", f"T5 Cost, {suite.dataset}", caption, shown)
 
 
 def not_run(dataset: str, profile: str) -> Table:

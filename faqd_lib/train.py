@@ -7,7 +7,6 @@ trains alone or in a cohort: its initial weights, optimizer and random projectio
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +18,7 @@ from .batches import Batches, Normalizer, stream
 from .config import OptimizationConfig, RunConfig
 from .data import Images
 from .distill import DistillationObjective
-from .measure import peak_bytes
+from .measure import Stopwatch, exact_kernels, peak_bytes
 from .models import FeatureTap
 from .quantize import split_parameters
 
@@ -44,7 +43,10 @@ def precision_that_pays(device: torch.device | str) -> str:
     """``"bf16"`` where the hardware computes in it, else ``"float32"`` (emulated bf16 is many times slower)."""
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+    # Builds without oneDNN do not even have the question.
+    return (
+        "bf16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+    )
 
 
 class Learner:
@@ -75,8 +77,8 @@ class Learner:
             weight_decay=o.weight_decay,
         )
         self.history: list[dict[str, float]] = []
-        self.step_seconds: list[float] = []
-        self.shared_seconds = 0.0
+        self.steps = 0
+        self.watch = Stopwatch(next(model.parameters()).device)
         self.peak_bytes = 0
         self._terms: list[dict[str, torch.Tensor]] = []
         self._checked = 0
@@ -90,19 +92,20 @@ class Learner:
         teacher_maps: Sequence[torch.Tensor],
     ) -> None:
         """One update; the peak memory of the first one is measured."""
-        started = time.perf_counter()
-        if self.step_seconds:
+        self.watch.start()
+        if self.steps:
             self._update(epoch, images, labels, teacher_logits, teacher_maps)
         else:
             self.peak_bytes = peak_bytes(
                 lambda: self._update(epoch, images, labels, teacher_logits, teacher_maps), images.device
             )
-        self.step_seconds.append(time.perf_counter() - started)
+        self.watch.stop()
+        self.steps += 1
 
     def _update(self, epoch, images, labels, teacher_logits, teacher_maps) -> None:
         o = self.config.optimization
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(o, len(self.step_seconds), self.steps_per_epoch)
+            group["lr"] = learning_rate(o, self.steps, self.steps_per_epoch)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=o.precision == "bf16"):
             logits = self.model(images)
             terms = self.objective(logits, self.tap.features, teacher_logits, teacher_maps, labels)
@@ -144,6 +147,7 @@ class Learner:
         self._checked = 0
 
 
+@exact_kernels()
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Images, normalizer: Normalizer, batch_size: int = 500) -> tuple[float, float]:
     """(top-1 accuracy in percent, mean cross-entropy) in float32, with the weights as they are now."""
@@ -179,6 +183,7 @@ class CohortResult:
     failed: dict[str, NonFiniteLossError] = field(default_factory=dict)
 
 
+@exact_kernels()
 def train(
     learners: Sequence[Learner],
     batches: Batches,
@@ -210,20 +215,21 @@ def train(
             result.failed[learner.config.run_id] = error
             active.remove(learner)
 
+    shared, sharers = Stopwatch(batches.device), []  # making batches and the teacher's pass, shared by so many
     wants_maps = any(learner.objective.affinity_weight > 0 for learner in learners)
     teaches = _Teacher(teacher, feature_names if wants_maps else (), learners[0].config.optimization.precision)
     for learner in learners:
         learner.model.train()
     for epoch in range(learners[0].config.optimization.epochs):
-        started = time.perf_counter()
+        shared.start()
         for batch in batches.epoch(epoch):
             teacher_logits, teacher_maps = teaches(batch.images)
-            shared = (time.perf_counter() - started) / max(1, len(active))
+            shared.stop()
+            sharers.append(max(1, len(active)))
             for learner in list(active):
-                learner.shared_seconds += shared
                 labels = None if learner.config.label_free else batch.labels
                 attempt(learner, learner.step, epoch, batch.images, labels, teacher_logits, teacher_maps)
-            started = time.perf_counter()
+            shared.start()
         for learner in list(active):
             scores = {name: evaluate(learner.model, images, batches.normalizer) for name, images in splits.items()}
             attempt(learner, learner.end_epoch, epoch, scores)
@@ -231,7 +237,8 @@ def train(
             break
         on_epoch(epoch, active)
     teaches.close()
-    result.trained = [_finish(learner, batches.batch_size, len(learners)) for learner in active]
+    share = sum(seconds / count for seconds, count in zip(shared.read(), sharers, strict=True))
+    result.trained = [_finish(learner, batches.batch_size, len(learners), share) for learner in active]
     return result
 
 
@@ -257,15 +264,16 @@ class _Teacher:
             self.tap.close()
 
 
-def _finish(learner: Learner, batch_size: int, cohort: int) -> Trained:
+def _finish(learner: Learner, batch_size: int, cohort: int, shared_seconds: float) -> Trained:
     learner.tap.close()
-    own = sum(learner.step_seconds[1:])  # the first step carries the memory measurement
-    steps = max(1, len(learner.step_seconds) - 1)
+    every = learner.watch.read()
+    measured = every[1:] or every  # the first step carries the memory measurement
+    own = sum(measured)
     cost = {
-        "training_seconds": own / steps * len(learner.step_seconds) + learner.shared_seconds,
-        "shared_seconds": learner.shared_seconds,
-        "step_milliseconds": 1000 * statistics.median(learner.step_seconds[1:] or learner.step_seconds),
-        "images_per_second": batch_size * steps / own if own else 0.0,
+        "training_seconds": own / len(measured) * len(every) + shared_seconds,
+        "shared_seconds": shared_seconds,
+        "step_milliseconds": 1000 * statistics.median(measured),
+        "images_per_second": batch_size * len(measured) / own,
         "peak_step_bytes": learner.peak_bytes,
         "cohort": cohort,
     }

@@ -194,12 +194,16 @@ def test_every_dataset_setting_of_a_profile_is_valid():
             assert any(getattr(chosen, key) != getattr(Profile.load(name), key) for key in changes), (name, dataset)
 
 
-def write_profile(path, text="", name="mine.toml"):
+def write_profile(path, text="", name="mine.toml", skip=""):
     schedule = "epochs = 1\n"
     file = path / name
     file.write_text(
         f'shows_results = false\nteachers = ["resnet8"]\nstudent = "resnet8"\n{text}\n'
-        + "".join(f"[{part}]\n{schedule}" for part in ("teacher_schedule", "student_schedule", "fine_tuning_schedule"))
+        + "".join(
+            f"[{part}]\n{schedule}"
+            for part in ("teacher_schedule", "student_schedule", "fine_tuning_schedule")
+            if part != skip
+        )
     )
     return file
 
@@ -238,13 +242,24 @@ def test_unknown_profile_names_the_known_ones(name, near):
     assert repr(name) in str(raised.value)
 
 
-def test_dataset_settings_override_and_are_checked(tmp_path):
-    file = write_profile(tmp_path, "[dataset_settings.digits]\nseeds = 4\n[dataset_settings.cifar10]\nsedes = 4")
-    profile = Profile.load(file)
+def test_dataset_settings_override(tmp_path):
+    profile = Profile.load(write_profile(tmp_path, "[dataset_settings.digits]\nseeds = 4"))
     assert profile.for_dataset("digits").seeds == 4
     assert profile.for_dataset("cifar100").seeds == 1
+
+
+def test_dataset_settings_are_checked_before_their_turn_comes(tmp_path):
+    file = write_profile(tmp_path, "[dataset_settings.cifar10]\nsedes = 4")
     with pytest.raises(ConfigurationError, match=r"dataset_settings\.cifar10.*sedes"):
-        profile.for_dataset("cifar10")
+        Profile.load(file)
+
+
+def test_warmup_longer_than_the_schedule_is_refused_with_the_files_name(tmp_path):
+    file = write_profile(tmp_path, "[student_schedule]\nepochs = 2\nwarmup_epochs = 3.0", skip="student_schedule")
+    with pytest.raises(
+        ConfigurationError, match=r"mine\.toml: student_schedule: warmup_epochs=3\.0 is more than epochs=2"
+    ):
+        Profile.load(file)
 
 
 def test_bits_offered_are_those_of_the_quantizers():

@@ -14,7 +14,6 @@ from faqd_lib.files import (
     atomic_write_text,
     cache_dir,
     canonical_json,
-    naming,
     require_writable,
     tensors_digest,
     text_digest,
@@ -109,16 +108,6 @@ def test_cache_dir(monkeypatch, tmp_path):
     monkeypatch.delenv("FAQD_CACHE")
     assert cache_dir() == files.project_root() / "data" / "cache"
     assert (files.project_root() / "faqd_lib").is_dir()
-
-
-def test_naming_adds_what_was_being_done():
-    def work():
-        with naming("reading x.csv"):
-            raise ValueError("bad")
-
-    with pytest.raises(ValueError, match="bad") as raised:
-        work()
-    assert raised.value.__notes__ == ["while reading x.csv"]
 
 
 # ---- progress

@@ -22,7 +22,7 @@ def test_code_runs_and_trains():
 def test_options_profiles_and_links_exist():
     options = {string for action in parser()._actions for string in action.option_strings if string.startswith("--")}
     named = set(re.findall(r"(?<![-\w])--[a-z][a-z-]+", TEXT))
-    assert named <= options | {"--file"}
+    assert named <= options
     assert options - {"--help"} <= named
     assert all(f"`{profile}`" in TEXT for profile in PROFILES)
     for link in re.findall(r"\]\(([^)]+)\)", TEXT):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from papermill.exceptions import PapermillExecutionError
 from faqd_lib import series
 from faqd_lib.files import project_root
 
-pytestmark = [pytest.mark.series, pytest.mark.xdist_group("series")]
+pytestmark = pytest.mark.series
 NOTEBOOKS = sorted((project_root() / "notebooks").glob("*.ipynb"))
 
 
@@ -69,6 +70,29 @@ def test_every_table_and_the_summary_are_written_and_named(whole_series):
     assert str(suite / "summary.md") in done.stdout
     assert list((suite / "figures").glob("*.pdf"))
     assert "not a result" in (suite / "tables" / "claims.md").read_text()
+
+
+def test_without_a_dataset_the_choice_and_its_reason_reach_notebooks_and_captions(whole_series, tmp_path):
+    _, suite, _ = whole_series
+    (tmp_path / "empty").mkdir()
+    # The finished runs of the whole series serve again: only where the images come from is asked anew.
+    shutil.copytree(suite, tmp_path / "results" / suite.name)
+    done = run(
+        ["smoke", "--data-root", "empty", "--results", "results", "--only", "04", "09"], cwd=tmp_path
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    reason = f"no CIFAR-10 was found in {tmp_path / 'empty'}"
+    assert reason in done.stdout
+    for name in ("claims.md", "T1_weight_quantization_digits.md", "T5_cost_digits.md"):
+        assert reason in (tmp_path / "results" / suite.name / "tables" / name).read_text(), name
+
+
+def test_a_profile_of_ones_own_is_found_from_any_folder(tmp_path):
+    shipped = (project_root() / "faqd_lib" / "profiles" / "smoke.toml").read_text()
+    (tmp_path / "mine.toml").write_text(shipped)
+    done = run(["mine.toml", "--dataset", "digits", "--results", "results", "--only", "00"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "results" / "mine-digits" / "notebooks" / "00_start_here.ipynb").is_file()
 
 
 def test_a_second_call_trains_nothing(whole_series):
@@ -135,7 +159,7 @@ def test_a_failing_cell_stops_the_series_and_is_named(tmp_path, monkeypatch, cap
     message = capsys.readouterr().err
     assert status == 1
     copy = tmp_path / "results" / "smoke-digits" / "notebooks" / "00_a.ipynb"
-    for part in ("00_a.ipynb", "In [2]", "RuntimeError", "the oven is cold", str(copy)):
+    for part in ("00_a.ipynb", "In [3]", "RuntimeError", "the oven is cold", str(copy)):
         assert part in message
     assert copy.is_file()
     assert not list(tmp_path.rglob("reached"))

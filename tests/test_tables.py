@@ -62,7 +62,7 @@ def test_a_record_fills_its_cell_and_no_other(suite):
 
 def test_seeds_give_mean_and_deviation(tmp_path):
     suite = Suite.open("quick", "digits", results=tmp_path, seeds=2)
-    for seed, accuracy in enumerate((80.0, 82.0)):
+    for seed, accuracy in ((1, 80.0), (2, 82.0)):
         save(suite, suite.student("KD", weight_bits=1, seed=seed), accuracy)
     frame = tables.affinity_losses(suite, EMPTY).frame.set_index("affinity loss")
     assert frame.loc["none", "ours, last epoch"] == "81.00 ± 1.41"
@@ -165,20 +165,42 @@ def test_interval_is_students():
     assert (high - low) / 2 == pytest.approx(3.182446 * deviation / 2, rel=1e-5)
 
 
-def test_pairs_are_same_bits_regime_and_seed(suite):
-    for bits, kd, faqd in ((1, 70.0, 71.0), (2, 75.0, 77.0), (4, 80.0, 83.0)):
-        save(suite, suite.student("KD", weight_bits=bits), kd)
-        save(suite, suite.student("FAQD", weight_bits=bits), faqd)
+def test_pairs_are_same_bits_regime_and_seed_and_a_seed_counts_once(tmp_path):
+    suite = Suite.open("quick", "digits", results=tmp_path, seeds=3)
+    for seed in (1, 2, 3):
+        for bits, kd, faqd in ((1, 70.0, 71.0), (2, 75.0, 77.0), (4, 80.0, 83.0 + seed / 10)):
+            save(suite, suite.student("KD", weight_bits=bits, seed=seed), kd)
+            save(suite, suite.student("FAQD", weight_bits=bits, seed=seed), faqd)
     save(suite, suite.student("KD", weight_bits=1, regime="fine-tuning"), 99.0)  # without a partner
     save(suite, suite.student("FAQD", weight_bits=1, logit_loss="kl"), 10.0)  # T3's other half
+    save(suite, suite.student("FAQD", weight_bits=1, affinity_weight=1000.0), 10.0)  # not of the profile
     row = claims.table(suite).frame.iloc[0]
-    assert (row["n"], row["difference"], row["verdict"]) == ("3", "+2.00", claims.INCONCLUSIVE)
+    assert (row["n (seeds)"], row["difference"], row["verdict"]) == ("3", "+2.07", claims.REPRODUCED)
+    assert row["pairs above −margin"] == "9 of 9"
 
 
-def test_logit_loss_claims_compare_within_a_regime(suite):
+def test_many_pairs_of_one_seed_are_no_verdict(suite):
     for bits in (1, 2, 4):
-        save(suite, suite.student("FAQD", weight_bits=bits, logit_loss="mse"), 80.0 + bits / 10)
-        save(suite, suite.student("FAQD", weight_bits=bits, logit_loss="kl"), 79.0)
+        for regime in ("end-to-end", "fine-tuning"):
+            save(suite, suite.student("KD", weight_bits=bits, regime=regime), 70.0)
+            save(suite, suite.student("FAQD", weight_bits=bits, regime=regime), 80.0)
+    row = claims.table(suite).frame.iloc[0]
+    assert (row["pairs above −margin"], row["n (seeds)"], row["verdict"]) == ("6 of 6", "1", claims.INCONCLUSIVE)
+
+
+def test_label_free_claims_leave_fine_tuning_out(suite):
+    for regime, accuracy in (("end-to-end", 70.0), ("fine-tuning", 10.0)):
+        save(suite, suite.student("labels", weight_bits=1, regime=regime), 60.0)
+        save(suite, suite.student("FAQD", weight_bits=1, regime=regime), accuracy)
+    row = claims.table(suite).frame.set_index("claim").loc["Label-free equals or beats training with labels only"]
+    assert (row["difference"], row["pairs above −margin"]) == ("+10.00", "1 of 1")
+
+
+def test_logit_loss_claims_compare_within_a_regime(tmp_path):
+    suite = Suite.open("quick", "digits", results=tmp_path, seeds=3)
+    for seed in (1, 2, 3):
+        save(suite, suite.student("FAQD", weight_bits=1, logit_loss="mse", seed=seed), 80.0 + seed / 10)
+        save(suite, suite.student("FAQD", weight_bits=1, logit_loss="kl", seed=seed), 79.0)
     frame = claims.table(suite).frame.set_index("claim")
     assert frame.loc["MSE beats KL end to end", "verdict"] == claims.REPRODUCED
     assert frame.loc["KL beats MSE in fine-tuning", "verdict"] == tables.NOT_RUN
@@ -189,5 +211,5 @@ def test_ffa_is_held_against_fa_with_its_margin(suite):
     save(suite, suite.student("FFAQD", weight_bits=1, k=6), 79.9)
     save(suite, suite.student("FFAQD", weight_bits=1, k=1), 20.0)  # another k
     row = claims.table(suite).frame.set_index("claim").loc["FFA with k = 6 is as good as exact FA"]
-    assert (row["n"], row["difference"], row["margin"]) == ("1", "-0.10", "0.5")
+    assert (row["n (seeds)"], row["difference"], row["margin"]) == ("1", "-0.10", "0.5")
     assert row["verdict"] == claims.INCONCLUSIVE

@@ -134,7 +134,7 @@ def test_the_same_run_twice_is_the_same_bits_and_another_seed_is_not(tiny_suite)
         records += suite.run([suite.student("FFAQD", weight_bits=1, activation_bits=4)])
     assert records[0].weights_digest == records[1].weights_digest
     assert records[0].history == records[1].history
-    (other,) = suite.run([suite.student("FFAQD", weight_bits=1, activation_bits=4, seed=1)])
+    (other,) = suite.run([suite.student("FFAQD", weight_bits=1, activation_bits=4, seed=2)])
     assert other.weights_digest != records[0].weights_digest
 
 
@@ -264,7 +264,7 @@ def test_adapters_are_trained(tiny_suite):
         if name.endswith("0.weight"):
             # More than weight decay alone would do: the direction changes, not only the length.
             cosine = F.cosine_similarity(tensor.flatten(), after[name].flatten(), dim=0)
-            assert cosine < 1 - 1e-7, name
+            assert cosine < 1 - 1e-5, name
         assert not torch.equal(tensor, after[name]), name
 
 

@@ -65,7 +65,7 @@ class Suite:
             dataset: a dataset's name, or ``"auto"``; empty for the profile's own choice.
             data_root: the only folder to look for data in; None for ``$FAQD_DATA``, then ``data/``.
             results: where suite folders live; None for the project's ``results/``.
-            seeds: number of seeds; 0 for the profile's own.
+            seeds: number of seeds; 0 for the profile's own, or the folder's if it has more.
             device: ``"auto"`` (CUDA if there is one), or a torch device.
 
         Raises:

@@ -143,6 +143,7 @@ class Learner:
                 )
             row[f"{split}_accuracy"], row[f"{split}_cross_entropy"] = accuracy, cross_entropy
         self.history.append(row)
+        self.watch.read()  # once an epoch the host waits for the device anyway
         self._terms.clear()
         self._checked = 0
 
@@ -233,6 +234,7 @@ def train(
         for learner in list(active):
             scores = {name: evaluate(learner.model, images, batches.normalizer) for name, images in splits.items()}
             attempt(learner, learner.end_epoch, epoch, scores)
+        shared.read()
         if not active:
             break
         on_epoch(epoch, active)

@@ -44,10 +44,16 @@ class Losses(Frozen):
 class Grid(Frozen):
     """Which cells of the tables are trained; a cell that is left out reads "not run"."""
 
-    weight_bits: list[WeightBits] = [1, 2, 4]
-    weight_regimes: list[Literal["end-to-end", "fine-tuning"]] = ["end-to-end", "fine-tuning"]
-    full_bits: list[tuple[WeightBits, ActivationBits]] = [(1, 4), (4, 4)]
-    full_regimes: list[Literal["end-to-end", "fine-tuning"]] = ["end-to-end", "fine-tuning"]
+    weight_bits: Annotated[list[WeightBits], Field(min_length=1)] = [1, 2, 4]
+    weight_regimes: Annotated[list[Literal["end-to-end", "fine-tuning"]], Field(min_length=1)] = [
+        "end-to-end",
+        "fine-tuning",
+    ]
+    full_bits: Annotated[list[tuple[WeightBits, ActivationBits]], Field(min_length=1)] = [(1, 4), (4, 4)]
+    full_regimes: Annotated[list[Literal["end-to-end", "fine-tuning"]], Field(min_length=1)] = [
+        "end-to-end",
+        "fine-tuning",
+    ]
     logit_bits: list[WeightBits] = [1, 2, 4]
     affinity_bits: WeightBits = 1
     projections: list[Count] = [1, 3, 6, 15]

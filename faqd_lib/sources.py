@@ -69,11 +69,12 @@ def _decode(jobs: list[tuple[str, Callable[[], bytes]]], image_size: int | None)
         first = next(decoded)
         pixels = np.empty((len(jobs), *first.shape), np.uint8)
         for index, picture in enumerate(itertools.chain([first], decoded)):
-            if picture.shape != first.shape or picture.shape[1] != picture.shape[2]:
+            height, width = picture.shape[1:]
+            if picture.shape != first.shape or height != width:
+                other = "" if height != width else f", but {jobs[0][0]} is {first.shape[2]}x{first.shape[1]}"
                 raise DatasetError(
-                    f"{jobs[index][0]} is {picture.shape[2]}x{picture.shape[1]} but {jobs[0][0]} is "
-                    f"{first.shape[2]}x{first.shape[1]}: images must be square and of one size; "
-                    "set image_size in the profile to have them resized"
+                    f"{jobs[index][0]} is {width}x{height}{other}: images must be square and of one size; set "
+                    "image_size in the profile to have them resized"
                 )
             pixels[index] = picture
     return torch.from_numpy(pixels)

@@ -113,8 +113,10 @@ class Profile(Frozen):
         else:
             near = difflib.get_close_matches(str(profile), PROFILES, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
+            missing = "; there is no such file" if path.suffix == ".toml" else ""
             raise ConfigurationError(
-                f"unknown profile {str(profile)!r}{hint}: choose {', '.join(PROFILES)}, or the path of a .toml file"
+                f"unknown profile {str(profile)!r}{missing}{hint}: choose {', '.join(PROFILES)}, "
+                "or the path of a .toml file"
             )
         try:
             values = tomllib.loads(text)

@@ -242,6 +242,11 @@ def test_unknown_profile_names_the_known_ones(name, near):
     assert repr(name) in str(raised.value)
 
 
+def test_a_profile_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"nope\.toml'; there is no such file"):
+        Profile.load(tmp_path / "nope.toml")
+
+
 def test_dataset_settings_override(tmp_path):
     profile = Profile.load(write_profile(tmp_path, "[dataset_settings.digits]\nseeds = 4"))
     assert profile.for_dataset("digits").seeds == 4

@@ -6,6 +6,7 @@ from .affinity import (
     affinity_matrix,
     feature_affinity_loss,
 )
+from .affinity_statistics import affinity_statistics
 from .distill import DistillationObjective
 from .models import FeatureTap, build_model
 from .quantize import calibrate, dequantize, describe, quantize
@@ -18,6 +19,7 @@ __all__ = [
     "FeatureAffinityLoss",
     "FeatureTap",
     "affinity_matrix",
+    "affinity_statistics",
     "build_model",
     "calibrate",
     "dequantize",

@@ -9,17 +9,19 @@ student, Y from the teacher and D = X Xᵀ − Y Yᵀ,
 
 where the z_j are random with mean 0 and identity covariance, so that E ‖D z‖² = ‖D‖²_F.
 
-No N×N matrix is needed, not even for the exact loss. With Q = [X−Y, X+Y] (N×2C) and K = [[0, I], [I, 0]],
-D = ½ Q K Qᵀ, hence with G = QᵀQ (2C×2C)
+No N×N matrix is needed, not even for the exact loss. With E = Y − X, Q = [E, Y] (N×2C) and G = QᵀQ,
 
-    ‖D‖²_F = ¼ tr(K G K G),        ∂‖D‖²_F/∂X = 4 D X = 2 Q K QᵀX,        QᵀX = ½ (G's first C + its last C columns).
+    D = X Xᵀ − Y Yᵀ = E Eᵀ − E Yᵀ − Y Eᵀ = Q K Qᵀ,   K = [[I, −I], [−I, 0]],
+    ‖D‖²_F = tr(K G K G),        ∂‖D‖²_F/∂X = 4 D X = 4 Q K G T,   where X = Q T, T = [−I; I].
 
-(The same identity gives linear CKA its feature-space form, Kornblith et al. 2019.) Differences and sums are used
-instead of X and Y because ‖XᵀX‖² + ‖YᵀY‖² − 2‖YᵀX‖² cancels in float32 when the student is close to the teacher.
+(The same identity gives linear CKA its feature-space form, Kornblith et al. 2019.) E is used instead of X because
+‖XᵀX‖² + ‖YᵀY‖² − 2‖YᵀX‖² cancels in float32 when the student is close to the teacher: every term of D above is as
+small as E. Where one map has more channels than the other, its further channels are further columns of Q.
 
-Gradients are computed by hand in the forward pass, reach the student only, and go through the normalisation by
-dF = (dX − X⟨X, dX⟩) / ‖F‖. A pixel shorter than ``EPS`` has no direction: it counts as F/EPS in the value and
-receives no gradient (the derivative of that formula, 1/EPS, would be millions of times larger than any other).
+Gradients are computed by hand in the forward pass, a few images at a time so that the work stays in the processor's
+cache, reach the student only, and go through the normalisation by dF = (dX − X⟨X, dX⟩) / ‖F‖. A pixel shorter than
+``EPS`` has no direction: it counts as F/EPS in the value and receives no gradient (the derivative of that formula,
+1/EPS, would be millions of times larger than any other).
 """
 
 import math
@@ -29,8 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-EPS = 1e-6
+from .affinity_kernels import EPS, accumulation_dtype, affinity_difference
+
 METHODS = ("auto", "gram", "pairwise", "projection")
+NORMS = ("l2", "l1")
+REDUCTIONS = ("mean", "released")
 DISTRIBUTIONS = ("gaussian", "rademacher")
 
 
@@ -55,6 +60,8 @@ def feature_affinity_loss(
     teacher: torch.Tensor,
     method: str = "auto",
     *,
+    norm: str = "l2",
+    reduction: str = "mean",
     k: int = 6,
     distribution: str = "gaussian",
     generator: torch.Generator | None = None,
@@ -65,12 +72,17 @@ def feature_affinity_loss(
         student: (batch, C_s, H, W), floating point; receives the gradient.
         teacher: (batch, C_t, H_t, W_t); detached. If its height or width differ, it is resized to the student's
             (bilinear, antialiased), as the paper does. C_t may differ from C_s.
-        method: ``"auto"``: the cheaper exact form (gram if min(C_s, C_t) pays, see :func:`cheaper_exact`);
-            ``"gram"``: exact, from 2C×2C products; ``"pairwise"``: exact, from the N×N matrix, one image at a time;
-            ``"projection"``: the paper's fast estimate (FFA).
+        method: ``"auto"``: the exact form with fewer multiplications, see :func:`cheaper_exact`; ``"gram"``: exact,
+            from (C_s+C_t)² products, linear in N; ``"pairwise"``: exact, from the N×N matrix in blocks of rows, never
+            whole; ``"projection"``: the paper's fast estimate (FFA).
+        norm: ``"l2"``: squared, the paper's; ``"l1"``: Σ|D_ij|, the released code's. L1 has no linear-cost form and
+            no unbiased estimate by projections: it is pairwise only.
+        reduction: ``"mean"``: over images, as above; ``"released"``: as the released code scales, for comparison:
+            with L1 the sum over images of ‖D‖₁/N², with L2 the root of the sum over images, √(Σ‖D‖²_F)/N.
         k: number of projections, at least 1 (projection only). The estimate's relative error falls like 1/√k.
         distribution: of the projections, ``"gaussian"`` (the paper) or ``"rademacher"`` (±1, smaller variance).
-        generator: a CPU generator for the projections; None for torch's global one. Every call draws anew.
+        generator: a CPU generator for the projections; None for torch's global one. Every call draws anew; all
+            images of a batch share the projections.
 
     Returns:
         A scalar (float64 if the student is, else float32), never negative; NaN if an input holds a NaN.
@@ -78,43 +90,24 @@ def feature_affinity_loss(
     Raises:
         TypeError: an argument is not a floating-point tensor, or ``k`` is not an integer.
         ValueError: shapes that are not (batch, channels, height, width), unequal or empty batches, ``k`` below 1,
-            an unknown method or distribution.
+            an unknown method, norm, reduction or distribution, or L1 with another method than pairwise.
     """
-    _check_map("student", student)
-    _check_map("teacher", teacher)
-    if student.shape[0] != teacher.shape[0]:
-        raise ValueError(
-            f"student has {student.shape[0]} images but teacher has {teacher.shape[0]}: feed both the same batch"
-        )
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
-    if method == "projection":
-        _check_projection(k, distribution)
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    # Inside autocast the products below must still accumulate in float32.
-    with torch.autocast(student.device.type, enabled=False):
-        teacher = teacher.detach().to(student.device, dtype)
-        if teacher.shape[2:] != student.shape[2:]:
-            teacher = F.interpolate(teacher, student.shape[2:], mode="bilinear", align_corners=False, antialias=True)
-        pixels = student.shape[2] * student.shape[3]
-        if method == "auto":
-            method = cheaper_exact(pixels, student.shape[1], teacher.shape[1])
-        projections = None
-        if method == "projection":
-            projections = draw_projections(pixels, k, distribution, generator).to(student.device, dtype)
-        return _AffinityLoss.apply(student, teacher, method, projections)
+    _check_projection(k, distribution)
+
+    def draw(pixels: int) -> torch.Tensor:
+        return draw_projections(pixels, k, distribution, generator)
+
+    return _loss(student, teacher, _check_method(method, norm, reduction), norm, reduction, draw)
 
 
 def cheaper_exact(pixels: int, student_channels: int, teacher_channels: int) -> str:
-    """Which exact form needs fewer multiplications: ``"gram"`` (6·N·C² with C the larger count) or ``"pairwise"``.
+    """Which exact form needs fewer multiplications an image: ``"gram"`` or ``"pairwise"``.
 
-    Per image, gram forms a 2C×2C product of 2C×N factors and multiplies N×2C by 2C×C; pairwise forms two N×N
-    products over C channels and multiplies N×N by N×C.
+    With w = C_s + C_t, gram costs N·w² for G, w³ + w²·C_s for K G K and K G T, and N·w·C_s for the gradient;
+    pairwise N²·w for D and N²·C_s for the gradient. So gram is cheaper where w·(N + w) ≤ N²: from N ≈ 1.62·w on.
     """
-    channels = max(student_channels, teacher_channels)
-    gram = 6 * pixels * channels**2
-    pairwise = pixels**2 * (2 * student_channels + teacher_channels)
-    return "gram" if gram <= pairwise else "pairwise"
+    width = student_channels + teacher_channels
+    return "gram" if width * (pixels + width) <= pixels**2 else "pairwise"
 
 
 def draw_projections(
@@ -133,41 +126,85 @@ class FeatureAffinityLoss(nn.Module):
     ``method`` is ``"auto"``, ``"gram"`` or ``"pairwise"``; see :func:`feature_affinity_loss`.
     """
 
-    def __init__(self, method: str = "auto") -> None:
+    def __init__(self, method: str = "auto", norm: str = "l2", reduction: str = "mean") -> None:
         super().__init__()
-        if method not in METHODS or method == "projection":
-            raise ValueError(f"unknown exact method {method!r}: choose auto, gram or pairwise")
-        self.method = method
+        if method == "projection":
+            raise ValueError("method 'projection' is not exact: use FastFeatureAffinityLoss")
+        _check_method(method, norm, reduction)
+        self.method, self.norm, self.reduction = method, norm, reduction
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        return feature_affinity_loss(student, teacher, self.method)
+        return feature_affinity_loss(student, teacher, self.method, norm=self.norm, reduction=self.reduction)
 
     def extra_repr(self) -> str:
-        return f"method={self.method!r}"
+        return f"method={self.method!r}, norm={self.norm!r}, reduction={self.reduction!r}"
 
 
 class FastFeatureAffinityLoss(nn.Module):
     """Fast feature-affinity loss (FFA) as a module: an unbiased estimate of FA from ``k`` random projections.
 
-    The projections are drawn anew at every call from a generator of this module's own, seeded with ``seed``.
+    The projections come from a generator of this module's own, seeded with ``seed``: anew at every call, or, with
+    ``frozen``, the same at every call for maps of one size, as in the released code (which turns the loss into a fixed
+    quadratic form of rank k; for study only). The generator's state is part of ``state_dict()``, so that a training
+    that was interrupted can go on with the projections that come next.
     """
 
-    def __init__(self, k: int = 6, distribution: str = "gaussian", seed: int = 0) -> None:
+    def __init__(
+        self,
+        k: int = 6,
+        distribution: str = "gaussian",
+        seed: int = 0,
+        *,
+        frozen: bool = False,
+        reduction: str = "mean",
+    ) -> None:
         super().__init__()
         _check_projection(k, distribution)
-        self.k, self.distribution = k, distribution
-        self.generator = torch.Generator().manual_seed(seed)
+        _check_method("projection", "l2", reduction)
+        self.k, self.distribution, self.frozen, self.reduction = k, distribution, frozen, reduction
+        # The state of a torch.Generator as a tensor: the compiler cannot follow a generator, but it can a tensor.
+        self.generator_state = torch.Generator().manual_seed(seed).get_state()
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        return feature_affinity_loss(
-            student, teacher, "projection", k=self.k, distribution=self.distribution, generator=self.generator
-        )
+        def draw(pixels: int) -> torch.Tensor:
+            state = self.generator_state.clone() if self.frozen else self.generator_state
+            return _draw_and_advance(state, pixels, self.k, self.distribution)
+
+        return _loss(student, teacher, "projection", "l2", self.reduction, draw)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """The generator's state, for ``state_dict()``."""
+        return self.generator_state.clone()
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Go on from a state that ``state_dict()`` held."""
+        self.generator_state = state.cpu().clone()
 
     def extra_repr(self) -> str:
-        return f"k={self.k}, distribution={self.distribution!r}"
+        frozen = ", frozen" if self.frozen else ""
+        return f"k={self.k}, distribution={self.distribution!r}, reduction={self.reduction!r}{frozen}"
+
+
+def projections_needed(relative_error: float, confidence: float) -> int:
+    """A number of projections k that meets a wanted relative error for any pair of maps (Gaussian projections).
+
+    From Chebyshev's inequality and Var‖Dz‖² = 2‖D²‖²_F ≤ 2‖D‖⁴_F: P(|L_k − L| > εL) ≤ 2 / (k ε²). The bound holds
+    for the worst spectrum of D (rank one); real maps need fewer: :func:`faqd_lib.affinity_statistics` has their own.
+
+    Raises:
+        ValueError: ``relative_error`` not above 0, or ``confidence`` not inside (0, 1).
+    """
+    check_error_and_confidence(relative_error, confidence)
+    return math.ceil(2 / (relative_error**2 * (1 - confidence)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_error_and_confidence(relative_error: float, confidence: float) -> None:
+    """Raise ValueError where either is out of its range."""
+    if not relative_error > 0 or not 0 < confidence < 1:
+        raise ValueError(f"need relative_error > 0 and 0 < confidence < 1, got {relative_error!r} and {confidence!r}")
 
 
 def _check_map(name: str, features: torch.Tensor) -> None:
@@ -189,110 +226,74 @@ def _check_projection(k: int, distribution: str) -> None:
         raise ValueError(f"unknown distribution {distribution!r}: choose one of {', '.join(DISTRIBUTIONS)}")
 
 
-def _pixels(features: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixel vectors divided by their lengths (B, N, C), and the lengths (B, N, 1) in ``dtype``.
-
-    Free of copies for channels-last maps of that dtype.
-    """
-    vectors = features.to(dtype).permute(0, 2, 3, 1).flatten(1, 2)
-    lengths = torch.linalg.vector_norm(vectors, dim=2, keepdim=True)
-    return vectors / lengths.clamp_min(EPS), lengths
-
-
-def _widen(x: torch.Tensor, channels: int) -> torch.Tensor:
-    """Zero channels change no inner product."""
-    return x if x.shape[2] == channels else F.pad(x, (0, channels - x.shape[2]))
-
-
-# Each of the three returns (sum over images of the squared norm, its gradient with respect to X or None).
-_Term = tuple[torch.Tensor, torch.Tensor | None]
+def _check_method(method: str, norm: str, reduction: str) -> str:
+    """The method, with L1's only one in the place of "auto"."""
+    for name, value, known in (
+        ("method", method, METHODS), ("norm", norm, NORMS), ("reduction", reduction, REDUCTIONS)
+    ):  # fmt: skip
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+    if norm == "l1" and method not in ("auto", "pairwise"):
+        raise ValueError(
+            f"norm 'l1' has no {method} form, for the sum of |D_ij| needs every entry of D: use method 'pairwise' (its "
+            "cost is quadratic in the number of pixels), or norm 'l2'"
+        )
+    return "pairwise" if norm == "l1" else method
 
 
-def _difference_and_sum(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    channels = max(x.shape[2], y.shape[2])
-    x, y = _widen(x, channels), _widen(y, channels)
-    return torch.cat((x - y, x + y), dim=2)
+def check_pair(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Check two maps; the teacher's, detached, on the student's device and of its height and width."""
+    _check_map("student", student)
+    _check_map("teacher", teacher)
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"student has {student.shape[0]} images but teacher has {teacher.shape[0]}: feed both the same batch"
+        )
+    teacher = teacher.detach().to(student.device)
+    if teacher.shape[2:] == student.shape[2:]:
+        return teacher
+    with torch.autocast(student.device.type, enabled=False):  # in full precision
+        return F.interpolate(
+            teacher.to(accumulation_dtype(student)),
+            student.shape[2:], mode="bilinear", align_corners=False, antialias=True,
+        )  # fmt: skip
 
 
-def _gram(x: torch.Tensor, y: torch.Tensor, _projections: None, with_gradient: bool) -> _Term:
-    q = _difference_and_sum(x, y)
-    c = q.shape[2] // 2
-    gram = q.transpose(1, 2) @ q
-    # tr(K G K G) = 2 (⟨AᵀA, BᵀB⟩ + tr((BᵀA)²)) with A = X − Y, B = X + Y.
-    aa, ab, bb = gram[:, :c, :c], gram[:, :c, c:], gram[:, c:, c:]
-    value = ((aa * bb).sum() + (ab * ab.transpose(1, 2)).sum()) / 2
-    if not with_gradient:
-        return value, None
-    qx = gram[:, :, :c] + gram[:, :, c:]
-    return value, q @ torch.cat((qx[:, c:], qx[:, :c]), dim=1)[:, :, : x.shape[2]]
+def _loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    method: str,
+    norm: str,
+    reduction: str,
+    draw: Callable[[int], torch.Tensor],
+) -> torch.Tensor:
+    teacher = check_pair(student, teacher)
+    pixels = student.shape[2] * student.shape[3]
+    if method == "auto":
+        method = cheaper_exact(pixels, student.shape[1], teacher.shape[1])
+    projections = None
+    if method == "projection":
+        projections = draw(pixels).to(student.device, accumulation_dtype(student), non_blocking=True)
+    with_gradient = torch.is_grad_enabled() and student.requires_grad
+    total, _ = affinity_difference(student, teacher, method, norm, projections, with_gradient)
+    if reduction == "mean":
+        return total / (len(student) * pixels**2)
+    if norm == "l1":
+        return total / pixels**2
+    # The root has no derivative at 0, where that of the square is 0: `tiny` keeps 0/0 away.
+    return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt() / pixels
 
 
-def _pairwise(x: torch.Tensor, y: torch.Tensor, _projections: None, with_gradient: bool) -> _Term:
-    value = x.new_zeros(())
-    gradient = torch.empty_like(x) if with_gradient else None
-    for image in range(len(x)):
-        difference = x[image] @ x[image].T
-        difference.addmm_(y[image], y[image].T, alpha=-1)
-        value += difference.square().sum()
-        if with_gradient:
-            torch.mm(difference, x[image], out=gradient[image]).mul_(4)
-    return value, gradient
+@torch.library.custom_op("faqd::draw_projections", mutates_args=("state",))
+def _draw_and_advance(state: torch.Tensor, pixels: int, k: int, distribution: str) -> torch.Tensor:
+    """Projections from a generator's state (uint8, of a CPU generator), which moves on."""
+    generator = torch.Generator()
+    generator.set_state(state)
+    projections = draw_projections(pixels, k, distribution, generator)
+    state.copy_(generator.get_state())
+    return projections
 
 
-def _projection(x: torch.Tensor, y: torch.Tensor, projections: torch.Tensor, with_gradient: bool) -> _Term:
-    q = _difference_and_sum(x, y)
-    c, k = q.shape[2] // 2, projections.shape[1]
-    # D z = ½ Q K (Qᵀz); the two halves of Qᵀz change places.
-    qz = q.transpose(1, 2) @ projections
-    dz = q @ torch.cat((qz[:, c:], qz[:, :c]), dim=1) / 2
-    value = dz.square().sum() / k
-    if not with_gradient:
-        return value, None
-    # ∂‖D z‖²/∂X = 2 (Dz (zᵀX) + z (Dz)ᵀX)
-    xz, xd = x.transpose(1, 2) @ projections, x.transpose(1, 2) @ dz
-    return value, (dz @ xz.transpose(1, 2) + projections @ xd.transpose(1, 2)) * (2 / k)
-
-
-_TERMS: dict[str, Callable[..., _Term]] = {"gram": _gram, "pairwise": _pairwise, "projection": _projection}
-
-
-class _AffinityLoss(torch.autograd.Function):
-    """Value and gradient in one pass; what is kept for the backward pass is one map, the gradient itself."""
-
-    @staticmethod
-    def forward(ctx, student, teacher, method, projections):
-        x, lengths = _pixels(student, teacher.dtype)
-        y, _ = _pixels(teacher, teacher.dtype)
-        with_gradient = ctx.needs_input_grad[0]
-        value, gradient = _TERMS[method](x, y, projections, with_gradient)
-        scale = 1 / (len(x) * x.shape[1] ** 2)
-        if with_gradient:
-            # Through the normalisation: dF = (dX − X⟨X, dX⟩) / ‖F‖, nothing for pixels without direction.
-            gradient.addcmul_(x, (x * gradient).sum(2, keepdim=True), value=-1)
-            gradient.mul_(torch.where(lengths < EPS, 0.0, scale / lengths.clamp_min(EPS)))
-            ctx.save_for_backward(gradient.unflatten(1, student.shape[2:]).permute(0, 3, 1, 2))
-            ctx.student_dtype = student.dtype
-        # The gram form is a difference of rounded sums where the maps agree; a squared norm is not negative.
-        return (value * scale).clamp_min(0)
-
-    @staticmethod
-    def backward(ctx, gradient_of_loss):
-        if torch.is_grad_enabled():  # only under create_graph: the saved gradient would silently count as constant
-            raise RuntimeError("the affinity loss has no second derivative: call backward without create_graph=True")
-        (gradient,) = ctx.saved_tensors
-        # Multiplied before the cast: the scale of float16 training does not fit into float16 by itself.
-        return (gradient * gradient_of_loss).to(ctx.student_dtype), None, None, None
-
-
-def projections_needed(relative_error: float, confidence: float) -> int:
-    """A number of projections k that meets a wanted relative error for any pair of maps (Gaussian projections).
-
-    From Chebyshev's inequality and Var‖Dz‖² = 2‖D²‖²_F ≤ 2‖D‖⁴_F: P(|L_k − L| > εL) ≤ 2 / (k ε²). The bound holds
-    for the worst spectrum of D (rank one); real maps need far fewer.
-
-    Raises:
-        ValueError: ``relative_error`` not above 0, or ``confidence`` not inside (0, 1).
-    """
-    if not relative_error > 0 or not 0 < confidence < 1:
-        raise ValueError(f"need relative_error > 0 and 0 < confidence < 1, got {relative_error!r} and {confidence!r}")
-    return math.ceil(2 / (relative_error**2 * (1 - confidence)))
+@_draw_and_advance.register_fake
+def _(state, pixels, k, distribution):
+    return torch.empty(pixels, k)

@@ -9,6 +9,8 @@ from .files import canonical_json, text_digest
 # Raise this whenever the same configuration would train to other numbers than before (loop, losses, quantizers,
 # augmentation): old runs then keep their names and are not mistaken for new ones.
 RECIPE = 1
+# The same for the affinity losses alone: runs without one keep their names.
+AFFINITY_RECIPE = 2
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -178,8 +180,17 @@ class RunConfig(Frozen):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the whole configuration, nested runs and recipe version included."""
-        return text_digest(canonical_json(self.model_dump(mode="json")))
+        """SHA-256 of the whole configuration, nested runs and recipe versions included."""
+        values = self.model_dump(mode="json")
+        if self._has_affinity:
+            values["affinity_recipe"] = AFFINITY_RECIPE
+        return text_digest(canonical_json(values))
+
+    @property
+    def _has_affinity(self) -> bool:
+        """Whether an affinity loss had a part in this run or in one that it needs."""
+        others = (self.teacher, self.initial)
+        return self.objective.affinity != "none" or any(run is not None and run._has_affinity for run in others)
 
     @property
     def run_id(self) -> str:

@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 
 import torch
@@ -89,6 +89,35 @@ class Stopwatch:
             self.seconds.append(begin.elapsed_time(end) / 1000 if self._cuda else end - begin)
         self._marks.clear()
         return self.seconds
+
+
+def take_turns(
+    calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device | str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of ``rounds`` calls of each, in turns, after one call of each that does not count.
+
+    In turns, so that a machine that is slow for a while is slow for all of them, and ratios of medians hold.
+    """
+    device = torch.device(device)
+    watches = {name: Stopwatch(device) for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            watches[name].start()
+            call()
+            watches[name].stop()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # or the next call's kernels would queue behind this one's
+    return {name: watch.read() for name, watch in watches.items()}
+
+
+def copy_bandwidth(device: torch.device | str = "cpu", megabytes: int = 256) -> float:
+    """Bytes a second that memory moves (read and written) in a copy too large for any cache: the best of seven."""
+    source = torch.ones(megabytes * 2**18, device=device)  # float32
+    target = torch.empty_like(source)
+    (seconds,) = take_turns({"copy": lambda: target.copy_(source)}, 7, device).values()
+    return 2 * source.numel() * 4 / min(seconds)
 
 
 def exact_kernels():

@@ -1,5 +1,6 @@
 """Feature affinity against its N×N definition, its symmetries, its estimates and its refusals."""
 
+import copy
 import math
 from fractions import Fraction
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faqd_lib import affinity
+from faqd_lib import affinity, affinity_kernels
 from faqd_lib.affinity import (
     FastFeatureAffinityLoss,
     FeatureAffinityLoss,
@@ -20,6 +21,7 @@ from faqd_lib.affinity import (
     feature_affinity_loss,
     projections_needed,
 )
+from faqd_lib.measure import peak_bytes
 
 EXACT = ("gram", "pairwise", "auto")
 
@@ -248,6 +250,81 @@ def test_gram_and_pairwise_agree_in_value_and_gradient(shape, seed):
     assert torch.allclose(*gradients, rtol=1e-8, atol=1e-12)
 
 
+def test_zero_iff_the_affinities_agree():
+    student, _ = maps(22, (2, 5, 4, 4))
+    generator = torch.Generator().manual_seed(23)
+    # Any lengths, any basis, more channels: other maps, the same affinities.
+    basis, _ = torch.linalg.qr(torch.randn(9, 5, generator=generator, dtype=torch.float64))
+    lengths = torch.rand(2, 1, 4, 4, generator=generator, dtype=torch.float64) + 0.5
+    same = torch.einsum("dc,bchw->bdhw", basis, student) * lengths
+    changed = same.clone()
+    changed[1, 0, 2, 2] += 0.3  # one number of one pixel
+    for method in EXACT:
+        assert feature_affinity_loss(student, same, method).item() == pytest.approx(0, abs=1e-15)
+        assert feature_affinity_loss(student, changed, method).item() > 1e-6
+
+
+@pytest.mark.parametrize("method", [*EXACT, "projection"])
+def test_exactly_zero_for_equal_maps_of_any_layout(method):
+    student, _ = maps(24, (2, 5, 4, 4), dtype=torch.float32)
+    for teacher in (student.clone(), student.to(memory_format=torch.channels_last)):
+        assert feature_affinity_loss(student, teacher, method).item() == 0
+
+
+# ---- other norms and scalings
+
+
+def l1_of_definition(student, teacher) -> list[float]:
+    return [float(d.abs().sum()) for d in naive_differences(student, teacher)]
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+def test_l1_is_the_sum_of_absolute_differences(shapes):
+    student, teacher = maps(25, *shapes)
+    pixels = shapes[0][2] * shapes[0][3]
+    expected = np.mean(l1_of_definition(student, teacher)) / pixels**2
+    for method in ("auto", "pairwise"):
+        value = feature_affinity_loss(student, teacher, method, norm="l1").item()
+        assert value == pytest.approx(expected, rel=1e-11, abs=1e-14)
+
+
+def test_released_scaling():
+    student, teacher = maps(26, (3, 4, 3, 2))
+    released = {"l1": sum(l1_of_definition(student, teacher)) / 36}
+    released["l2"] = math.sqrt(sum(float(d.square().sum()) for d in naive_differences(student, teacher))) / 6
+    for norm, expected in released.items():
+        value = feature_affinity_loss(student, teacher, norm=norm, reduction="released").item()
+        assert value == pytest.approx(expected, rel=1e-11)
+        module = FeatureAffinityLoss(norm=norm, reduction="released")
+        assert module(student, teacher).item() == value
+    fast = FastFeatureAffinityLoss(k=4000, reduction="released")(student, teacher).item()
+    assert fast == pytest.approx(released["l2"], rel=0.1)
+
+
+def test_released_scaling_of_equal_maps_has_a_gradient_of_zero():
+    student, _ = maps(27)
+    leaf = student.clone().requires_grad_()
+    feature_affinity_loss(leaf, student, reduction="released").backward()
+    assert leaf.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 2**20])
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_rows_and_images_in_blocks_change_nothing(monkeypatch, chunk, norm):
+    student, teacher = maps(28, (5, 3, 6, 5))
+    leaf = student.clone().requires_grad_()
+    expected = naive(student, teacher) if norm == "l2" else np.mean(l1_of_definition(student, teacher)) / 900
+    monkeypatch.setattr(affinity_kernels, "_CPU_CHUNK", chunk)
+    monkeypatch.setattr(affinity_kernels, "_ROWS", 7)  # does not divide 30
+    gradients = []
+    for method in ("pairwise", "gram") if norm == "l2" else ("pairwise",):
+        value = feature_affinity_loss(leaf, teacher, method, norm=norm)
+        assert value.item() == pytest.approx(expected, rel=1e-11)
+        gradients.append(torch.autograd.grad(value, leaf)[0])
+    if norm == "l2":
+        assert torch.allclose(*gradients, rtol=1e-9, atol=1e-13)
+
+
 # ---- gradients
 
 
@@ -263,6 +340,34 @@ def test_gradcheck(method, shapes):
         return feature_affinity_loss(x, teacher, method, k=3, generator=torch.Generator().manual_seed(1))
 
     assert torch.autograd.gradcheck(loss, (student.requires_grad_(),))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "released"])
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_gradcheck_of_norms_and_scalings(norm, reduction):
+    student, teacher = maps(29, (2, 3, 2, 3))
+
+    def loss(x):
+        return feature_affinity_loss(x, teacher, norm=norm, reduction=reduction)
+
+    assert torch.autograd.gradcheck(loss, (student.requires_grad_(),))
+
+
+@pytest.mark.parametrize("method", ["gram", "pairwise"])
+@pytest.mark.parametrize("delta", [1e-1, 1e-2, 1e-3])
+def test_float32_gradient_near_the_teacher(method, delta):
+    """Relative error of the gradient at most 1e-6/δ, against N×N in float64, for maps like those after a ReLU."""
+    teacher, noise = maps(30, (4, 16, 16, 16), dtype=torch.float32)
+    teacher = teacher.relu() + 0.01
+    student = (teacher + delta * noise).requires_grad_()
+    value = feature_affinity_loss(student, teacher, method)
+    (gradient,) = torch.autograd.grad(value, student)
+    reference = student.detach().double().requires_grad_()
+    d = affinity_matrix(reference) - affinity_matrix(teacher.double())
+    truth = (d.square().sum((1, 2)) / 256**2).mean()
+    (exact,) = torch.autograd.grad(truth, reference)
+    assert value.item() == pytest.approx(truth.item(), rel=1e-5)
+    assert float((gradient - exact).norm() / exact.norm()) < 1e-6 / delta
 
 
 def test_gradient_is_scaled_by_the_weight_of_the_loss():
@@ -379,6 +484,60 @@ def test_bf16_maps():
     assert student.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_memory_stays_far_below_the_matrix(norm):
+    # N×N in float32 would take 4096² · 4 bytes = 64 MiB for each of the matrices of an image.
+    student, teacher = maps(31, (2, 4, 64, 64), dtype=torch.float32)
+    student.requires_grad_()
+    method = "gram" if norm == "l2" else "pairwise"
+    peak = peak_bytes(lambda: feature_affinity_loss(student, teacher, method, norm=norm).backward())
+    assert peak < (3 * 2 * student.numel() * 4 if norm == "l2" else 16 * 2**20)
+
+
+# ---- the compiler
+
+COMPILED = {
+    "exact": FeatureAffinityLoss,
+    "pairwise": lambda: FeatureAffinityLoss("pairwise"),
+    "l1": lambda: FeatureAffinityLoss(norm="l1"),
+    "fast": lambda: FastFeatureAffinityLoss(k=3, seed=4),
+    "frozen": lambda: FastFeatureAffinityLoss(k=3, seed=4, frozen=True),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_as_one_graph_with_the_same_numbers(name):
+    convolution = torch.nn.Conv2d(3, 5, 3, padding=1).double()
+    images, teacher = maps(32, (2, 3, 6, 6), (2, 5, 6, 6))
+    results = []
+    for compiled in (False, True):
+        loss = COMPILED[name]()
+
+        def step(x, y, loss=loss):
+            return loss(convolution(x).relu(), y)
+
+        if compiled:
+            torch.compiler.reset()
+            # The graph is traced and differentiated as for any backend, and then run as it is.
+            step = torch.compile(step, fullgraph=True, backend="aot_eager")
+        values = []
+        for _ in range(3):
+            convolution.zero_grad()
+            value = step(images, teacher)
+            value.backward()
+            values += [value.item(), convolution.weight.grad.norm().item()]
+        results.append(values)
+    assert results[0] == pytest.approx(results[1], rel=1e-12)
+    assert (len(set(results[1])) == 2) == (name != "fast")
+
+
+def test_operators_meet_torchs_own_checks():
+    student, teacher = maps(33)
+    for method, z in (("gram", None), ("pairwise", None), ("projection", torch.randn(16, 3, dtype=torch.float64))):
+        arguments = (student.clone().requires_grad_(), teacher, method, "l2", z, True)
+        torch.library.opcheck(affinity_kernels.affinity_difference, arguments)
+
+
 # ---- estimates
 
 
@@ -450,6 +609,34 @@ def test_module_draws_anew_at_every_call():
     assert values[0] != FastFeatureAffinityLoss(k=2, seed=6)(student, teacher).item()
 
 
+def test_frozen_module_draws_the_same_at_every_call():
+    student, teacher = maps(19)
+    frozen = FastFeatureAffinityLoss(k=2, seed=5, frozen=True)
+    values = {frozen(student, teacher).item() for _ in range(4)}
+    assert values == {FastFeatureAffinityLoss(k=2, seed=5)(student, teacher).item()}
+    assert "frozen" in repr(frozen)
+
+
+def test_module_state_goes_on_where_it_was():
+    student, teacher = maps(19)
+    first, second = FastFeatureAffinityLoss(k=2, seed=5), FastFeatureAffinityLoss(k=2, seed=6)
+    first(student, teacher)
+    second.load_state_dict(first.state_dict())
+    third = copy.deepcopy(first)
+    expected = [first(student, teacher).item() for _ in range(2)]
+    for other in (second, third):
+        assert [other(student, teacher).item() for _ in range(2)] == expected
+
+
+def test_module_draws_what_a_generator_with_its_seed_draws():
+    student, teacher = maps(19)
+    generator = torch.Generator().manual_seed(5)
+    module = FastFeatureAffinityLoss(k=2, seed=5)
+    for _ in range(2):
+        by_function = feature_affinity_loss(student, teacher, "projection", k=2, generator=generator)
+        assert module(student, teacher).item() == by_function.item()
+
+
 def test_generator_decides_and_the_global_one_is_left_alone():
     student, teacher = maps(20)
     before = torch.get_rng_state()
@@ -494,6 +681,10 @@ GOOD = torch.ones(2, 3, 4, 4)
         ({"student": torch.ones(2, 3, 4, 4, dtype=torch.int64)}, TypeError, ["student", "int64"]),
         ({"teacher": [1.0]}, TypeError, ["teacher", "list"]),
         ({"method": "l1"}, ValueError, ["'l1'", "gram", "projection"]),
+        ({"norm": "l3"}, ValueError, ["'l3'", "l1", "l2"]),
+        ({"reduction": "sum"}, ValueError, ["'sum'", "mean", "released"]),
+        ({"norm": "l1", "method": "gram"}, ValueError, ["gram", "pairwise"]),
+        ({"norm": "l1", "method": "projection"}, ValueError, ["projection", "pairwise"]),
         ({"method": "projection", "k": 0}, ValueError, ["k", "0"]),
         ({"method": "projection", "k": -2}, ValueError, ["k", "-2"]),
         ({"method": "projection", "k": 1.5}, TypeError, ["k", "1.5"]),

@@ -6,6 +6,7 @@ from typing import get_args
 import pydantic
 import pytest
 
+from faqd_lib import config
 from faqd_lib.config import (
     ActivationBits,
     ConfigurationError,
@@ -152,6 +153,18 @@ def test_a_teachers_own_settings_change_the_students_digest(student):
     optimization = student.teacher.optimization.model_copy(update={"learning_rate": 0.01})
     teacher = student.teacher.model_copy(update={"optimization": optimization})
     assert student.model_copy(update={"teacher": teacher}).digest != student.digest
+
+
+def test_another_affinity_recipe_renames_the_runs_that_have_an_affinity_loss(student, run_config, monkeypatch):
+    before = student.digest, student.teacher.digest, run_config.digest
+    assert student.objective.affinity != "none"
+    follower = student.model_copy(update={"objective": student.objective.model_copy(
+        update={"affinity": "none", "affinity_weight": 0.0}), "initial": student})  # fmt: skip
+    follower_before = follower.digest
+    monkeypatch.setattr(config, "AFFINITY_RECIPE", 99)
+    assert student.digest != before[0]
+    assert follower.digest != follower_before
+    assert (student.teacher.digest, run_config.digest) == before[1:]
 
 
 def test_digest_survives_json(student):

@@ -1,0 +1,255 @@
+"""Time and memory of the affinity losses, forward and backward, as ratios within one run.
+
+    python benchmarks/affinity.py                     # everything: about 20 minutes on 2 cores
+    python benchmarks/affinity.py --parts targets     # what the README claims
+    python benchmarks/affinity.py --parts sweep --device cuda
+
+Everything is float32, channels-last, value and gradient. "direct" is the N×N loss as one would write it with autograd;
+"plain FFA" is the paper's fast loss written with autograd. The floor is what it takes to read both maps and write one
+gradient at this machine's measured copy bandwidth. Prints tables; writes ``affinity.json`` and ``affinity.png`` to
+``--out`` (``results/benchmarks`` if left out).
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from faqd_lib import DistillationObjective, FeatureTap, build_model, feature_affinity_loss, plots, quantize
+from faqd_lib.affinity import draw_projections
+from faqd_lib.files import atomic_write_text
+from faqd_lib.measure import copy_bandwidth, environment, peak_bytes, take_turns
+from faqd_lib.settings import default_results
+
+MiB = 2**20
+TARGETS = [(100, 16, 32), (32, 16, 64), (32, 64, 64)]
+DIRECT_LIMIT = 6 * 2**30  # bytes that the direct loss may need: five N×N matrices for each image
+
+
+def unit_pixels(features: torch.Tensor) -> torch.Tensor:
+    vectors = features.permute(0, 2, 3, 1).flatten(1, 2)  # no copy for channels-last maps
+    return vectors / vectors.norm(dim=2, keepdim=True).clamp_min(1e-6)
+
+
+def direct(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The definition, with autograd."""
+    x, y = unit_pixels(student), unit_pixels(teacher)
+    return (x @ x.mT - y @ y.mT).square().mean((1, 2)).mean()
+
+
+def plain_ffa(student: torch.Tensor, teacher: torch.Tensor, k: int) -> torch.Tensor:
+    """The fast loss, with autograd."""
+    x, y = unit_pixels(student), unit_pixels(teacher)
+    z = draw_projections(x.shape[1], k).to(x.device)
+    return (x @ (x.mT @ z) - y @ (y.mT @ z)).square().sum((1, 2)).mean() / (k * x.shape[1] ** 2)
+
+
+def pair(batch: int, channels: int, height: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        torch.randn(batch, channels, height, height, generator=generator).relu()
+        .to(device, memory_format=torch.channels_last)
+        for _ in range(2)
+    )  # fmt: skip
+    return student.requires_grad_(), teacher
+
+
+def candidates(student: torch.Tensor, teacher: torch.Tensor) -> dict:
+    """Value and gradient by every way of computing them."""
+
+    def both(loss):
+        return lambda: torch.autograd.grad(loss(), student)
+
+    return {
+        "direct": both(lambda: direct(student, teacher)),
+        "plain FFA, k = 15": both(lambda: plain_ffa(student, teacher, 15)),
+        "pairwise": both(lambda: feature_affinity_loss(student, teacher, "pairwise")),
+        "exact (auto)": both(lambda: feature_affinity_loss(student, teacher)),
+        "FFA, k = 6": both(lambda: feature_affinity_loss(student, teacher, "projection", k=6)),
+        "FFA, k = 15": both(lambda: feature_affinity_loss(student, teacher, "projection", k=15)),
+    }
+
+
+def measure(calls: dict, rounds: int, device: str, **labels) -> list[dict]:
+    """One row a candidate: median and interquartile range of its times, its peak memory."""
+    times = take_turns(calls, rounds, device)
+    rows = []
+    for name, call in calls.items():
+        quartiles = statistics.quantiles(times[name], n=4) if rounds > 1 else times[name] * 3
+        rows.append(
+            {**labels, "loss": name, "n": rounds, "median_ms": 1e3 * statistics.median(times[name]),
+             "iqr_ms": 1e3 * (quartiles[2] - quartiles[0]), "peak_MiB": peak_bytes(call, device) / MiB}
+        )  # fmt: skip
+    return rows
+
+
+def direct_bytes(batch: int, height: int) -> int:
+    return 5 * batch * height**4 * 4
+
+
+def targets(device: str, rounds: int) -> pd.DataFrame:
+    """The shapes of a ResNet's maps: ratios to the direct loss and to plain FFA."""
+    rows = []
+    for batch, channels, height in TARGETS:
+        student, teacher = pair(batch, channels, height, device)
+        calls = candidates(student, teacher)
+        calls.pop("pairwise")
+        slow = calls.pop("direct")
+        shape = {"batch": batch, "C": channels, "H": height}
+        found = measure(calls, rounds, device, **shape)
+        # The direct loss takes seconds: three rounds, between calls of the exact one.
+        again = take_turns({"direct": slow, "exact (auto)": calls["exact (auto)"]}, 3, device)
+        reference = statistics.median(again["direct"])
+        found.append(
+            {**shape, "loss": "direct", "n": 3, "median_ms": 1e3 * reference,
+             "iqr_ms": 1e3 * (max(again["direct"]) - min(again["direct"])),
+             "peak_MiB": peak_bytes(slow, device) / MiB}
+        )  # fmt: skip
+        plain = next(row["median_ms"] for row in found if row["loss"] == "plain FFA, k = 15")
+        for row in found:
+            own = statistics.median(again["exact (auto)"]) if row["loss"] == "exact (auto)" else row["median_ms"] / 1e3
+            row["times faster than direct"] = reference / own
+            row["time / plain FFA"] = row["median_ms"] / plain
+        rows += found
+    return pd.DataFrame(rows)
+
+
+def ffa_backward(device: str, rounds: int) -> pd.DataFrame:
+    """Forward and backward of FFA, k = 15, apart: ours computes the gradient in the forward pass."""
+    student, teacher = pair(100, 16, 32, device)
+    losses = {
+        "plain autograd": lambda: plain_ffa(student, teacher, 15),
+        "hand-written": lambda: feature_affinity_loss(student, teacher, "projection", k=15),
+    }
+    calls, graphs = {}, {name: loss() for name, loss in losses.items()}
+    for name, loss in losses.items():
+        calls[f"{name}, forward and backward"] = lambda loss=loss: torch.autograd.grad(loss(), student)
+        calls[f"{name}, backward alone"] = lambda name=name: torch.autograd.grad(
+            graphs[name], student, retain_graph=True
+        )
+    return pd.DataFrame(measure(calls, rounds, device, batch=100, C=16, H=32))
+
+
+def large_map(device: str) -> pd.DataFrame:
+    """(4, 64, 224): extra memory of the exact loss, in units of its two inputs."""
+    student, teacher = pair(4, 64, 224, device)
+    inputs = 2 * student.numel() * 4
+    rows = measure(
+        {"exact (auto)": lambda: torch.autograd.grad(feature_affinity_loss(student, teacher), student)},
+        2, device, batch=4, C=64, H=224,
+    )  # fmt: skip
+    rows[0]["peak / inputs"] = rows[0]["peak_MiB"] * MiB / inputs
+    rows[0]["one N×N matrix (GiB)"] = 224**4 * 4 / 2**30
+    return pd.DataFrame(rows)
+
+
+def sweep(device: str, rounds: int, bandwidth: float) -> pd.DataFrame:
+    """Every H from 8 to 224 and C from 16 to 512, with the batch that fills about 8 MiB a map."""
+    rows = []
+    for channels in (16, 64, 128, 512):
+        for height in (8, 16, 32, 64, 128, 224):
+            batch = max(1, min(64, 2**21 // (channels * height**2)))
+            if batch * channels * height**2 > 2**24:  # maps that no network has: 224² with 512 channels
+                continue
+            student, teacher = pair(batch, channels, height, device)
+            calls = candidates(student, teacher)
+            calls.pop("plain FFA, k = 15")
+            if height > 64:
+                calls.pop("pairwise")  # minutes
+            if direct_bytes(batch, height) > DIRECT_LIMIT or height > 64:
+                calls.pop("direct")
+            few = max(2, rounds // 4) if height >= 64 or channels >= 512 else rounds
+            found = measure(calls, few, device, batch=batch, C=channels, H=height)
+            floor = 3 * student.numel() * 4 / bandwidth * 1e3
+            reference = next((row["median_ms"] for row in found if row["loss"] == "direct"), None)
+            for row in found:
+                row["floor_ms"] = floor
+                row["times faster than direct"] = reference / row["median_ms"] if reference else float("nan")
+            rows += found
+            print(f"  C = {channels}, H = {height}, batch {batch}", flush=True)
+    return pd.DataFrame(rows)
+
+
+def step_overhead(device: str, rounds: int, precision: str) -> pd.DataFrame:
+    """A training step of a 1-bit ResNet-20, batch 128, with FA on its stages and without; no teacher pass."""
+    teacher = build_model("resnet20", 10, image_size=32, seed=0).to(device, memory_format=torch.channels_last).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(128, 3, 32, 32, generator=generator).to(device, memory_format=torch.channels_last)
+    with FeatureTap(teacher, teacher.feature_names) as tap, torch.no_grad():
+        logits = teacher(images)
+        maps = list(tap.features)
+    calls = {}
+    for name, affinity in {"logits": "none", "logits + FA": "fa", "logits + FFA, k = 6": "ffa"}.items():
+        model = build_model("resnet20", 10, image_size=32, seed=1)
+        model = quantize(model.to(device, memory_format=torch.channels_last), weight_bits=1).train()
+        objective = DistillationObjective("mse", affinity, affinity_weight=0 if affinity == "none" else 30).to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+        def step(model=model, objective=objective, optimizer=optimizer):
+            with (
+                FeatureTap(model, model.feature_names) as own,
+                torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"),
+            ):
+                output = model(images)
+                total = objective(output, own.features, logits, maps)["total"]
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+
+        calls[name] = step
+    rows = measure(calls, rounds, device, batch=128, precision=precision)
+    for row in rows:
+        row["time / logits"] = row["median_ms"] / rows[0]["median_ms"]
+    return pd.DataFrame(rows)
+
+
+def figure_of(frame: pd.DataFrame):
+    """Time against H, a panel for each C, with the floor."""
+    # Batches differ between heights: shown is the time of one image.
+    per_image = frame.assign(y=frame["median_ms"] / frame["batch"], x=frame["H"], series=frame["loss"], kind="measured")
+    floor = per_image.drop_duplicates(["C", "H"]).assign(series="memory floor", kind="bound")
+    floor = floor.assign(y=floor["floor_ms"] / floor["batch"])
+    both = pd.concat([per_image, floor])
+    both["panel"] = "C = " + both["C"].astype(str)
+    return plots.scaling(both, "height H of the map (pixels)", "time an image (ms)")
+
+
+PARTS = ("targets", "ffa", "memory", "step", "sweep")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=default_results() / "benchmarks")
+    arguments = parser.parse_args()
+    device, rounds = arguments.device, arguments.rounds
+    if rounds < 2:
+        parser.error(f"--rounds must be at least 2, got {rounds}")
+    machine = environment(device)
+    bandwidth = copy_bandwidth(device)
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s\n")
+    parts = {
+        "targets": lambda: targets(device, rounds),
+        "ffa": lambda: ffa_backward(device, rounds),
+        "memory": lambda: large_map(device),
+        "step": lambda: pd.concat([step_overhead(device, max(3, rounds // 3), p) for p in ("float32", "bf16")]),
+        "sweep": lambda: sweep(device, rounds, bandwidth),
+    }
+    result = {"environment": machine, "copy_bandwidth": bandwidth}
+    for name in arguments.parts:
+        frame = parts[name]()
+        print(f"{name}\n{frame.round(3).to_markdown(index=False)}\n", flush=True)
+        result[name] = json.loads(frame.to_json(orient="records"))
+        if name == "sweep":
+            print(*plots.save(figure_of(frame), arguments.out, "affinity"))
+        print(atomic_write_text(arguments.out / "affinity.json", json.dumps(result, indent=1) + "\n"), "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ The operator is opaque to ``torch.compile``, which takes it as it is; the mathem
 from collections.abc import Iterator
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 EPS = 1e-6  # a pixel vector shorter than this has no direction
 
@@ -199,3 +200,18 @@ def _scaled_gradient(ctx, of_total: torch.Tensor, of_gradient: torch.Tensor | No
 
 
 affinity_difference.register_autograd(_scaled_gradient, setup_context=_keep_gradient)
+
+
+@register_flop_formula(torch.ops.faqd.affinity_difference)
+def _flops(student, teacher, method, norm, projections, with_gradient, *_, **__) -> int:
+    """Of the matrix products, for torch's own counter, which cannot see into the operator. Arguments are shapes."""
+    images, channels, pixels = student[0], student[1], student[2] * student[3]
+    w = channels + teacher[1]
+    if method == "gram":
+        products = w * w * (pixels + w) + with_gradient * w * channels * (w + pixels)
+    elif method == "pairwise":
+        products = pixels**2 * (w + with_gradient * channels)
+    else:
+        k = projections[1]
+        products = w * k * (2 * pixels + w) + with_gradient * channels * k * (w + 3 * pixels)
+    return 2 * images * products

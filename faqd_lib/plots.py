@@ -7,6 +7,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -193,23 +194,33 @@ def pixel_affinity(images: torch.Tensor, points: Sequence[tuple[int, int]], maps
 
 
 def scaling(
-    frame: pd.DataFrame, x_label: str, y_label: str, *, panel_titles: Mapping[str, str] | None = None
+    frame: pd.DataFrame,
+    x_label: str,
+    y_label: str,
+    *,
+    panel_titles: Mapping[str, str] | None = None,
+    x_scale: Literal["log", "linear"] = "log",
 ) -> Figure:
-    """Power laws on log-log axes, a panel for each value of ``panel``.
+    """Power laws on log-log axes (exponentials with a linear x axis), a panel for each value of ``panel``.
 
     Args:
         frame: columns ``x``, ``y``, ``series``, ``kind`` (measured, theory or bound) and optionally ``panel`` and
             ``y_label`` (of its panel). Values that are not positive cannot be shown on a logarithmic axis and are
             left out.
         x_label, y_label: with units.
+        x_scale: of the x axis; the y axis is logarithmic.
         panel_titles: a title by panel; the panel's own name if left out.
     """
     _require(frame, "x", "y", "series", "kind")
     frame = frame if "panel" in frame else frame.assign(panel="")
     panels = list(frame["panel"].unique())
     colours = dict(zip(frame["series"].unique(), sns.color_palette(PALETTE, frame["series"].nunique()), strict=True))
-    with _figure(1, len(panels), height=3.9) as (figure, axes):
-        for axis, panel in zip(axes, panels, strict=True):
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    with _figure(rows, columns, height=3.9 if rows == 1 else 3.2 * rows + 0.6) as (figure, axes):
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        for axis, panel in zip(axes[: len(panels)], panels, strict=True):
             part = frame[(frame["panel"] == panel) & (frame["y"] > 0)]
             for (series, kind), line in part.groupby(["series", "kind"], sort=False):
                 dashes, marker, width = KINDS[kind]
@@ -217,14 +228,18 @@ def scaling(
                     line["x"], line["y"], dashes, marker=marker, markersize=5, linewidth=width, color=colours[series],
                     label=series if kind == "measured" else f"{series}, {kind}",
                 )  # fmt: skip
-            axis.set(xscale="log", yscale="log", xlabel=x_label, title=(panel_titles or {}).get(panel, panel))
+            axis.set(xscale=x_scale, yscale="log", xlabel=x_label, title=(panel_titles or {}).get(panel, panel))
             axis.set_ylabel(part["y_label"].iloc[0] if "y_label" in part else y_label)
-            _plain_ticks(axis.xaxis, part.loc[part["kind"] == "measured", "x"])
+            measured = part.loc[part["kind"] == "measured", "x"]
+            if x_scale == "log" and measured.nunique() <= 8:
+                _plain_ticks(axis.xaxis, measured)
+            elif x_scale == "log":
+                _readable_decades(axis.xaxis, measured)
             _readable_decades(axis.yaxis, part["y"])
         if len(panels) == 1:
             axes[0].legend(fontsize="small")
         else:
-            _legend_below(figure, axes)
+            _legend_below(figure, axes[: len(panels)])
         return figure
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import filelock
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
-from faqd_lib import series
+from faqd_lib import series, tables
 from faqd_lib.files import project_root
+from faqd_lib.suite import Suite
 
 pytestmark = pytest.mark.series
 NOTEBOOKS = sorted((project_root() / "notebooks").glob("*.ipynb"))
@@ -95,9 +98,12 @@ def test_a_profile_of_ones_own_is_found_from_any_folder(tmp_path):
     assert (tmp_path / "results" / "mine-digits" / "notebooks" / "00_start_here.ipynb").is_file()
 
 
-def test_killed_in_the_middle_it_continues_to_the_same_weights(whole_series, tmp_path):
+def test_killed_in_the_middle_it_continues_to_the_same_weights_and_tables(whole_series, tmp_path):
     _, suite, _ = whole_series
-    command = [sys.executable, "-m", "faqd_lib.series", "smoke", "--dataset", "digits", "--only", "04", "08"]
+    # The smoke profile under another name that shows its numbers, or the tables would hold none to compare.
+    shipped = (project_root() / "faqd_lib" / "profiles" / "smoke.toml").read_text()
+    (tmp_path / "tiny.toml").write_text(shipped.replace("shows_results = false", "shows_results = true"))
+    command = [sys.executable, "-m", "faqd_lib.series", "tiny.toml", "--dataset", "digits", "--only", "04", "08"]
     command += ["--results", str(tmp_path / "results")]
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment(tmp_path / "cache"), stdout=subprocess.DEVNULL,
@@ -116,9 +122,26 @@ def test_killed_in_the_middle_it_continues_to_the_same_weights(whole_series, tmp
     assert done.returncode == 0, done.stderr
     finished = digests(tmp_path / "results")
     assert kept.items() <= finished.items()
-    whole = digests(suite.parent)
-    assert finished.items() <= whole.items()
+    assert finished.items() <= digests(suite.parent).items()
     assert len(finished) > len(kept)
+    # The same runs, trained without interruption, in a folder of their own: the same tables, times apart.
+    folders = [tmp_path / "results" / "tiny-digits", tmp_path / "whole" / "tiny-digits"]
+    for name in finished:
+        shutil.copytree(suite / "runs" / name, folders[1] / "runs" / name)
+    shutil.copy(folders[0] / "suite.json", folders[1])
+    found = []
+    for folder in folders:
+        there = Suite.read(folder)
+        reference = tables.read_paper_reference()
+        made = [make(there, reference) for make in (tables.weight_quantization, tables.affinity_losses)]
+        found.append([table.frame.drop(columns="ms a step", errors="ignore") for table in made])
+    for interrupted, whole in zip(*found, strict=True):
+        pd.testing.assert_frame_equal(interrupted, whole)
+    assert sum(map(has_accuracy, found[0][0].astype(str).to_numpy().flat)) >= 6
+
+
+def has_accuracy(cell: str) -> bool:
+    return re.search(r"\d\.\d", cell) is not None
 
 
 def test_a_misspelled_parameter_stops_the_notebook(tmp_path, monkeypatch):

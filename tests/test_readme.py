@@ -10,9 +10,12 @@ TEXT = (project_root() / "README.md").read_text(encoding="utf-8")
 
 
 def test_code_runs_and_trains():
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    training, losses = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    alone: dict = {}
+    exec(compile(losses, "README.md", "exec"), alone)
+    assert 0 < alone["loss"] < 1
     scope: dict = {}
-    exec(compile(code, "README.md", "exec"), scope)
+    exec(compile(training, "README.md", "exec"), scope)
     weight = scope["student"].layer1[0].conv1.parametrizations.weight.original
     assert weight.grad is not None
     assert weight.grad.abs().sum() > 0

@@ -17,7 +17,7 @@ from faqd_lib.config import (
     RunConfig,
     WeightBits,
 )
-from faqd_lib.quantize import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS
+from faqd_lib.quantizers import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS
 from faqd_lib.settings import PROFILES, Profile
 
 

@@ -1,0 +1,373 @@
+"""Quantizers: low-bit weights and activations as small modules, with straight-through gradients to the float values.
+
+Nothing here knows of networks; :mod:`faqd_lib.quantize` puts quantizers into them.
+"""
+
+import functools
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+WEIGHT_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+ACTIVATION_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+FLOAT_BITS = 32
+STEP_GRADIENTS = ("lsq", "coarse")
+SMALLEST_STEP = 1e-6  # of activations: a step that training drives below it would turn its layer off for ever
+
+_EXACT = 2**10  # values times levels of a row, at most, for an exact search of its step; longer ones are scanned
+_BINS, _OCTAVES = 4096, 16  # of the histogram for that; its range, downward from the largest magnitude
+_CHUNK = 2**18  # numbers that a CPU core works on at a time: 1 MiB of float32, what its own cache holds
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: the given quantized values. Backward: the gradient unchanged, to the float values."""
+
+    @staticmethod
+    def forward(ctx, values, quantized):
+        return quantized
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+class WeightQuantizer(nn.Module):
+    """A map from float weights to at most 2^bits values s·q, q integer; its gradient passes straight through.
+
+    One scale s for the tensor (the paper), or one for each output channel (the first dimension). Scales are computed
+    in float32 (float64 for float64 weights) and are no parameters: they follow the weights.
+
+    Subclasses define :meth:`fit`.
+    """
+
+    bits: int
+
+    def __init__(self, per_channel: bool = False) -> None:
+        super().__init__()
+        self.per_channel = per_channel
+
+    def fit(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Least-squares scales (rows, 1) ≥ 0 and integer levels (rows, n) of each row of ``rows`` (rows, n)."""
+        raise TypeError(f"{type(self).__name__} does not define fit")
+
+    def levels(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and integer levels of a weight tensor.
+
+        Returns:
+            (scale, levels): ``scale·levels`` is the quantized weight. The scale is a scalar, or (C_out, 1, …) per
+            channel; levels have the shape of ``weight``.
+
+        Raises:
+            ValueError: the weight is empty, or holds NaN or an infinity (looked for on the CPU only: elsewhere the
+                look would make every step wait for the device).
+        """
+        if weight.numel() == 0:
+            raise ValueError(f"cannot quantize an empty weight of shape {tuple(weight.shape)}")
+        channels = self.per_channel and weight.ndim > 0
+        wide = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+        scale, levels = self.fit(wide.reshape(len(weight), -1) if channels else wide.reshape(1, -1))
+        if weight.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(scale.isfinite().all()):
+            raise ValueError(
+                f"cannot quantize a weight of shape {tuple(weight.shape)} that holds NaN or an infinity: the training "
+                "diverged (lower the learning rate), or the checkpoint is damaged"
+            )
+        shape = (len(weight),) + (1,) * (weight.ndim - 1) if channels else ()
+        return scale.reshape(shape), levels.reshape(weight.shape)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            scale, levels = self.levels(weight)
+            quantized = (scale * levels).to(weight.dtype)
+        return _StraightThrough.apply(weight, quantized)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}{', per channel' if self.per_channel else ''}"
+
+
+class BinaryWeight(WeightQuantizer):
+    """1 bit: ``α·sign(w)`` with α = mean|w|, the least-squares scale (Rastegari et al. 2016, XNOR-Net).
+
+    sign(0) counts as +1, so that there are two values, not three. Example: (−3, 1, 2) → (−2, 2, 2).
+    """
+
+    bits = 1
+
+    def fit(self, rows):
+        return rows.abs().mean(1, keepdim=True), torch.where(rows < 0, -1.0, 1.0).to(rows.dtype)
+
+
+class TernaryWeight(WeightQuantizer):
+    """2 bits, values {−s, 0, s}: weights with |w| ≥ 0.7·mean|w| are kept, s = mean|w| over the kept ones.
+
+    That is the least-squares scale for this support (Li et al. 2016, Ternary Weight Networks).
+    Example: (−3, 0.2, 1, 2) → threshold 1.085 → (−2.5, 0, 0, 2.5).
+    """
+
+    bits = 2
+
+    def fit(self, rows):
+        magnitude = rows.abs()
+        # `>` or equal: a constant row keeps all its weights; an all-zero row has scale 0 either way.
+        kept = magnitude >= 0.7 * magnitude.mean(1, keepdim=True)
+        scale = (magnitude * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True)
+        return scale, rows.sign() * kept
+
+
+class UniformWeight(WeightQuantizer):
+    """b ≥ 3 bits: levels {−L..L}·s, L = 2^(b−1) − 1, with s by least squares.
+
+    The squared error over s has many minima. It is ‖w‖² − ⟨|w|, q⟩²/⟨q, q⟩ with q the nearest levels, and q changes
+    only where s passes some |w_i|/(m − ½), m = 1..L, by one level of one weight: sorted, two cumulative sums give the
+    error in every interval, and the best one is the global optimum. Short rows are searched so; for longer ones a grid
+    of steps is scanned on a fine histogram. Nearest level and least-squares step then alternate twice on the weights.
+    Example, 4 bits: (−0.7, 0.1, 0.3) → s = 0.1, levels (−7, 1, 3).
+
+    Raises:
+        ValueError: fewer than 3 or more than 8 bits.
+    """
+
+    def __init__(self, bits: int, per_channel: bool = False) -> None:
+        super().__init__(per_channel)
+        if not 3 <= bits <= 8:
+            raise ValueError(f"UniformWeight has 3 to 8 bits, got {bits}")
+        self.bits = bits
+        self.highest = 2 ** (bits - 1) - 1
+
+    def fit(self, rows):
+        step = best_step(rows.abs(), self.highest)
+        return step, nearest_levels(rows, step, -self.highest, self.highest)
+
+
+def weight_quantizer(bits: int, per_channel: bool = False) -> WeightQuantizer:
+    """The weight quantizer for 1 to 8 bits.
+
+    Raises:
+        ValueError: any other number of bits.
+    """
+    check_bits("weight_bits", bits, WEIGHT_BITS)
+    if bits <= 2:
+        return (BinaryWeight, TernaryWeight)[bits - 1](per_channel)
+    return UniformWeight(bits, per_channel)
+
+
+def check_bits(name: str, bits: int, offered: tuple[int, ...]) -> None:
+    """Raise ValueError unless ``bits`` is one of those offered."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in offered:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, offered))}, got {bits!r}")
+
+
+# ---- Steps by least squares
+
+
+def nearest_levels(values: torch.Tensor, step: torch.Tensor, lowest: int, highest: int) -> torch.Tensor:
+    """Integer level closest to values/step, within [lowest, highest]; all zero where the step is 0."""
+    safe = torch.where(step > 0, step, torch.ones_like(step))
+    return (values / safe).round_().clamp_(lowest, highest) * (step > 0)
+
+
+def best_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
+    """The step s (rows, 1) for which levels {0..highest}·s are nearest to ``magnitudes`` (rows, n) ≥ 0, in squares.
+
+    0 for a row of zeros; NaN for a row that holds NaN or an infinity. See :class:`UniformWeight` for the method.
+    """
+    step = (_exact_step if magnitudes.shape[1] * highest <= _EXACT else _scanned_step)(magnitudes, highest)
+    for _ in range(2):
+        levels = nearest_levels(magnitudes, step, 0, highest)
+        energy = levels.square().sum(1, keepdim=True)
+        step = torch.where(energy > 0, (magnitudes * levels).sum(1, keepdim=True) / energy.clamp_min(1), step)
+    # NaN is no step that a comparison could reject above.
+    return step + 0 * magnitudes.amax(1, keepdim=True)
+
+
+def _exact_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
+    # Descending: each breakpoint that s passes on its way down raises one value from level m − 1 to m.
+    m = torch.arange(1, highest + 1, device=magnitudes.device, dtype=magnitudes.dtype)
+    _, order = (magnitudes.unsqueeze(2) / (m - 0.5)).flatten(1).sort(dim=1, descending=True, stable=True)
+    gain = magnitudes.unsqueeze(2).expand(-1, -1, highest).flatten(1).gather(1, order).cumsum(1)
+    energy = (2 * m - 1).expand(*magnitudes.shape, -1).flatten(1).gather(1, order).cumsum(1)
+    best = (gain.square() / energy).argmax(1, keepdim=True)
+    return gain.gather(1, best) / energy.gather(1, best)
+
+
+def _scanned_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
+    """The best of steps on a coarse grid over twelve octaves, and then on a fine grid around the best of these."""
+    peak = magnitudes.amax(1, keepdim=True)
+    values, counts = _histogram(magnitudes, peak)
+    # How many weights, and their sum, lie below each edge between two bins: float64 holds both without rounding that
+    # could matter.
+    below = F.pad(counts.cumsum(1), (1, 0))
+    mass = F.pad((values * counts).cumsum(1), (1, 0))
+    half = torch.arange(highest, device=values.device, dtype=values.dtype) + 0.5
+
+    def scan(steps: torch.Tensor) -> torch.Tensor:
+        edges = steps.unsqueeze(2) * half  # (rows, steps, L): where a value reaches level 1, 2, …
+        index = _bin(edges, peak.unsqueeze(2), values.shape[1]).flatten(1) + 1
+        index = torch.where(edges.flatten(1) > peak, values.shape[1], index)
+        above = (below[:, -1:] - below.gather(1, index)).view_as(edges)
+        gain = (mass[:, -1:] - mass.gather(1, index)).view_as(edges).sum(2)
+        energy = (above * (2 * half)).sum(2)
+        explained = torch.where(energy > 0, gain.square() / energy.clamp_min(1), 0)
+        return steps.gather(1, explained.argmax(1, keepdim=True))
+
+    grid = torch.arange(-12.0, 1.0, 1 / 12, device=values.device, dtype=values.dtype)
+    coarse = scan(peak.to(values.dtype) / highest * grid.exp2())
+    fine = torch.linspace(-1 / 12, 1 / 12, 97, device=values.device, dtype=values.dtype)
+    return scan(coarse * fine.exp2()).to(magnitudes.dtype)
+
+
+def _bin(values: torch.Tensor, peak: torch.Tensor, bins: int) -> torch.Tensor:
+    """Index of the bin, of ``bins`` that are evenly spaced in the logarithm over sixteen octaves below the peak."""
+    position = (values / peak.clamp_min(torch.finfo(values.dtype).tiny)).log2().mul_(bins / _OCTAVES).add_(bins)
+    return position.nan_to_num_(0, 0, 0).floor_().clamp_(0, bins - 1).long()
+
+
+def _histogram(magnitudes: torch.Tensor, peak: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of values at the centres of bins, ascending, and how many of ``magnitudes`` lie in each bin; float64."""
+    index = _bin(magnitudes, peak, _BINS)
+    # Whole numbers add up to the same whatever their order, also on devices that add in any order.
+    counts = torch.zeros(len(magnitudes), _BINS, dtype=torch.int64, device=magnitudes.device)
+    counts.scatter_add_(1, index, torch.ones_like(index))
+    centres = torch.arange(_BINS, device=magnitudes.device, dtype=torch.float64)
+    centres = ((centres + 0.5 - _BINS) * (_OCTAVES / _BINS)).exp2()
+    return peak.double() * centres, counts.double()
+
+
+@functools.cache
+def gaussian_step(highest: int) -> float:
+    """The least-squares step of {0..highest} for the positive part of N(0, 1), on 2,001 quantiles."""
+    quantiles = torch.linspace(0.5, 1, 2003, dtype=torch.float64)[1:-1]
+    return float(best_step((math.sqrt(2) * torch.erfinv(2 * quantiles - 1)).unsqueeze(0), highest))
+
+
+# ---- Activations
+
+
+class QuantizedReLU(nn.Module):
+    """A ReLU with 2^bits output values {0..Q}·α, Q = 2^bits − 1, and a learned step α.
+
+    Forward: ``α·round(clip(x/α, 0, Q))`` (nearest, not up: rounding up would add half a step on average).
+    Backward to x: straight through inside (0, Qα), 0 outside. Backward to α, summed over all elements:
+
+    - ``"lsq"`` (Esser et al. 2020): 0 below the range, round(x/α) − x/α inside, Q above; times 1/√(numel·Q), so that
+      the step learns at the pace of a weight;
+    - ``"coarse"`` (Yin et al. 2019, blended coarse gradient descent; the paper's line of work): three values,
+      0 below, 2^(bits−1) inside, Q above; with the same scale.
+
+    Example, 4 bits, α = 0.1: (−1, 0.26, 9) → (0, 0.3, 1.5); LSQ's gradients to α (0, 0.4, 15), coarse (0, 8, 15), each
+    times 1/√45.
+
+    ``step`` starts at the least-squares optimum for standard normal input; :meth:`fit` takes it from data. In a
+    network it stands in the place of ``replaces``, which comes back when the network is dequantized.
+    """
+
+    def __init__(
+        self, bits: int, step_gradient: Literal["lsq", "coarse"] = "lsq", replaces: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        check_bits("activation_bits", bits, ACTIVATION_BITS)
+        if step_gradient not in STEP_GRADIENTS:
+            raise ValueError(f"step_gradient must be one of {', '.join(STEP_GRADIENTS)}, got {step_gradient!r}")
+        self.bits, self.step_gradient = bits, step_gradient
+        self.highest = 2**bits - 1
+        self.step = nn.Parameter(torch.tensor(gaussian_step(self.highest), dtype=torch.float32))
+        self.__dict__["replaces"] = nn.ReLU() if replaces is None else replaces  # not a submodule: it is not in use
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _quantized_relu(x, self.step, self.highest, self.step_gradient == "coarse")
+
+    @torch.no_grad()
+    def fit(self, x: torch.Tensor) -> None:
+        """Set the step to the least-squares optimum for ``x``; left as it is if nothing in ``x`` is positive.
+
+        Of more than 65,536 values a seeded sample of that many is looked at (a regular pattern would meet the same
+        image columns again and again).
+        """
+        positive = x.detach().float().clamp_min(0).flatten()
+        if positive.numel() > 65536:
+            sample = torch.randint(positive.numel(), (65536,), generator=torch.Generator().manual_seed(0))
+            positive = positive[sample.to(x.device)]
+        if bool(positive.any()):
+            self.step.copy_(best_step(positive.unsqueeze(0), self.highest).squeeze())
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
+        # A float network's state_dict has no steps at all: then they stay as they are.
+        if not any(key == "step" or key.endswith(".step") for key in state_dict):
+            state_dict[f"{prefix}step"] = self.step.detach()
+            super()._load_from_state_dict(state_dict, prefix, *arguments)
+            del state_dict[f"{prefix}step"]
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, step_gradient={self.step_gradient!r}"
+
+
+def _flat(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """All elements in the order in which they lie in memory, that of ``like``, which has no gaps."""
+    if x.stride() != like.stride():
+        x = torch.empty_like(like, dtype=x.dtype).copy_(x)
+    return x.as_strided((x.numel(),), (1,), x.storage_offset())
+
+
+def _chunks(*tensors: torch.Tensor):
+    """Pieces of flat tensors: small enough for a core's cache on a CPU, whole elsewhere."""
+    size = _CHUNK if tensors[0].device.type == "cpu" else max(1, tensors[0].numel())
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+@torch.library.custom_op("faqd::quantized_relu", mutates_args=())
+def _quantized_relu(x: torch.Tensor, step: torch.Tensor, highest: int, coarse: bool) -> torch.Tensor:
+    y = torch.empty_like(x)  # without gaps: strides follow x's order of dimensions
+    step = step.clamp_min(SMALLEST_STEP).to(torch.promote_types(x.dtype, torch.float32))
+    for source, target in _chunks(_flat(x, y), _flat(y, y)):
+        levels = (source / step).clamp_(0, highest).round_()
+        target.copy_(levels.mul_(step))
+    return y
+
+
+@_quantized_relu.register_fake
+def _(x, step, highest, coarse):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("faqd::quantized_relu_backward", mutates_args=())
+def _quantized_relu_backward(
+    gradient: torch.Tensor, x: torch.Tensor, step: torch.Tensor, highest: int, coarse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    to_x = torch.empty_like(x)
+    # The gradient passes the guard of a step that is too small, so that such a step can recover.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    guarded = step.clamp_min(SMALLEST_STEP).to(wide)
+    total = torch.zeros((), dtype=wide, device=x.device)
+    for source, g, target in _chunks(_flat(x, to_x), _flat(gradient, to_x), _flat(to_x, to_x)):
+        scaled = source / guarded
+        inside = (scaled > 0) & (scaled < highest)
+        torch.mul(g, inside, out=target)
+        if coarse:
+            weight = inside * 2.0 ** round(math.log2(highest + 1) - 1) + (scaled >= highest) * float(highest)
+        else:
+            # round(x/α) − x/α inside, Q above, 0 below
+            weight = scaled.clamp(0, highest).round_().addcmul_(scaled, inside.to(scaled.dtype), value=-1)
+        total += torch.dot(g.to(wide), weight.to(wide))
+    return to_x, (total / math.sqrt(max(1, x.numel()) * highest)).to(step.dtype)
+
+
+@_quantized_relu_backward.register_fake
+def _(gradient, x, step, highest, coarse):
+    return torch.empty_like(x), torch.empty_like(step)
+
+
+def _keep_input(ctx, inputs, output) -> None:
+    x, step, ctx.highest, ctx.coarse = inputs
+    ctx.save_for_backward(x, step)
+
+
+def _both_gradients(ctx, gradient: torch.Tensor):
+    x, step = ctx.saved_tensors
+    return *_quantized_relu_backward(gradient, x, step, ctx.highest, ctx.coarse), None, None
+
+
+_quantized_relu.register_autograd(_both_gradients, setup_context=_keep_input)

@@ -1,0 +1,417 @@
+"""Weight and activation quantizers alone: levels, scales, gradients, whatever the tensor."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from faqd_lib import quantizers
+from faqd_lib.quantizers import QuantizedReLU, UniformWeight, best_step, weight_quantizer
+
+BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+HIGHEST = {1: 1, 2: 1} | {bits: 2 ** (bits - 1) - 1 for bits in BITS[2:]}
+
+
+def weights(seed: int = 0, count: int = 600) -> torch.Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed)) * 0.3
+
+
+# ---- weights
+
+
+@pytest.mark.parametrize(
+    ("bits", "weight", "expected"),
+    [
+        (1, [-3.0, 1.0, 2.0], [-2.0, 2.0, 2.0]),
+        (2, [-3.0, 0.2, 1.0, 2.0], [-2.5, 0.0, 0.0, 2.5]),
+        (4, [-0.7, 0.1, 0.3], [-0.7, 0.1, 0.3]),
+    ],
+)
+def test_documented_examples(bits, weight, expected):
+    assert torch.allclose(weight_quantizer(bits)(torch.tensor(weight)), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_few_values_on_one_scale(bits, dtype):
+    weight = weights().to(dtype)
+    quantized = weight_quantizer(bits)(weight)
+    scale, levels = weight_quantizer(bits).levels(weight)
+    assert quantized.dtype == dtype
+    assert 2 <= quantized.unique().numel() <= 2**bits
+    assert levels.unique().numel() <= 2**bits
+    assert torch.equal(quantized, (scale * levels).to(dtype))
+    assert torch.equal(levels, levels.round())
+    assert levels.abs().max() <= HIGHEST[bits]
+
+
+@given(st.sampled_from(BITS), st.integers(1, 40), st.integers(0, 2**31))
+def test_idempotent(bits, count, seed):
+    quantizer = weight_quantizer(bits)
+    once = quantizer(weights(seed, count))
+    assert torch.allclose(quantizer(once), once, rtol=1e-5, atol=0)
+
+
+@given(st.sampled_from(BITS), st.integers(1, 40), st.integers(0, 2**31))
+def test_odd(bits, count, seed):
+    weight, quantizer = weights(seed, count), weight_quantizer(bits)
+    assert weight.abs().min() > 0  # sign(0) counts as +1, so oddness holds away from 0 only
+    assert torch.equal(quantizer(-weight), -quantizer(weight))
+
+
+@given(st.sampled_from(BITS), st.integers(1, 40), st.floats(1e-3, 1e3), st.integers(0, 2**31))
+def test_a_larger_weight_gives_as_much_larger_a_result(bits, count, factor, seed):
+    weight, quantizer = weights(seed, count).double(), weight_quantizer(bits)
+    assert torch.allclose(quantizer(factor * weight), factor * quantizer(weight), rtol=1e-9, atol=0)
+
+
+@given(st.sampled_from(BITS), st.integers(1, 60), st.floats(1e-3, 1e2), st.integers(0, 2**31))
+def test_exact_on_its_own_lattice(bits, count, scale, seed):
+    levels = torch.randint(-HIGHEST[bits], HIGHEST[bits] + 1, (count,), generator=torch.Generator().manual_seed(seed))
+    levels[0] = HIGHEST[bits]  # the lattice is that of its largest level
+    if bits == 1:
+        levels = torch.where(levels < 0, -1, 1)
+    weight = levels.double() * scale
+    assert torch.allclose(weight_quantizer(bits)(weight), weight, rtol=1e-9, atol=1e-12 * scale)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_scale_is_the_least_squares_one_for_its_levels(bits):
+    weight = weights(2).double()
+    scale, levels = weight_quantizer(bits).levels(weight)
+
+    def error(candidate):
+        return float((weight - candidate * levels).square().sum())
+
+    scan = torch.linspace(0.2, 3, 4001, dtype=torch.float64) * scale
+    best = scan[torch.tensor([error(s) for s in scan]).argmin()]
+    assert float(scale) == pytest.approx(float(best), rel=1e-3)
+    assert all(error(scale) <= error(s) + 1e-12 for s in scan)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+DISTRIBUTIONS = {
+    "gaussian": lambda: weights(3, 5000),
+    "few": lambda: weights(3, 40),
+    "uniform": lambda: torch.rand(5000, generator=generator(3)) - 0.5,
+    "heavy tails": lambda: weights(3, 5000) ** 3,
+    "heavier tails": lambda: weights(3, 5000) / weights(4, 5000).abs(),
+    "shifted": lambda: weights(3, 5000) * 0.2 + 0.4,
+    "two clusters": lambda: torch.cat((weights(3, 3000) * 0.01, 1 + weights(4, 2000) * 0.01)),
+}
+
+
+def brute_force(weight: torch.Tensor, bits: int) -> float:
+    """The least squared error over a fine grid of steps."""
+    if bits == 1:
+        steps = torch.linspace(0, float(weight.abs().max()), 4001, dtype=torch.float64)
+        return min(float((weight.abs() - s).square().sum()) for s in steps)
+    # From a step that reaches the largest weight with its first level to one that clips nearly all of them.
+    steps = weight.abs().max() / torch.logspace(-0.3, math.log10(40 * HIGHEST[bits]), 3000, dtype=torch.float64)
+    h = HIGHEST[bits]
+    return min(float((weight - s * (weight / s).round().clamp(-h, h)).square().sum()) for s in steps)
+
+
+@pytest.mark.parametrize("draw", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+@pytest.mark.parametrize("bits", [1, 3, 4, 6, 8])
+def test_error_is_within_one_percent_of_brute_force(bits, draw):
+    weight = draw().double()
+    error = float((weight - weight_quantizer(bits)(weight)).square().sum())
+    assert error <= brute_force(weight, bits) * (1 + (1e-2 if bits > 1 else 1e-6))
+
+
+@given(
+    st.sampled_from([3, 4, 5, 8]),
+    st.lists(st.floats(-1e3, 1e3).filter(lambda x: x == 0 or abs(x) > 1e-3), min_size=1, max_size=12),
+)
+def test_short_tensors_are_searched_exactly(bits, values):
+    weight = torch.tensor(values, dtype=torch.float64)
+    error = float((weight - weight_quantizer(bits)(weight)).square().sum())
+    if weight.any():
+        assert error <= brute_force(weight, bits) * (1 + 1e-9) + 1e-18 * float(weight.square().sum())
+
+
+def test_binary_scale_is_the_least_squares_one():
+    weight = weights(8).double()
+    scale, levels = weight_quantizer(1).levels(weight)
+    assert float(scale) == pytest.approx(float((weight * levels).sum() / levels.square().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_per_channel_is_each_channel_by_itself(bits):
+    weight = torch.randn(5, 3, 3, 3, generator=generator(9)) * torch.tensor([0.01, 1, 5, 0, 0.3]).view(5, 1, 1, 1)
+    scale, levels = weight_quantizer(bits, per_channel=True).levels(weight)
+    quantized = weight_quantizer(bits, per_channel=True)(weight)
+    assert scale.shape == (5, 1, 1, 1)
+    assert torch.equal(quantized, scale * levels)
+    for channel in range(5):
+        assert torch.allclose(quantized[channel], weight_quantizer(bits)(weight[channel]), rtol=1e-5, atol=1e-8)
+    whole = weight_quantizer(bits)(weight)
+    assert (weight - quantized).square().sum() < (weight - whole).square().sum()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_weight_that_is_not_finite_is_an_error(bits, per_channel, bad):
+    weight = weights(10).view(6, 100).clone()
+    weight[2, 3] = bad
+    with pytest.raises(ValueError, match=r"\(6, 100\).*NaN or an infinity"):
+        weight_quantizer(bits, per_channel)(weight)
+
+
+def test_an_empty_weight_is_an_error():
+    with pytest.raises(ValueError, match=r"\(0, 3\)"):
+        weight_quantizer(4)(torch.ones(0, 3))
+
+
+@pytest.mark.parametrize("highest", [3, 7, 127])
+def test_scan_and_exact_search_agree(highest, monkeypatch):
+    rows = torch.stack([draw()[:40].abs().double() for draw in DISTRIBUTIONS.values()])
+
+    def errors() -> torch.Tensor:
+        step = best_step(rows, highest)
+        return (rows - step * (rows / step).round().clamp(0, highest)).square().sum(1)
+
+    monkeypatch.setattr(quantizers, "_EXACT", 10**9)
+    exact = errors()
+    monkeypatch.setattr(quantizers, "_EXACT", 0)
+    assert (exact <= errors() * (1 + 1e-9)).all()
+    if highest < 100:  # forty values meet a grid of 127 levels by chance, which a scan may miss
+        assert (errors() <= exact * 1.05).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_fitted_in_float32(bits, dtype):
+    weight = weights(11, 3000).to(dtype)
+    assert torch.equal(weight_quantizer(bits)(weight), weight_quantizer(bits)(weight.float()).to(dtype))
+
+
+def test_ternary_scale_is_of_the_kept_weights_and_its_error_as_known():
+    weight = weights(4, 50_000).double()
+    quantized = weight_quantizer(2)(weight)
+    kept = weight.abs() >= 0.7 * weight.abs().mean()
+    assert torch.equal(quantized != 0, kept)
+    assert float(quantized.abs().max()) == pytest.approx(float(weight[kept].abs().mean()), rel=1e-12)
+    # 0.19 of the variance for Gaussian weights; averaging over the zeros, too, would leave 0.34.
+    assert float((weight - quantized).square().mean() / weight.var()) == pytest.approx(0.19, abs=0.01)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    "values", [[0.0] * 7, [0.25] * 7, [-0.25] * 7, [0.3], [-0.3], [0.0], [1e-15] * 3, [1e18, -1e18]]
+)
+def test_degenerate_tensors(bits, values):
+    weight = torch.tensor(values, requires_grad=True)
+    quantized = weight_quantizer(bits)(weight)
+    quantized.sum().backward()
+    assert torch.allclose(quantized, weight, rtol=1e-5, atol=0)
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_gradient_goes_straight_through(bits):
+    weight = weights(5).requires_grad_()
+    gradient = weights(6)
+    weight_quantizer(bits)(weight).backward(gradient)
+    assert torch.equal(weight.grad, gradient)
+
+
+@pytest.mark.parametrize("bits", [3.5, 0, 9, True, "1", None, 1.0])
+def test_other_bits_are_refused_by_value(bits):
+    for call in (lambda: weight_quantizer(bits), lambda: QuantizedReLU(bits)):
+        with pytest.raises(ValueError, match="_bits must be one of") as raised:
+            call()
+        assert repr(bits) in str(raised.value)
+
+
+@pytest.mark.parametrize("bits", [2, 9])
+def test_uniform_has_three_to_eight_bits(bits):
+    with pytest.raises(ValueError, match=f"got {bits}"):
+        UniformWeight(bits)
+
+
+# ---- activations
+
+
+def quantized_relu(step: float, bits: int = 4, step_gradient: str = "lsq") -> QuantizedReLU:
+    relu = QuantizedReLU(bits, step_gradient)
+    with torch.no_grad():
+        relu.step.fill_(step)
+    return relu
+
+
+def test_quantized_relu_levels():
+    relu = quantized_relu(0.1)
+    assert torch.allclose(relu(torch.tensor([-1.0, 0.26, 9.0])), torch.tensor([0.0, 0.3, 1.5]))
+    values = relu(torch.linspace(-1, 3, 4001)).unique()
+    assert torch.allclose(values, torch.arange(16) * 0.1, atol=1e-6)
+    assert torch.allclose(relu(values), values)
+    # Nearest, not up: no bias over the range.
+    x = torch.linspace(0, 1.5, 15_001)
+    assert abs((relu(x) - x).mean().item()) < 1e-4
+
+
+def test_quantized_relu_gradient_window():
+    x = torch.tensor([-0.5, -1e-3, 1e-3, 0.04, 0.7, 1.499, 1.501, 20.0], requires_grad=True)
+    upstream = torch.arange(1.0, 9.0)
+    quantized_relu(0.1)(x).backward(upstream)
+    assert torch.equal(x.grad, upstream * torch.tensor([0.0, 0, 1, 1, 1, 1, 0, 0]))
+
+
+def test_step_gradient_is_lsqs():
+    relu = quantized_relu(0.2)
+    x = torch.randn(300, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2
+    upstream = torch.randn(300, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    expected = 0.0
+    for value, weight in zip(x.tolist(), upstream.tolist(), strict=True):
+        scaled = value / relu.step.item()
+        if scaled >= 15:
+            expected += weight * 15
+        elif scaled > 0:
+            expected += weight * (round(scaled) - scaled)
+    relu(x).backward(upstream)
+    assert float(relu.step.grad) != 0
+    assert float(relu.step.grad) == pytest.approx(expected / math.sqrt(300 * 15), rel=1e-4)
+
+
+def test_step_learns_from_clipped_values():
+    relu = quantized_relu(0.1)
+    target, optimizer = torch.full((50,), 3.0), torch.optim.SGD(relu.parameters(), lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (relu(target) - target).square().mean().backward()
+        optimizer.step()
+    assert relu.step.item() * 15 > 2.5  # it began with a range of 1.5
+
+
+def test_two_layers_clip_each_at_its_own_range():
+    narrow, wide = quantized_relu(0.1), quantized_relu(0.4)
+    x = torch.tensor([1.0, 3.0, 7.0], requires_grad=True)
+    # The layer built last must not decide for the first: that is how mixed settings go wrong.
+    narrow_out, wide_out = narrow(x), wide(x)
+    assert narrow_out.max().item() == pytest.approx(1.5)
+    assert wide_out.max().item() == pytest.approx(6.0)
+    assert torch.autograd.grad(narrow_out.sum(), x)[0].tolist() == [1, 0, 0]
+    assert torch.autograd.grad(wide_out.sum(), x)[0].tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("spread", [0.05, 1.0, 20.0])
+def test_fitting_comes_close_to_the_best_step(spread):
+    relu, x = QuantizedReLU(4), torch.randn(4000, generator=torch.Generator().manual_seed(4)) * spread
+    target = x.clamp_min(0)
+
+    def error() -> float:
+        with torch.no_grad():
+            return float((relu(x) - target).square().mean())
+
+    before = error()
+    relu.fit(x)
+    after = error()
+    if spread != 1:  # the step that a layer starts with is made for unit variance
+        assert after < before / 2
+    scan = []
+    for step in torch.linspace(0.02, 0.4, 200) * spread:
+        relu.step.data.fill_(step)
+        scan.append(error())
+    assert after <= min(scan) * 1.01
+
+
+def test_fitting_to_nothing_positive_keeps_the_step():
+    relu = QuantizedReLU(4)
+    before = float(relu.step.detach())
+    relu.fit(-torch.rand(10))
+    assert relu.step.item() == before > 0
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_levels_of_every_width(bits):
+    relu = quantized_relu(0.5, bits)
+    values = relu(torch.linspace(-2, 200, 20_001)).unique()
+    assert torch.allclose(values, torch.arange(2**bits) * 0.5)
+
+
+def test_coarse_gradient_is_three_valued():
+    relu = quantized_relu(0.1, 4, "coarse")
+    x = torch.tensor([-1.0, 0.26, 1.4, 9.0], requires_grad=True)
+    upstream = torch.tensor([5.0, 3.0, 2.0, 7.0])
+    relu(x).backward(upstream)
+    assert relu.step.grad.item() == pytest.approx((3 * 8 + 2 * 8 + 7 * 15) / math.sqrt(4 * 15), rel=1e-5)
+    assert x.grad.tolist() == [0, 3, 2, 0]
+    one_bit = quantized_relu(1.0, 1, "coarse")
+    one_bit(torch.tensor([0.4, 2.0])).sum().backward()
+    assert one_bit.step.grad.item() == pytest.approx((1 + 1) / math.sqrt(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_lsq_gradient_is_the_derivative_of_the_surrogate(bits):
+    """With the levels' rounding held constant (straight through), α·(x/α + r) inside and α·Q above."""
+    highest, step = 2**bits - 1, 0.3
+    x = torch.randn(400, generator=generator(12), dtype=torch.float64) * highest * step
+    upstream = torch.randn(400, generator=generator(13), dtype=torch.float64)
+    scaled = x / step
+    offset = scaled.clamp(0, highest).round() - scaled  # constant, as the straight-through estimator has it
+
+    def surrogate(alpha: float) -> float:
+        inside = (scaled > 0) & (scaled < highest)
+        value = torch.where(inside, x + alpha * offset, torch.where(scaled >= highest, alpha * highest, 0.0))
+        return float((value * upstream).sum())
+
+    difference = (surrogate(step + 1e-4) - surrogate(step - 1e-4)) / 2e-4
+    relu = quantized_relu(step, bits).double()
+    relu(x).backward(upstream)
+    assert abs(difference) > 1e-3
+    assert float(relu.step.grad) * math.sqrt(400 * highest) == pytest.approx(difference, rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["channels last", "contiguous", "transposed", "sliced"])
+@pytest.mark.parametrize("step_gradient", ["lsq", "coarse"])
+@pytest.mark.parametrize("chunk", [7, 10**6])
+def test_memory_layout_and_chunks_change_nothing(layout, step_gradient, chunk, monkeypatch):
+    x = torch.randn(3, 4, 6, 5, generator=generator(14), dtype=torch.float64)
+    upstream = torch.randn(3, 4, 6, 5, generator=generator(15), dtype=torch.float64)
+    arranged = {
+        "channels last": lambda: x.to(memory_format=torch.channels_last),
+        "contiguous": x.clone,
+        "transposed": lambda: x.transpose(1, 3).contiguous().transpose(1, 3),
+        "sliced": lambda: torch.cat((x, x), dim=3)[..., :5],
+    }[layout]()
+    expected_step, expected = quantized_relu(0.2, 4, step_gradient).double(), x.clone().requires_grad_()
+    expected_step(expected).backward(upstream)
+    monkeypatch.setattr(quantizers, "_CHUNK", chunk)
+    relu = quantized_relu(0.2, 4, step_gradient).double()
+    leaf = arranged.detach().requires_grad_()
+    output = relu(leaf)
+    output.backward(upstream.to(memory_format=torch.channels_last))
+    assert torch.equal(output, quantized_relu(0.2).double()(x))
+    assert torch.equal(leaf.grad, expected.grad)
+    assert float(relu.step.grad) == pytest.approx(float(expected_step.step.grad), rel=1e-10)
+
+
+def test_quantized_relu_in_bf16_and_empty():
+    relu = quantized_relu(0.25)
+    x = torch.randn(50, generator=generator(16)).bfloat16().requires_grad_()
+    output = relu(x)
+    output.sum().backward()
+    assert output.dtype == x.grad.dtype == torch.bfloat16
+    assert relu.step.grad.dtype == torch.float32
+    assert torch.equal(output.float(), relu(x.float()))  # multiples of 1/4 up to 3.75: exact in bf16
+    assert relu(torch.ones(0, 3)).shape == (0, 3)
+
+
+def test_operators_meet_torchs_own_checks():
+    x = torch.randn(2, 3, 4, 4, generator=generator(17)).requires_grad_()
+    step = torch.tensor(0.2, requires_grad=True)
+    for coarse in (False, True):
+        torch.library.opcheck(torch.ops.faqd.quantized_relu.default, (x, step, 15, coarse))
+
+
+def test_unknown_step_gradient_is_named():
+    with pytest.raises(ValueError, match="'exact'"):
+        QuantizedReLU(4, "exact")

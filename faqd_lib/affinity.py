@@ -16,7 +16,9 @@ No N×N matrix is needed, not even for the exact loss. With E = Y − X, Q = [E,
 
 (The same identity gives linear CKA its feature-space form, Kornblith et al. 2019.) E is used instead of X because
 ‖XᵀX‖² + ‖YᵀY‖² − 2‖YᵀX‖² cancels in float32 when the student is close to the teacher: every term of D above is as
-small as E. Where one map has more channels than the other, its further channels are further columns of Q.
+small as E. (Where the affinities agree though the maps do not, as after a rotation of the channels, E is large and D
+is not: there G's rounding leaves an absolute error of some 1e-8 in the loss, which the N×N form does not have.)
+Where one map has more channels than the other, its further channels are further columns of Q.
 
 Gradients are computed by hand in the forward pass, a few images at a time so that the work stays in the processor's
 cache, reach the student only, and go through the normalisation by dF = (dX − X⟨X, dX⟩) / ‖F‖. A pixel shorter than
@@ -30,6 +32,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 from .affinity_kernels import EPS, accumulation_dtype, affinity_difference
 
@@ -78,19 +81,23 @@ def feature_affinity_loss(
         norm: ``"l2"``: squared, the paper's; ``"l1"``: Σ|D_ij|, the released code's. L1 has no linear-cost form and
             no unbiased estimate by projections: it is pairwise only.
         reduction: ``"mean"``: over images, as above; ``"released"``: as the released code scales, for comparison:
-            with L1 the sum over images of ‖D‖₁/N², with L2 the root of the sum over images, √(Σ‖D‖²_F)/N.
+            with L1 (its default) the sum over images of ‖D‖₁/N², with L2 (its ``order=2``) the root of the sum over
+            images, √(Σ‖D‖²_F)/N; with projections the root of that sum's estimate, which is not unbiased.
         k: number of projections, at least 1 (projection only). The estimate's relative error falls like 1/√k.
         distribution: of the projections, ``"gaussian"`` (the paper) or ``"rademacher"`` (±1, smaller variance).
-        generator: a CPU generator for the projections; None for torch's global one. Every call draws anew; all
-            images of a batch share the projections.
+        generator: a CPU generator for the projections; None for torch's global one (a training that must repeat
+            gives its own, or uses :class:`FastFeatureAffinityLoss`). Every call draws anew; all images of a batch
+            share the projections.
 
     Returns:
-        A scalar (float64 if the student is, else float32), never negative; NaN if an input holds a NaN.
+        A scalar (float64 if the student is, else float32), never negative; NaN if an input holds NaN, an infinity, or
+        numbers whose squares overflow.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or ``k`` is not an integer.
         ValueError: shapes that are not (batch, channels, height, width), unequal or empty batches, ``k`` below 1,
             an unknown method, norm, reduction or distribution, or L1 with another method than pairwise.
+        RuntimeError: a second derivative or a forward-mode derivative is asked for; there is none.
     """
     _check_projection(k, distribution)
 
@@ -146,7 +153,8 @@ class FastFeatureAffinityLoss(nn.Module):
     The projections come from a generator of this module's own, seeded with ``seed``: anew at every call, or, with
     ``frozen``, the same at every call for maps of one size, as in the released code (which turns the loss into a fixed
     quadratic form of rank k; for study only). The generator's state is part of ``state_dict()``, so that a training
-    that was interrupted can go on with the projections that come next.
+    that was interrupted can go on with the projections that come next. (Replicas of ``DataParallel`` share one state:
+    compute the loss outside of them.)
     """
 
     def __init__(
@@ -163,7 +171,8 @@ class FastFeatureAffinityLoss(nn.Module):
         _check_method("projection", "l2", reduction)
         self.k, self.distribution, self.frozen, self.reduction = k, distribution, frozen, reduction
         # The state of a torch.Generator as a tensor: the compiler cannot follow a generator, but it can a tensor.
-        self.generator_state = torch.Generator().manual_seed(seed).get_state()
+        with torch.inference_mode(False):  # a tensor that was made inside could not move on outside
+            self.generator_state = torch.Generator().manual_seed(seed).get_state()
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         def draw(pixels: int) -> torch.Tensor:
@@ -177,8 +186,15 @@ class FastFeatureAffinityLoss(nn.Module):
         return self.generator_state.clone()
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Go on from a state that ``state_dict()`` held."""
-        self.generator_state = state.cpu().clone()
+        """Go on from a state that ``state_dict()`` held.
+
+        Raises:
+            RuntimeError: it is no generator's state.
+        """
+        with torch.inference_mode(False):
+            copy = state.detach().cpu().clone()
+            torch.Generator().set_state(copy)  # raises for anything else
+            self.generator_state = copy
 
     def extra_repr(self) -> str:
         frozen = ", frozen" if self.frozen else ""
@@ -274,6 +290,8 @@ def _loss(
     projections = None
     if method == "projection":
         projections = draw(pixels).to(student.device, accumulation_dtype(student), non_blocking=True)
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(student).tangent is not None:
+        raise RuntimeError("the affinity loss has no forward-mode derivative: use backward() or torch.autograd.grad")
     with_gradient = torch.is_grad_enabled() and student.requires_grad
     total, _ = affinity_difference(student, teacher, method, norm, projections, with_gradient)
     if reduction == "mean":

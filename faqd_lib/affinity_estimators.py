@@ -55,16 +55,17 @@ def hutch_plus_plus(
     pixels = student.shape[2] * student.shape[3]
     m = min(products // 4, pixels)
     dtype, device = accumulation_dtype(student), student.device
-    x, y = _unit_pixels(student.to(dtype)), _unit_pixels(teacher.to(dtype))
-
-    def times_d(v: torch.Tensor) -> torch.Tensor:
-        return x @ (x.transpose(1, 2) @ v) - y @ (y.transpose(1, 2) @ v)
-
     s, g = (draw_projections(pixels, m, generator=generator).to(device, dtype) for _ in range(2))
-    with torch.no_grad():
-        v = torch.linalg.qr(times_d(times_d(s)))[0]
-        g = g - v @ (v.transpose(1, 2) @ g)
-    total = times_d(v).square().sum() + times_d(g).square().sum() / m
+    with torch.autocast(device.type, enabled=False):
+        x, y = _unit_pixels(student.to(dtype)), _unit_pixels(teacher.to(dtype))
+
+        def times_d(v: torch.Tensor) -> torch.Tensor:
+            return x @ (x.transpose(1, 2) @ v) - y @ (y.transpose(1, 2) @ v)
+
+        with torch.no_grad():
+            v = torch.linalg.qr(times_d(times_d(s)))[0]
+            g = g - v @ (v.transpose(1, 2) @ g)
+        total = times_d(v).square().sum() + times_d(g).square().sum() / m
     return total / (len(student) * pixels**2)
 
 

@@ -14,6 +14,9 @@ The estimate L_k = (1/k) Σ_j ‖D z_j‖² / N² has mean L = tr D² / N² and,
 (orthogonal: z_j = √N u_j with u_1…u_k a uniformly random orthonormal system; at k = N it is exact). Chebyshev's
 inequality turns a variance into Proposition 4.2: P(|L_k − L| > εL) ≤ Var L_k / (εL)².
 
+(Hutch++, a subset of the pixels and pooling have no variance that C×C products could tell: see
+:mod:`faqd_lib.affinity_estimators`.)
+
 The images of a batch share their projections, so that the batch's loss is estimated with D² replaced by its mean over
 the images, and its variance is larger than that of a mean of independent estimates.
 """
@@ -27,7 +30,7 @@ from .affinity import check_error_and_confidence, check_pair
 from .affinity_kernels import Pixels
 
 PROBES = ("gaussian", "rademacher", "orthogonal")
-AGREEMENT = 1e-14  # a smaller loss is what float64 leaves of cosines that are equal
+AGREEMENT = 1e-14  # a smaller loss is what float64 may leave of cosines that are equal
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class AffinityStatistics:
         """Variance of the batch's estimate from ``k`` projections (``"gaussian"``, ``"rademacher"``, ``"orthogonal"``).
 
         Raises:
+            TypeError: k is not an integer.
             ValueError: unknown probes, k below 1, or more orthogonal probes than pixels.
         """
         return float(_variance(self.batch, self.pixels, k, probes))
@@ -84,7 +88,7 @@ class AffinityStatistics:
         return _variance(self.images, self.pixels, k, probes)
 
     def relative_error(self, k: int, probes: str = "gaussian") -> float:
-        """Root-mean-square error of the batch's estimate, divided by the loss; 0 if the affinities agree."""
+        """Root-mean-square error of the batch's estimate, divided by the loss; 0 if that is below 1e-14."""
         deviation = math.sqrt(self.variance(k, probes))
         return deviation / self.loss if self.loss > AGREEMENT else 0.0
 
@@ -125,7 +129,7 @@ def affinity_statistics(student: torch.Tensor, teacher: torch.Tensor) -> Affinit
         >>> statistics.projections_needed(relative_error=0.1, confidence=0.9)
 
     Raises:
-        TypeError, ValueError: as the loss.
+        TypeError, ValueError: as the loss; ValueError, too, where a map holds NaN or an infinity.
     """
     teacher = check_pair(student, teacher)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
@@ -140,6 +144,8 @@ def affinity_statistics(student: torch.Tensor, teacher: torch.Tensor) -> Affinit
             kernels.append(hk)
         trace, square, squared_diagonal, diagonals = zip(*parts, strict=True)
         images = Traces(torch.cat(trace), torch.cat(square), torch.cat(squared_diagonal))
+        if not bool(images.trace.isfinite().all()):
+            raise ValueError("the maps hold NaN or an infinity: there is no loss to estimate")
         count = p.images
         batch = Traces(
             images.trace.mean(),
@@ -170,6 +176,8 @@ def _square_of_mean(q: torch.Tensor, hk: torch.Tensor) -> torch.Tensor:
 def _variance(traces: Traces, pixels: int, k: int, probes: str) -> torch.Tensor:
     if probes not in PROBES:
         raise ValueError(f"unknown probes {probes!r}: choose one of {', '.join(PROBES)}")
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k must be an integer, got {k!r}")
     if k < 1 or (probes == "orthogonal" and k > pixels):
         raise ValueError(f"k must be at least 1, and at most N = {pixels} for orthogonal probes; got {k}")
     if probes == "gaussian":

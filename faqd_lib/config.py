@@ -1,15 +1,15 @@
 """What a run is: a validated, frozen configuration whose digest names it. Everything that changes numbers is here."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from .files import canonical_json, text_digest
 
 # Raise this whenever the same configuration would train to other numbers than before (loop, losses, quantizers,
 # augmentation): old runs then keep their names and are not mistaken for new ones.
 RECIPE = 1
-# The same for the affinity losses alone: runs without one keep their names.
+# The same for the affinity losses alone: part of the objectives that have one, so that other runs keep their names.
 AFFINITY_RECIPE = 2
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -89,6 +89,15 @@ class ObjectiveConfig(Frozen):
     distribution: Literal["gaussian", "rademacher"] = "gaussian"
     label_weight: Weight = 0.0
     adapters: bool = False
+    affinity_recipe: Annotated[int | None, Field(exclude_if=lambda recipe: recipe is None)] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _current_recipe(cls, values: Any, info: ValidationInfo) -> Any:
+        # What is made now has the recipe of now; what is read from a record says which one it had.
+        if info.mode == "python" and isinstance(values, dict) and values.get("affinity", "none") != "none":
+            return {"affinity_recipe": AFFINITY_RECIPE, **values}
+        return values
 
     @property
     def uses_teacher(self) -> bool:
@@ -104,6 +113,8 @@ class ObjectiveConfig(Frozen):
             raise ValueError("the objective has no term: set logit_loss, affinity or label_weight")
         if (self.affinity == "none") != (self.affinity_weight == 0):
             raise ValueError("affinity and affinity_weight must be given together: 'none' with 0, a loss with more")
+        if self.affinity_recipe != (None if self.affinity == "none" else AFFINITY_RECIPE):
+            raise ValueError(f"affinity_recipe {self.affinity_recipe} is not that of this version ({AFFINITY_RECIPE})")
         if self.adapters and self.affinity == "none":
             raise ValueError("adapters need an affinity loss: they stand before its comparison")
         return self
@@ -180,17 +191,8 @@ class RunConfig(Frozen):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the whole configuration, nested runs and recipe versions included."""
-        values = self.model_dump(mode="json")
-        if self._has_affinity:
-            values["affinity_recipe"] = AFFINITY_RECIPE
-        return text_digest(canonical_json(values))
-
-    @property
-    def _has_affinity(self) -> bool:
-        """Whether an affinity loss had a part in this run or in one that it needs."""
-        others = (self.teacher, self.initial)
-        return self.objective.affinity != "none" or any(run is not None and run._has_affinity for run in others)
+        """SHA-256 of the whole configuration, nested runs and recipe version included."""
+        return text_digest(canonical_json(self.model_dump(mode="json")))
 
     @property
     def run_id(self) -> str:

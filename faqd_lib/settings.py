@@ -148,6 +148,7 @@ class SuiteState(Frozen):
     test_count: int
     precision: Precision
     recipe: int
+    affinity_recipe: int
 
     @property
     def caption(self) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 from . import data as datasets
 from .batches import Batches, Normalizer
 from .config import (
+    AFFINITY_RECIPE,
     RECIPE,
     ConfigurationError,
     DataConfig,
@@ -101,6 +102,7 @@ class Suite:
             test_count=config.test_images or len(images.test),
             precision=precision_that_pays(where),
             recipe=RECIPE,
+            affinity_recipe=AFFINITY_RECIPE,
         )
         suite = cls(claim(folder, state, seeds), RunStore(folder), where, str(data_root) if data_root else None)
         suite.__dict__["data"] = images  # loaded already; `data` is a cached property
@@ -266,7 +268,9 @@ class Suite:
                 model(torch.zeros(1, 3, self.data.image_size, self.data.image_size, device=self.device))
             channels = tuple(feature_map.shape[1] for feature_map in tap.features)
         objective = DistillationObjective(
-            **o.model_dump(exclude={"adapters"}), adapter_channels=channels, seed=projection_seed(config.seed)
+            **o.model_dump(exclude={"adapters", "affinity_recipe"}),
+            adapter_channels=channels,
+            seed=projection_seed(config.seed),
         ).to(self.device)
         return Learner(config, model, objective, model.feature_names, len(batches))
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 from fractions import Fraction
 
 import numpy as np
@@ -356,19 +357,99 @@ def test_gradcheck_of_norms_and_scalings(norm, reduction):
 
 @pytest.mark.parametrize("method", ["gram", "pairwise"])
 @pytest.mark.parametrize("delta", [1e-1, 1e-2, 1e-3])
-def test_float32_gradient_near_the_teacher(method, delta):
-    """Relative error of the gradient at most 1e-6/δ, against N×N in float64, for maps like those after a ReLU."""
-    teacher, noise = maps(30, (4, 16, 16, 16), dtype=torch.float32)
-    teacher = teacher.relu() + 0.01
-    student = (teacher + delta * noise).requires_grad_()
+@pytest.mark.parametrize(("channels", "size"), [(16, 32), (64, 16)])
+@pytest.mark.parametrize("level", [0, 2, 10])
+def test_float32_near_the_teacher(method, delta, channels, size, level):
+    """Relative error of the value at most 1e-5, of the gradient 1e-6/δ, against N×N in float64.
+
+    The higher the level under the noise, the closer the cosines are to 1 (mean 0.5, 0.8, 0.99), as after a ReLU.
+    """
+    teacher, noise = maps(30, (2, channels, size, size), dtype=torch.float32)
+    teacher = (teacher + level).relu()
+    student = teacher + delta * noise * teacher.square().mean().sqrt()
+    student.requires_grad_()
     value = feature_affinity_loss(student, teacher, method)
     (gradient,) = torch.autograd.grad(value, student)
     reference = student.detach().double().requires_grad_()
     d = affinity_matrix(reference) - affinity_matrix(teacher.double())
-    truth = (d.square().sum((1, 2)) / 256**2).mean()
+    truth = (d.square().sum((1, 2)) / d.shape[1] ** 2).mean()
     (exact,) = torch.autograd.grad(truth, reference)
     assert value.item() == pytest.approx(truth.item(), rel=1e-5)
+    assert value.item() >= 0
     assert float((gradient - exact).norm() / exact.norm()) < 1e-6 / delta
+
+
+@pytest.mark.parametrize(("method", "floor"), [("gram", 2e-8), ("pairwise", 1e-11)])
+@pytest.mark.parametrize("delta", [0, 1e-3, 1e-2])
+def test_float32_of_a_rotated_teacher_has_a_stated_floor(method, floor, delta):
+    teacher, noise = maps(35, (2, 16, 16, 16), dtype=torch.float64)
+    rotation, _ = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(36), dtype=torch.float64))
+    student = torch.einsum("dc,bchw->bdhw", rotation, teacher) + delta * noise
+    truth = feature_affinity_loss(student, teacher, "pairwise").item()
+    value = feature_affinity_loss(student.float(), teacher.float(), method).item()
+    assert value == pytest.approx(truth, rel=1e-4, abs=floor)
+
+
+def test_numbers_whose_squares_overflow_do_not_look_like_a_loss():
+    student, teacher = maps(37, dtype=torch.float32)
+    student[0, :, 1, 1] *= 1e25
+    for method in (*EXACT, "projection"):
+        assert math.isnan(feature_affinity_loss(student, teacher, method).item())
+
+
+def test_forward_mode_is_refused():
+    student, teacher = maps(38)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: feature_affinity_loss(x, teacher), (student,), (student,))
+
+
+@pytest.mark.parametrize("method", [*EXACT, "projection"])
+def test_calls_do_not_share_their_buffers(method):
+    pairs = [tuple(m.float() for m in maps(seed, (5, 3, 6, 6))) for seed in (39, 40)]
+    results = []
+    for interleaved in (False, True):
+        leaves = [student.clone().requires_grad_() for student, _ in pairs]
+        losses = []
+        for leaf, (_, teacher) in zip(leaves, pairs, strict=True):
+            losses.append(feature_affinity_loss(leaf, teacher, method, generator=torch.Generator().manual_seed(1)))
+            if not interleaved:
+                losses[-1].backward(retain_graph=True)
+        for loss in losses if interleaved else ():
+            loss.backward(retain_graph=True)
+        results.append([leaf.grad.clone() for leaf in leaves])
+        losses[0].backward()  # a graph that was kept gives the same again
+        assert torch.allclose(leaves[0].grad, 2 * results[-1][0])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_inference_mode_before_and_between():
+    student, teacher = maps(41)
+    with torch.inference_mode():
+        module = FastFeatureAffinityLoss(k=2, seed=5)
+        module.load_state_dict(FastFeatureAffinityLoss(k=2, seed=5).state_dict())
+        first = module(student, teacher.clone()).item()
+        inferred = teacher.clone()
+    leaf = student.clone().requires_grad_()
+    module(leaf, inferred).backward()
+    assert leaf.grad.abs().max() > 0
+    assert first == FastFeatureAffinityLoss(k=2, seed=5)(student, teacher).item()
+    with pytest.raises(RuntimeError):
+        module.set_extra_state(torch.zeros(3, dtype=torch.uint8))
+
+
+def test_mixed_precisions_and_strided_maps():
+    student, teacher = maps(42, (2, 6, 4, 4))
+    expected = feature_affinity_loss(student, teacher).item()
+    assert feature_affinity_loss(student, teacher.float()).item() == pytest.approx(expected, rel=1e-5)
+    assert feature_affinity_loss(student.float(), teacher).item() == pytest.approx(expected, rel=1e-5)
+    wide = torch.cat((student, student), dim=3)[..., :4].transpose(2, 3)
+    assert feature_affinity_loss(wide, teacher.transpose(2, 3)).item() == pytest.approx(expected, rel=1e-12)
+    half = student.half().requires_grad_()
+    (feature_affinity_loss(half, teacher) * 65536).backward()
+    assert half.grad.dtype == torch.float16
+    assert half.grad.isfinite().all()
+    with torch.no_grad():
+        assert not feature_affinity_loss(half, teacher).requires_grad
 
 
 def test_gradient_is_scaled_by_the_weight_of_the_loss():
@@ -405,7 +486,7 @@ def test_double_backward_is_refused(of_loss):
         # Beside a term that can be differentiated twice, a constant gradient would pass unnoticed.
         (gradient.square().sum() + student.square().sum()).backward()
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         gradient_penalty()
 
 
@@ -495,6 +576,13 @@ def test_memory_stays_far_below_the_matrix(norm):
     assert peak < (3 * 2 * student.numel() * 4 if norm == "l2" else 16 * 2**20)
 
 
+def test_extra_memory_at_224_is_within_three_times_the_inputs():
+    student, teacher = (torch.ones(4, 64, 224, 224).to(memory_format=torch.channels_last) for _ in range(2))
+    student.requires_grad_()
+    peak = peak_bytes(lambda: torch.autograd.grad(feature_affinity_loss(student, teacher), student))
+    assert peak <= 3 * 2 * student.numel() * 4  # one N×N matrix of one image would take 10 GB
+
+
 # ---- the compiler
 
 COMPILED = {
@@ -530,6 +618,24 @@ def test_compiles_as_one_graph_with_the_same_numbers(name):
         results.append(values)
     assert results[0] == pytest.approx(results[1], rel=1e-12)
     assert (len(set(results[1])) == 2) == (name != "fast")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's own compiler backend needs a C++ compiler")
+def test_compiles_with_torchs_own_backend():
+    student, teacher = maps(43, dtype=torch.float32)
+    exact, fast = FeatureAffinityLoss(), FastFeatureAffinityLoss(k=3, seed=4)
+    expected = [exact(student * 2, teacher).item() + fast(student * 3, teacher).item() for _ in range(2)]
+    fast = FastFeatureAffinityLoss(k=3, seed=4)
+    torch.compiler.reset()
+    step = torch.compile(lambda x, y: exact(x * 2, y) + fast(x * 3, y), fullgraph=True)
+    leaf = student.clone().requires_grad_()
+    values = []
+    for _ in range(2):
+        value = step(leaf, teacher)
+        value.backward()
+        values.append(value.item())
+    assert values == pytest.approx(expected, rel=1e-6)
+    assert leaf.grad.abs().max() > 0
 
 
 def test_operators_meet_torchs_own_checks():

@@ -159,6 +159,20 @@ def test_bad_probes_are_named(call):
         statistics.projections_needed(0.1, 1.5)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_maps_that_are_not_finite_are_refused(bad):
+    student, teacher = maps(16)
+    student[1, 2, 3, 3] = bad
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        affinity_statistics(student, teacher)
+
+
+@pytest.mark.parametrize("k", [1.5, True])
+def test_k_is_a_whole_number(k):
+    with pytest.raises(TypeError, match=str(k)):
+        affinity_statistics(*maps(10)).variance(k)
+
+
 # ---- other estimators
 
 
@@ -202,6 +216,17 @@ def test_hutch_plus_plus_is_exact_where_the_sketch_holds_everything():
         assert float(hutch_plus_plus(student, teacher, 16)) == pytest.approx(
             float(feature_affinity_loss(student, teacher)), rel=1e-8
         )
+
+
+def test_estimators_compute_in_float32_inside_autocast():
+    student, teacher = (m.float() for m in maps(17))
+    for estimator, budget in ((orthogonal_probes, 3), (hutch_plus_plus, 8), (pixel_subset, 5), (average_pooling, 2)):
+        values = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                values.append(estimator(student, teacher, budget, torch.Generator().manual_seed(1)))
+        assert values[1].dtype == torch.float32
+        assert values[0].item() == pytest.approx(values[1].item(), rel=1e-5), estimator.__name__
 
 
 def test_whole_subset_and_no_pooling_are_exact():

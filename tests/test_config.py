@@ -6,8 +6,8 @@ from typing import get_args
 import pydantic
 import pytest
 
-from faqd_lib import config
 from faqd_lib.config import (
+    AFFINITY_RECIPE,
     ActivationBits,
     ConfigurationError,
     DataConfig,
@@ -118,7 +118,8 @@ OTHERS = {
     "optimization": {"epochs": 3, "batch_size": 8, "learning_rate": 0.3, "momentum": 0.5, "weight_decay": 0.0,
                      "warmup_epochs": 0.5, "clip_norm": 1.0, "precision": "bf16"},
     "objective": {"logit_loss": "kl", "logit_weight": 2.0, "temperature": 1.0, "affinity": "fa",
-                  "affinity_weight": 10.0, "k": 1, "distribution": "rademacher", "label_weight": 0.3, "adapters": True},
+                  "affinity_weight": 10.0, "k": 1, "distribution": "rademacher", "label_weight": 0.3, "adapters": True,
+                  "affinity_recipe": 99},
     "quantization": {"weight_bits": 2, "activation_bits": 32, "first_layer": "float", "last_layer": "quantize"},
     "seed": 1,
     "teacher": {"seed": 5},
@@ -155,16 +156,16 @@ def test_a_teachers_own_settings_change_the_students_digest(student):
     assert student.model_copy(update={"teacher": teacher}).digest != student.digest
 
 
-def test_another_affinity_recipe_renames_the_runs_that_have_an_affinity_loss(student, run_config, monkeypatch):
-    before = student.digest, student.teacher.digest, run_config.digest
+def test_a_run_with_another_affinity_recipe_is_another_run(student):
     assert student.objective.affinity != "none"
-    follower = student.model_copy(update={"objective": student.objective.model_copy(
-        update={"affinity": "none", "affinity_weight": 0.0}), "initial": student})  # fmt: skip
-    follower_before = follower.digest
-    monkeypatch.setattr(config, "AFFINITY_RECIPE", 99)
-    assert student.digest != before[0]
-    assert follower.digest != follower_before
-    assert (student.teacher.digest, run_config.digest) == before[1:]
+    old = student.model_dump_json().replace(f'"affinity_recipe":{AFFINITY_RECIPE}', '"affinity_recipe":1')
+    with pytest.raises(pydantic.ValidationError, match="affinity_recipe 1 is not that of this version"):
+        RunConfig.model_validate_json(old)
+    older = student.model_dump_json().replace(f',"affinity_recipe":{AFFINITY_RECIPE}', "")
+    assert older != student.model_dump_json()
+    with pytest.raises(pydantic.ValidationError, match="affinity_recipe None"):
+        RunConfig.model_validate_json(older)
+    assert "affinity_recipe" not in student.teacher.model_dump_json()
 
 
 def test_digest_survives_json(student):

@@ -84,19 +84,8 @@ def quantize(
             "the network has no nn.ReLU module to quantize: replace calls of F.relu or torch.relu by modules"
         )
     bits = dict.fromkeys(layers, weight_bits) | dict.fromkeys(relus, activation_bits)
-    for name in _float_by_policy(list(layers), first_layer, last_layer, shortcuts):
-        bits[name] = FLOAT_BITS
-    for pattern, value in (overrides or {}).items():
-        matched = fnmatch.filter(bits, pattern)
-        if not matched:
-            raise ValueError(
-                f"the pattern {pattern!r} matches no Conv2d, Linear or ReLU of the network; their names are, among "
-                f"others, {', '.join(list(bits)[:8])}"
-            )
-        for name in matched:
-            offered = WEIGHT_BITS if name in layers else ACTIVATION_BITS
-            check_bits(f"overrides[{pattern!r}]", value, (*offered, FLOAT_BITS))
-            bits[name] = value
+    bits |= dict.fromkeys(_float_by_policy(list(layers), first_layer, last_layer, shortcuts), FLOAT_BITS)
+    bits |= _overridden(overrides or {}, layers, relus)
     made = {}
     for name, module in relus.items():
         if bits[name] != FLOAT_BITS:
@@ -105,8 +94,8 @@ def quantize(
     for name, layer in layers.items():
         if bits[name] != FLOAT_BITS:
             parametrize.register_parametrization(layer, "weight", weight_quantizer(bits[name], per_channel))
-            layer.register_load_state_dict_pre_hook(_accept_float_weight)
     _replace(model, made)
+    model.register_load_state_dict_pre_hook(_accept_float_network)
     return model
 
 
@@ -126,6 +115,22 @@ def _float_by_policy(layers: list[str], first_layer: str, last_layer: str, short
     return named
 
 
+def _overridden(overrides: Mapping[str, int], layers: Iterable[str], relus: Iterable[str]) -> dict[str, int]:
+    bits, names = {}, [*layers, *relus]
+    for pattern, value in overrides.items():
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            raise ValueError(
+                f"the pattern {pattern!r} matches no Conv2d, Linear or ReLU of the network; their names are, among "
+                f"others, {', '.join(names[:8])}"
+            )
+        for name in matched:
+            offered = WEIGHT_BITS if name in layers else ACTIVATION_BITS
+            check_bits(f"overrides[{pattern!r}]", value, (*offered, FLOAT_BITS))
+            bits[name] = value
+    return bits
+
+
 def dequantize(model: nn.Module) -> nn.Module:
     """Take quantization off again, in place: the float (latent) weights and the former ReLUs. Returns ``model``."""
     for module in model.modules():
@@ -135,11 +140,17 @@ def dequantize(model: nn.Module) -> nn.Module:
     return model
 
 
-def _accept_float_weight(layer, state_dict, prefix, *_) -> None:
-    """A float network's ``weight`` is the latent one of a quantized layer."""
-    latent = f"{prefix}parametrizations.weight.original"
-    if parametrize.is_parametrized(layer, "weight") and latent not in state_dict and f"{prefix}weight" in state_dict:
-        state_dict[latent] = state_dict.pop(f"{prefix}weight")
+def _accept_float_network(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """A float network's ``weight`` is the latent one of a quantized layer; it has no steps, and ours stay."""
+    for name in quantized_weights(model):
+        layer = f"{prefix}{name}." if name else prefix
+        if f"{layer}weight" in state_dict:
+            state_dict[f"{layer}parametrizations.weight.original"] = state_dict.pop(f"{layer}weight")
+    steps = {
+        f"{prefix}{name}.step": module.step for name, module in model.named_modules() if _is_quantized_relu(module)
+    }
+    if not any(name in state_dict for name in steps):
+        state_dict |= {name: step.detach() for name, step in steps.items()}
 
 
 @torch.no_grad()
@@ -180,7 +191,7 @@ class LayerBits:
     kind: str
     shape: tuple[int, ...]
     bits: int
-    levels: int  # in use, over the whole tensor; of a ReLU: offered; 0: not counted
+    levels: int  # in use by the weights; offered by a quantized ReLU; 0 for float
     scale: float  # the step, or the mean of the channels' steps; NaN for float
     size: float  # bytes of weights and scales in storage; 0 for activations
 
@@ -207,12 +218,13 @@ def describe(model: nn.Module) -> Description:
         kind = type(module).__name__.removeprefix("Parametrized")
         if isinstance(module, _WEIGHTED):
             weight = module.weight.detach()
-            bits, scale = FLOAT_BITS, torch.tensor([])
+            bits, scale, in_use = FLOAT_BITS, torch.tensor([]), 0
             if parametrize.is_parametrized(module, "weight"):
                 quantizer = module.parametrizations.weight[0]
-                bits, scale = quantizer.bits, quantizer.levels(module.parametrizations.weight.original.detach())[0]
+                scale, levels = quantizer.levels(module.parametrizations.weight.original.detach())
+                bits, in_use = quantizer.bits, int(levels.add(2**7).int().flatten().bincount().count_nonzero())
             rows.append(
-                LayerBits(name, kind, tuple(weight.shape), bits, weight.unique().numel(), float(scale.mean()),
+                LayerBits(name, kind, tuple(weight.shape), bits, in_use, float(scale.mean()),
                           (weight.numel() * bits + scale.numel() * FLOAT_BITS) / 8)
             )  # fmt: skip
         elif isinstance(module, QuantizedReLU):
@@ -264,8 +276,12 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     return [parameter for parameter in model.parameters() if id(parameter) not in known], steps
 
 
+def _is_quantized_relu(module: nn.Module) -> bool:
+    return isinstance(module, QuantizedReLU)
+
+
 def _quantized_relus(model: nn.Module) -> Iterable[QuantizedReLU]:
-    return (module for module in model.modules() if isinstance(module, QuantizedReLU))
+    return filter(_is_quantized_relu, model.modules())
 
 
 def _replace(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:

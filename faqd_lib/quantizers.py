@@ -17,8 +17,8 @@ FLOAT_BITS = 32
 STEP_GRADIENTS = ("lsq", "coarse")
 SMALLEST_STEP = 1e-6  # of activations: a step that training drives below it would turn its layer off for ever
 
-_EXACT = 2**10  # values times levels of a row, at most, for an exact search of its step; longer ones are scanned
-_BINS, _OCTAVES = 4096, 16  # of the histogram for that; its range, downward from the largest magnitude
+_EXACT = 2**13  # values times levels of a row, at most, for an exact search of its step; longer ones are scanned
+_OCTAVES = 16  # range of the histogram for that, downward from the largest magnitude
 _CHUNK = 2**18  # numbers that a CPU core works on at a time: 1 MiB of float32, what its own cache holds
 
 
@@ -137,8 +137,9 @@ class UniformWeight(WeightQuantizer):
         self.highest = 2 ** (bits - 1) - 1
 
     def fit(self, rows):
-        step = best_step(rows.abs(), self.highest)
-        return step, nearest_levels(rows, step, -self.highest, self.highest)
+        levels = nearest_levels(rows, best_step(rows.abs(), self.highest), -self.highest, self.highest)
+        energy = levels.square().sum(1, keepdim=True)
+        return (rows * levels).sum(1, keepdim=True) / energy.clamp_min(1), levels
 
 
 def weight_quantizer(bits: int, per_channel: bool = False) -> WeightQuantizer:
@@ -193,16 +194,18 @@ def _exact_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
 
 
 def _scanned_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
-    """The best of steps on a coarse grid over twelve octaves, and then on a fine grid around the best of these."""
+    """The best of steps on a coarse grid over thirteen octaves, and then on fine grids around the best four."""
+    # Many rows are channels, each of which costs as much: coarser grids do for them.
+    bins, spacing = (2**15, 1 / 96) if len(magnitudes) == 1 else (2**12, 1 / 24)
     peak = magnitudes.amax(1, keepdim=True)
-    values, counts = _histogram(magnitudes, peak)
+    values, counts = _histogram(magnitudes, peak, bins)
     # How many weights, and their sum, lie below each edge between two bins: float64 holds both without rounding that
     # could matter.
     below = F.pad(counts.cumsum(1), (1, 0))
     mass = F.pad((values * counts).cumsum(1), (1, 0))
     half = torch.arange(highest, device=values.device, dtype=values.dtype) + 0.5
 
-    def scan(steps: torch.Tensor) -> torch.Tensor:
+    def scan(steps: torch.Tensor, best: int) -> torch.Tensor:
         edges = steps.unsqueeze(2) * half  # (rows, steps, L): where a value reaches level 1, 2, …
         index = _bin(edges, peak.unsqueeze(2), values.shape[1]).flatten(1) + 1
         index = torch.where(edges.flatten(1) > peak, values.shape[1], index)
@@ -210,12 +213,12 @@ def _scanned_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
         gain = (mass[:, -1:] - mass.gather(1, index)).view_as(edges).sum(2)
         energy = (above * (2 * half)).sum(2)
         explained = torch.where(energy > 0, gain.square() / energy.clamp_min(1), 0)
-        return steps.gather(1, explained.argmax(1, keepdim=True))
+        return steps.gather(1, explained.topk(best, dim=1).indices)
 
-    grid = torch.arange(-12.0, 1.0, 1 / 12, device=values.device, dtype=values.dtype)
-    coarse = scan(peak.to(values.dtype) / highest * grid.exp2())
-    fine = torch.linspace(-1 / 12, 1 / 12, 97, device=values.device, dtype=values.dtype)
-    return scan(coarse * fine.exp2()).to(magnitudes.dtype)
+    grid = torch.arange(-12.0, 1.0, spacing, device=values.device, dtype=values.dtype)
+    coarse = scan(peak.to(values.dtype) / highest * grid.exp2(), best=4)
+    fine = torch.linspace(-spacing, spacing, 33, device=values.device, dtype=values.dtype)
+    return scan((coarse.unsqueeze(2) * fine.exp2()).flatten(1), best=1).to(magnitudes.dtype)
 
 
 def _bin(values: torch.Tensor, peak: torch.Tensor, bins: int) -> torch.Tensor:
@@ -224,14 +227,14 @@ def _bin(values: torch.Tensor, peak: torch.Tensor, bins: int) -> torch.Tensor:
     return position.nan_to_num_(0, 0, 0).floor_().clamp_(0, bins - 1).long()
 
 
-def _histogram(magnitudes: torch.Tensor, peak: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _histogram(magnitudes: torch.Tensor, peak: torch.Tensor, bins: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of values at the centres of bins, ascending, and how many of ``magnitudes`` lie in each bin; float64."""
-    index = _bin(magnitudes, peak, _BINS)
+    index = _bin(magnitudes, peak, bins)
     # Whole numbers add up to the same whatever their order, also on devices that add in any order.
-    counts = torch.zeros(len(magnitudes), _BINS, dtype=torch.int64, device=magnitudes.device)
+    counts = torch.zeros(len(magnitudes), bins, dtype=torch.int64, device=magnitudes.device)
     counts.scatter_add_(1, index, torch.ones_like(index))
-    centres = torch.arange(_BINS, device=magnitudes.device, dtype=torch.float64)
-    centres = ((centres + 0.5 - _BINS) * (_OCTAVES / _BINS)).exp2()
+    centres = torch.arange(bins, device=magnitudes.device, dtype=torch.float64)
+    centres = ((centres + 0.5 - bins) * (_OCTAVES / bins)).exp2()
     return peak.double() * centres, counts.double()
 
 
@@ -291,15 +294,6 @@ class QuantizedReLU(nn.Module):
             positive = positive[sample.to(x.device)]
         if bool(positive.any()):
             self.step.copy_(best_step(positive.unsqueeze(0), self.highest).squeeze())
-
-    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
-        # A float network's state_dict has no steps at all: then they stay as they are.
-        if not any(key == "step" or key.endswith(".step") for key in state_dict):
-            state_dict[f"{prefix}step"] = self.step.detach()
-            super()._load_from_state_dict(state_dict, prefix, *arguments)
-            del state_dict[f"{prefix}step"]
-        else:
-            super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, step_gradient={self.step_gradient!r}"

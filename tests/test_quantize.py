@@ -349,15 +349,14 @@ def test_torchvision_networks_are_quantized_and_train_a_step(name):
     from faqd_lib._torchvision import torchvision
 
     torch.manual_seed(0)
-    model = getattr(torchvision.models, name)(num_classes=3)
+    # VGG's own initialisation of its huge classifier takes half a minute.
+    model = getattr(torchvision.models, name)(num_classes=3, **({"init_weights": False} if name == "vgg11_bn" else {}))
     rectified = any(isinstance(module, nn.ReLU | nn.ReLU6) for module in model.modules())
     quantize(model, 1, 4 if rectified else 32)
     rows = describe(model)
     quantized = {row.layer for row in rows if row.bits != 32}
-    weighted = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    assert weighted - quantized == {
-        [n for n in weighted if n in ("fc", "classifier") or n.startswith("classifier.")][0]
-    } or (len(weighted - quantized) == 1)
+    weighted = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert set(weighted) - quantized == {weighted[-1]}  # the classifier, by policy
     # What stays float is listed, not skipped.
     silent = {n for n, m in model.named_modules() if isinstance(m, nn.SiLU | nn.Sigmoid)}
     assert silent == {row.layer for row in rows if row.kind in ("SiLU", "Sigmoid")}

@@ -352,7 +352,7 @@ def test_coarse_gradient_is_three_valued():
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_lsq_gradient_is_the_derivative_of_the_surrogate(bits):
     """With the levels' rounding held constant (straight through), α·(x/α + r) inside and α·Q above."""
-    highest, step = 2**bits - 1, 0.3
+    highest, step = 2**bits - 1, 0.25
     x = torch.randn(400, generator=generator(12), dtype=torch.float64) * highest * step
     upstream = torch.randn(400, generator=generator(13), dtype=torch.float64)
     scaled = x / step
@@ -360,7 +360,7 @@ def test_lsq_gradient_is_the_derivative_of_the_surrogate(bits):
 
     def surrogate(alpha: float) -> float:
         inside = (scaled > 0) & (scaled < highest)
-        value = torch.where(inside, x + alpha * offset, torch.where(scaled >= highest, alpha * highest, 0.0))
+        value = torch.where(inside, x + alpha * offset, alpha * highest * (scaled >= highest).double())
         return float((value * upstream).sum())
 
     difference = (surrogate(step + 1e-4) - surrogate(step - 1e-4)) / 2e-4

@@ -20,7 +20,7 @@ import pandas as pd
 from scipy import stats
 
 from . import experiments
-from .quantize import FLOAT_BITS
+from .quantizers import FLOAT_BITS
 from .suite import Suite
 from .tables import NOT_A_RESULT, NOT_RUN, Table, runs_frame
 

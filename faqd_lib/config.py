@@ -11,13 +11,19 @@ from .files import canonical_json, text_digest
 RECIPE = 1
 # The same for the affinity losses alone: part of the objectives that have one, so that other runs keep their names.
 AFFINITY_RECIPE = 2
+QUANTIZER_RECIPE = 2  # and for the quantizers
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
-WeightBits = Literal[1, 2, 4, 32]
-ActivationBits = Literal[4, 32]
+WeightBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
+ActivationBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
 Precision = Literal["float32", "bf16"]
+
+
+def _later(default: Any) -> Any:
+    """A setting that came later: at its default it is left out, so that older runs keep their digests."""
+    return Field(default=default, exclude_if=lambda value: value == default)
 
 
 class ConfigurationError(ValueError):
@@ -69,12 +75,45 @@ class DataConfig(Frozen):
 
 
 class QuantizationConfig(Frozen):
-    """Bits of weights and activations, and the policy for the first and the last layer."""
+    """Bits of weights and activations, and how they are quantized; see :func:`faqd_lib.quantize.quantize`.
+
+    ``blending`` is the ρ of blended coarse gradient descent (:func:`faqd_lib.quantize.blend`), 0 for none.
+    """
 
     weight_bits: WeightBits = 32
     activation_bits: ActivationBits = 32
     first_layer: Literal["quantize", "float"] = "quantize"
     last_layer: Literal["quantize", "float"] = "float"
+    shortcuts: Literal["quantize", "float"] = _later("quantize")
+    per_channel: bool = _later(False)
+    step_gradient: Literal["lsq", "coarse"] = _later("lsq")
+    blending: Annotated[float, Field(ge=0, lt=1)] = _later(0.0)
+    quantizer_recipe: int | None = _later(None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _current_recipe(cls, values: Any, info: ValidationInfo) -> Any:
+        # What is made now has the recipe of now; what is read from a record says which one it had.
+        if info.mode == "python" and isinstance(values, dict):
+            quantized = {values.get("weight_bits", 32), values.get("activation_bits", 32)} != {32}
+            return {"quantizer_recipe": QUANTIZER_RECIPE, **values} if quantized else values
+        return values
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        quantized = {self.weight_bits, self.activation_bits} != {32}
+        if self.quantizer_recipe != (QUANTIZER_RECIPE if quantized else None):
+            raise ValueError(
+                f"quantizer_recipe {self.quantizer_recipe} is not that of this version ({QUANTIZER_RECIPE})"
+            )
+        if self.weight_bits == 32 and (self.blending or self.per_channel):
+            raise ValueError("blending and per_channel are of quantized weights: set weight_bits below 32")
+        return self
+
+    @property
+    def of_network(self) -> dict[str, Any]:
+        """The arguments of :func:`faqd_lib.quantize.quantize`."""
+        return self.model_dump(exclude={"blending", "quantizer_recipe"})
 
 
 class ObjectiveConfig(Frozen):
@@ -89,7 +128,7 @@ class ObjectiveConfig(Frozen):
     distribution: Literal["gaussian", "rademacher"] = "gaussian"
     label_weight: Weight = 0.0
     adapters: bool = False
-    affinity_recipe: Annotated[int | None, Field(exclude_if=lambda recipe: recipe is None)] = None
+    affinity_recipe: int | None = _later(None)
 
     @model_validator(mode="before")
     @classmethod

@@ -149,6 +149,7 @@ class SuiteState(Frozen):
     precision: Precision
     recipe: int
     affinity_recipe: int
+    quantizer_recipe: int
 
     @property
     def caption(self) -> str:

@@ -4,7 +4,7 @@ suite = Suite.open(profile="quick")
 records = suite.run([suite.student("FAQD", weight_bits=1)])
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from . import data as datasets
 from .batches import Batches, Normalizer
 from .config import (
     AFFINITY_RECIPE,
+    QUANTIZER_RECIPE,
     RECIPE,
     ConfigurationError,
     DataConfig,
@@ -32,7 +33,8 @@ from .files import require_writable
 from .measure import environment
 from .models import FeatureTap, build_model, parameter_count
 from .progress import Progress
-from .quantize import FLOAT_BITS, calibrate, quantize, weight_bytes
+from .quantize import calibrate, quantize, weight_bytes
+from .quantizers import FLOAT_BITS
 from .results import ResultsError, RunRecord, RunStore, accuracies
 from .settings import Profile, SuiteState, claim, read_state, suite_folder
 from .train import Learner, evaluate, precision_that_pays, projection_seed, train
@@ -103,6 +105,7 @@ class Suite:
             precision=precision_that_pays(where),
             recipe=RECIPE,
             affinity_recipe=AFFINITY_RECIPE,
+            quantizer_recipe=QUANTIZER_RECIPE,
         )
         suite = cls(claim(folder, state, seeds), RunStore(folder), where, str(data_root) if data_root else None)
         suite.__dict__["data"] = images  # loaded already; `data` is a cached property
@@ -200,6 +203,7 @@ class Suite:
         labels: bool = False,
         weight_bits: int = FLOAT_BITS,
         activation_bits: int = FLOAT_BITS,
+        quantization: Mapping[str, object] | None = None,
         regime: str = "end-to-end",
         logit_loss: str | None = None,
         k: int | None = None,
@@ -209,7 +213,9 @@ class Suite:
     ) -> RunConfig:
         """A student's run: ``method`` is ``"labels"``, ``"KD"``, ``"FAQD"`` (exact) or ``"FFAQD"`` (k projections).
 
-        What is left out comes from the profile. ``labels`` adds cross-entropy; method ``"labels"`` is nothing else.
+        What is left out comes from the profile. ``quantization``: other settings of
+        :class:`~faqd_lib.config.QuantizationConfig` (``per_channel``, ``blending``, …).
+        ``labels`` adds cross-entropy; method ``"labels"`` is nothing else.
         """
         losses = self.profile.losses
         if seed < 1:
@@ -237,7 +243,9 @@ class Suite:
             model=self.profile.student,
             optimization=self._optimization(schedule),
             objective=objective,
-            quantization=QuantizationConfig(weight_bits=weight_bits, activation_bits=activation_bits),
+            quantization=QuantizationConfig(
+                weight_bits=weight_bits, activation_bits=activation_bits, **(quantization or {})
+            ),
             seed=seed,
             teacher=None if method == "labels" else self.teacher(teacher),
             initial=self.float_student(seed) if fine_tuning else None,
@@ -252,7 +260,7 @@ class Suite:
         )
         if initial_weights and config.initial is not None:
             self.store.load_weights(config.initial, model)
-        return quantize(model, **config.quantization.model_dump())
+        return quantize(model, **config.quantization.of_network)
 
     def model(self, config: RunConfig) -> nn.Module:
         """The trained network of a finished run, in evaluation mode."""

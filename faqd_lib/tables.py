@@ -13,6 +13,7 @@ import pandas as pd
 from . import experiments
 from .config import RunConfig
 from .files import atomic_write_text
+from .quantizers import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS
 from .results import ResultsError, RunRecord
 from .settings import default_results, suite_folder
 from .suite import Suite
@@ -27,8 +28,8 @@ REFERENCE_COLUMNS = (
 # A line with any other value would silently match nothing.
 REFERENCE_VALUES = {
     "table": ("T1", "T2", "T3", "T4"),
-    "weight_bits": ("1", "2", "4", "32"),
-    "activation_bits": ("4", "32"),
+    "weight_bits": tuple(map(str, (*WEIGHT_BITS, FLOAT_BITS))),
+    "activation_bits": tuple(map(str, (*ACTIVATION_BITS, FLOAT_BITS))),
     "regime": ("end-to-end", "fine-tuning"),
     "method": ("labels", "KD", "FAQD", "FFAQD"),
     "labels": ("true", "false"),
@@ -303,7 +304,7 @@ def weight_quantization(suite: Suite, reference: pd.DataFrame) -> Table:
         _Cells(suite, reference),
         f"T1_weight_quantization_{suite.dataset}",
         f"T1 Weight quantization, {suite.dataset}",
-        [(bits, 32) for bits in (1, 2, 4)],
+        [(bits, FLOAT_BITS) for bits in sorted({1, 2, 4, *suite.profile.grid.weight_bits})],
         ["end-to-end", "fine-tuning"],
         suite.profile.teachers,
         f"Students {suite.profile.student} with quantized weights and float activations; logit loss "
@@ -322,7 +323,7 @@ def full_quantization(suite: Suite, reference: pd.DataFrame) -> Table:
         bits,
         ["end-to-end", "fine-tuning"],
         suite.profile.teachers[:1],
-        f"Students {suite.profile.student} with quantized weights and 4-bit activations (learned step).",
+        f"Students {suite.profile.student} with quantized weights and activations (learned step).",
     )
 
 
@@ -330,7 +331,7 @@ def logit_losses(suite: Suite, reference: pd.DataFrame) -> Table:
     """T3: MSE against KL."""
     cells, rows, overview = _Cells(suite, reference), [], []
     for regime in ("end-to-end", "fine-tuning"):
-        for bits in (1, 2, 4):
+        for bits in sorted({1, 2, 4, *suite.profile.grid.logit_bits}):
             line = {"regime": regime, "bits": f"{bits}W32A"}
             grid = {}
             for loss in ("mse", "kl"):

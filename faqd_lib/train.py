@@ -20,7 +20,7 @@ from .data import Images
 from .distill import DistillationObjective
 from .measure import Stopwatch, exact_kernels, peak_bytes
 from .models import FeatureTap
-from .quantize import split_parameters
+from .quantize import blend, split_parameters
 
 CHECK_EVERY = {"cpu": 1}  # steps between looks at the loss; elsewhere a look waits for the device
 CHECK_EVERY_ELSEWHERE = 50
@@ -115,6 +115,7 @@ class Learner:
         self._terms.append({name: term.detach() for name, term in terms.items()})
         if len(self._terms) - self._checked >= CHECK_EVERY.get(images.device.type, CHECK_EVERY_ELSEWHERE):
             self._check(epoch)
+        blend(self.model, self.config.quantization.blending)
         self.optimizer.step()
         self.tap.clear()
 

@@ -10,7 +10,15 @@ import torch
 from hypothesis import settings
 
 from faqd_lib.batches import stream
-from faqd_lib.config import AFFINITY_RECIPE, RECIPE, DataConfig, ObjectiveConfig, OptimizationConfig, RunConfig
+from faqd_lib.config import (
+    AFFINITY_RECIPE,
+    QUANTIZER_RECIPE,
+    RECIPE,
+    DataConfig,
+    ObjectiveConfig,
+    OptimizationConfig,
+    RunConfig,
+)
 from faqd_lib.data import ImageData, Images
 from faqd_lib.results import RunStore
 from faqd_lib.settings import Profile, SuiteState
@@ -120,6 +128,7 @@ def tiny_suite(tmp_path, tiny_data):
             precision="float32",
             recipe=RECIPE,
             affinity_recipe=AFFINITY_RECIPE,
+            quantizer_recipe=QUANTIZER_RECIPE,
         )
         suite = Suite(state, RunStore(tmp_path / name), torch.device("cpu"))
         suite.__dict__["data"] = data

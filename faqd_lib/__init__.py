@@ -9,6 +9,7 @@ from .affinity import (
 from .affinity_statistics import affinity_statistics
 from .distill import DistillationObjective
 from .models import FeatureTap, build_model
+from .packed import load_packed, save_packed
 from .quantize import calibrate, dequantize, describe, quantize
 
 __version__ = "0.1.0"
@@ -25,5 +26,7 @@ __all__ = [
     "dequantize",
     "describe",
     "feature_affinity_loss",
+    "load_packed",
     "quantize",
+    "save_packed",
 ]

@@ -9,8 +9,8 @@ computes with the quantized one, and the gradient passes straight through. Activ
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -24,6 +24,9 @@ from .quantizers import (
     check_bits,
     weight_quantizer,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LAYER_POLICIES = ("quantize", "float")
 SHORTCUTS = ("shortcut", "downsample")  # parts of module names that mark a residual network's shortcut layers
@@ -94,7 +97,7 @@ def quantize(
     for name, layer in layers.items():
         if bits[name] != FLOAT_BITS:
             parametrize.register_parametrization(layer, "weight", weight_quantizer(bits[name], per_channel))
-    _replace(model, made)
+    replace_modules(model, made)
     model.register_load_state_dict_pre_hook(_accept_float_network)
     return model
 
@@ -136,7 +139,7 @@ def dequantize(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-    _replace(model, {relu: relu.replaces for relu in _quantized_relus(model)})
+    replace_modules(model, {relu: relu.replaces for relu in _quantized_relus(model)})
     return model
 
 
@@ -199,8 +202,10 @@ class LayerBits:
 class Description(list[LayerBits]):
     """Rows of :func:`describe`; printed, a table."""
 
-    def frame(self) -> pd.DataFrame:
+    def frame(self) -> "pd.DataFrame":
         """The same as a DataFrame, a row a layer."""
+        import pandas as pd  # here, so that a packed network can be read where there is no pandas
+
         return pd.DataFrame([asdict(row) for row in self]).set_index("layer")
 
     def __str__(self) -> str:
@@ -284,7 +289,7 @@ def _quantized_relus(model: nn.Module) -> Iterable[QuantizedReLU]:
     return filter(_is_quantized_relu, model.modules())
 
 
-def _replace(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:
+def replace_modules(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:
     """Put other modules in the place of some, wherever they stand; one that is used twice stays one."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() leaves out a module's second place

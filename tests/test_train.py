@@ -255,9 +255,7 @@ def test_activation_steps_are_calibrated_before_and_learned_in_training(tiny_sui
 )
 def test_every_way_of_quantizing_trains_to_numbers_of_its_own(tiny_suite, settings):
     suite = tiny_suite()
-    runs = [
-        suite.student("KD", weight_bits=2, activation_bits=4, quantization=chosen) for chosen in ({}, settings)
-    ]
+    runs = [suite.student("KD", weight_bits=2, activation_bits=4, quantization=chosen) for chosen in ({}, settings)]
     records = suite.run(runs)
     assert all(math.isfinite(row["loss"]) for record in records for row in record.history)
     differs = records[0].weights_digest != records[1].weights_digest

@@ -1,0 +1,178 @@
+"""A quantized network as a file that is as small as its bits: packed levels, scales, batch normalisation, metadata.
+
+Reading such a file needs torch and safetensors, nothing else. What a file holds:
+
+- ``<layer>.levels``: uint8, the layer's integer levels at ``bits`` bits each (1: sign; 2: ternary; b: b), lowest bit
+  first, without gaps between them; ``<layer>.scale``: one number, or one for each output channel;
+- ``<batch norm>.batch_norm``: (4, C), the rows weight, bias, running mean, running variance;
+- every other parameter and buffer under its own name, activation steps (``<relu>.step``) among them;
+- metadata (JSON under ``"faqd"``): bits and shape of every quantized layer, bits of every quantized ReLU, what network
+  to build, a digest of all tensors, and whatever the user adds.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .files import atomic_write, tensors_digest
+from .models import build_model
+from .quantize import quantized_weights, replace_modules
+from .quantizers import QuantizedReLU
+
+FORMAT = "faqd-packed-1"
+_BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+class PackedFileError(ValueError):
+    """A file is no packed network, is damaged, or does not fit the network it is read into."""
+
+
+def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Whole numbers from 0 to 2^bits − 1 as a stream of bits, lowest first; uint8, ⌈numel·bits/8⌉ bytes.
+
+    Example: (1, 0, 1, 1) at 1 bit → 13 (binary 1101).
+    """
+    stream = ((codes.flatten().to(torch.uint8).unsqueeze(1) >> torch.arange(bits, dtype=torch.uint8)) & 1).flatten()
+    stream = torch.cat((stream, stream.new_zeros(-stream.numel() % 8))).view(-1, 8)
+    return (stream << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The first ``count`` numbers of a stream that :func:`pack_bits` made; uint8."""
+    stream = ((packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[: count * bits]
+    return (stream.view(count, bits) << torch.arange(bits, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def save_packed(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    architecture: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a quantized network to a packed file, whole or not at all.
+
+    Args:
+        model: a network that :func:`faqd_lib.quantize` has quantized; layers that are float are stored as they are.
+        path: of the file, by convention ``*.safetensors``.
+        architecture: arguments of :func:`faqd_lib.build_model` (``{"name": "resnet20", "num_classes": 10}``), so that
+            the file can be read without a network to read it into.
+        metadata: whatever else belongs to the network (class names, normalisation); JSON.
+
+    Raises:
+        ValueError: nothing in the network is quantized.
+    """
+    layers = quantized_weights(model)
+    relus = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedReLU)}
+    if not layers and not relus:
+        raise ValueError("nothing in the network is quantized: call quantize(model, …) first")
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine and module.track_running_stats
+    }
+    tensors, described = {}, {}
+    for name, (quantizer, latent) in layers.items():
+        scale, levels = quantizer.levels(latent.detach().cpu())
+        codes = (levels > 0) if quantizer.bits == 1 else levels + _offset(quantizer.bits)
+        tensors[f"{name}.levels"], tensors[f"{name}.scale"] = pack_bits(codes, quantizer.bits), scale
+        described[name] = {"bits": quantizer.bits, "shape": list(latent.shape)}
+    for name, norm in norms.items():
+        tensors[f"{name}.batch_norm"] = torch.stack([getattr(norm, part).detach().cpu() for part in _BATCH_NORM])
+    done = {f"{name}.parametrizations.weight.original" for name in layers}
+    done |= {f"{name}.{part}" for name in norms for part in (*_BATCH_NORM, "num_batches_tracked")}
+    tensors |= {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name not in done}
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    header = {
+        "format": FORMAT,
+        "layers": described,
+        "activations": {name: relu.bits for name, relu in relus.items()},
+        "architecture": dict(architecture) if architecture else None,
+        "metadata": dict(metadata or {}),
+        "digest": tensors_digest(tensors),
+    }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+    return atomic_write(Path(path), lambda temporary: save_file(tensors, temporary, {"faqd": text}))
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """A packed file's metadata: ``format``, ``layers``, ``activations``, ``architecture``, ``metadata``, ``digest``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        PackedFileError: it is no packed network.
+    """
+    return _read(Path(path))[0]
+
+
+def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The network of a packed file, in evaluation mode, with the very outputs of the one that was saved.
+
+    Weights are unpacked into ordinary float parameters (on disk the network is small, in memory it is not), quantized
+    ReLUs are put where they were.
+
+    Args:
+        path: of the file.
+        model: a freshly built float network of the same architecture, changed in place; None to build the one that
+            the file names.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        PackedFileError: it is no packed network, is damaged, or does not fit ``model``.
+    """
+    header, tensors = _read(Path(path))
+    if tensors_digest(tensors) != header["digest"]:
+        raise PackedFileError(f"{path} is damaged: its tensors are not those that were written")
+    if model is None:
+        if header["architecture"] is None:
+            raise PackedFileError(f"{path} does not say what network to build: give load_packed a float network")
+        model = build_model(**header["architecture"])
+    state = {}
+    for name, layer in header["layers"].items():
+        bits, shape = layer["bits"], layer["shape"]
+        codes = unpack_bits(tensors.pop(f"{name}.levels"), bits, torch.Size(shape).numel()).view(shape)
+        scale = tensors.pop(f"{name}.scale")
+        levels = codes.to(scale.dtype).mul_(2).sub_(1) if bits == 1 else codes.to(scale.dtype).sub_(_offset(bits))
+        state[f"{name}.weight"] = scale * levels
+    for name in [name for name in tensors if name.endswith(".batch_norm")]:
+        rows = tensors.pop(name).unbind()
+        state |= {f"{name.removesuffix('batch_norm')}{part}": row for part, row in zip(_BATCH_NORM, rows, strict=True)}
+    modules = dict(model.named_modules())
+    unknown = [name for name in header["activations"] if name not in modules]
+    if unknown:
+        raise PackedFileError(f"{path} does not fit the network: it has no module {unknown[0]!r}")
+    replace_modules(model, {modules[name]: QuantizedReLU(bits) for name, bits in header["activations"].items()})
+    try:
+        result = model.load_state_dict(state | tensors, strict=False)
+    except RuntimeError as error:  # shapes
+        raise PackedFileError(f"{path} does not fit the network: {error}") from error
+    missing = [name for name in result.missing_keys if not name.endswith("num_batches_tracked")]
+    if missing or result.unexpected_keys:
+        problem = f"it has no {missing[0]!r}" if missing else f"the network has no {result.unexpected_keys[0]!r}"
+        raise PackedFileError(f"{path} does not fit the network: {problem}")
+    return model.eval()
+
+
+def _offset(bits: int) -> int:
+    """What is added to a level to make a code: the largest level."""
+    return 1 if bits == 2 else 2 ** (bits - 1) - 1
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("faqd", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise PackedFileError(f"{path} is damaged, or no safetensors file: {error}") from error
+    if header.get("format") != FORMAT:
+        raise PackedFileError(f"{path} is no packed network of format {FORMAT}, but {header.get('format')!r}")
+    return header, tensors

@@ -1,0 +1,166 @@
+"""Packed files: every bit there, nothing more than the bits, and the same outputs after reading."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from faqd_lib.files import project_root
+from faqd_lib.models import build_model
+from faqd_lib.packed import PackedFileError, load_packed, pack_bits, read_header, save_packed, unpack_bits
+from faqd_lib.quantize import calibrate, quantize
+
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def trained(name: str = "resnet8", **bits) -> nn.Module:
+    """A quantized network with running statistics of its own."""
+    model = calibrate(quantize(build_model(name, 10, seed=1), **bits), IMAGES)
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(IMAGES * 2 + 1)
+    return model.eval()
+
+
+@given(st.integers(1, 8), st.lists(st.integers(0, 255), min_size=1, max_size=40))
+def test_bits_survive(bits, numbers):
+    codes = torch.tensor(numbers, dtype=torch.uint8) % 2**bits
+    packed = pack_bits(codes, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.numel() == -(-len(numbers) * bits // 8)
+    assert torch.equal(unpack_bits(packed, bits, len(numbers)), codes)
+
+
+def test_documented_example():
+    assert pack_bits(torch.tensor([1, 0, 1, 1]), 1).tolist() == [13]
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize(("weights", "activations"), [(1, 32), (2, 4), (3, 2), (4, 4), (5, 8), (8, 1), (32, 4)])
+def test_outputs_are_the_same_bits(tmp_path, weights, activations, per_channel):
+    if per_channel and weights == 32:
+        pytest.skip("no weights, no channels")
+    model = trained(weight_bits=weights, activation_bits=activations, per_channel=per_channel)
+    path = save_packed(model, tmp_path / "net.safetensors", architecture={"name": "resnet8", "num_classes": 10})
+    with torch.no_grad():
+        expected = model(IMAGES)
+        assert torch.equal(load_packed(path)(IMAGES), expected)
+        assert torch.equal(load_packed(path, build_model("resnet8", 10, seed=7))(IMAGES), expected)
+
+
+def test_a_one_bit_resnet20_is_an_eighteenth(tmp_path):
+    model = trained("resnet20", weight_bits=1)
+    packed = save_packed(model, tmp_path / "packed.safetensors", architecture={"name": "resnet20", "num_classes": 10})
+    floats = tmp_path / "float.safetensors"
+    save_file(build_model("resnet20", 10).state_dict(), floats)
+    assert packed.stat().st_size * 18 <= floats.stat().st_size
+    # Each quantized layer takes its bits, rounded up to a byte.
+    tensors = load_file(packed)
+    for name, layer in read_header(packed)["layers"].items():
+        assert tensors[f"{name}.levels"].numel() == -(-torch.Size(layer["shape"]).numel() // 8)
+
+
+def test_other_layers_and_what_the_user_adds(tmp_path):
+    model = trained(weight_bits=4, overrides={"layer1.*": 2, "layer2.0.conv1": 8})
+    path = save_packed(model, tmp_path / "net.safetensors", metadata={"classes": ["Käse", "Brot"]})
+    header = read_header(path)
+    assert header["metadata"] == {"classes": ["Käse", "Brot"]}
+    assert header["layers"]["layer1.0.conv1"]["bits"] == 2
+    assert header["layers"]["layer2.0.conv1"]["bits"] == 8
+    assert "fc" not in header["layers"]
+    with torch.no_grad():
+        assert torch.equal(load_packed(path, build_model("resnet8", 10))(IMAGES), model(IMAGES))
+    with pytest.raises(PackedFileError, match="does not say what network"):
+        load_packed(path)
+
+
+def test_a_network_of_ones_own(tmp_path):
+    def build() -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(3, 5, 3, bias=True), nn.BatchNorm2d(5, affine=False), nn.ReLU6(),
+            nn.Conv2d(5, 5, 3, groups=5), nn.GroupNorm(1, 5), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4),
+        )  # fmt: skip
+
+    model, fresh = build(), build()
+    for network in (model, fresh):
+        network(IMAGES)
+    calibrate(quantize(model, 3, 4, last_layer="quantize"), IMAGES).eval()
+    path = save_packed(model, tmp_path / "own.safetensors")
+    with torch.no_grad():
+        assert torch.equal(load_packed(path, fresh)(IMAGES), model(IMAGES))
+
+
+def test_reading_needs_torch_and_safetensors_only(tmp_path):
+    model = trained(weight_bits=1, activation_bits=4)
+    path = save_packed(model, tmp_path / "net.safetensors", architecture={"name": "resnet8", "num_classes": 10})
+    save_file({"images": IMAGES, "logits": model(IMAGES).detach()}, tmp_path / "expected.safetensors")
+    code = f"""
+import sys
+for name in ("pandas", "pydantic", "torchvision", "matplotlib", "seaborn", "papermill", "sklearn", "PIL", "scipy", "tqdm",
+             "filelock", "nbformat"):
+    sys.modules[name] = None  # importing it fails as if it were not installed
+import torch
+torch.set_num_threads({torch.get_num_threads()})
+from safetensors.torch import load_file
+from faqd_lib import load_packed
+saved = load_file({str(tmp_path / "expected.safetensors")!r})
+with torch.no_grad():
+    assert torch.equal(load_packed({str(path)!r})(saved["images"]), saved["logits"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=project_root())
+    assert done.returncode == 0, done.stderr
+
+
+# ---- refusals
+
+
+@pytest.fixture
+def path(tmp_path):
+    return save_packed(trained(weight_bits=1, activation_bits=4), tmp_path / "net.safetensors")
+
+
+def test_a_float_network_is_not_packed(tmp_path):
+    with pytest.raises(ValueError, match="nothing in the network is quantized"):
+        save_packed(build_model("resnet8", 10), tmp_path / "net.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_packed(tmp_path / "nowhere")
+
+
+def test_one_flipped_bit_is_noticed(path):
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(PackedFileError, match="damaged"):
+        load_packed(path, build_model("resnet8", 10))
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors here", None])
+def test_other_files_are_refused(path, content):
+    if content is None:
+        save_file({"x": torch.ones(2)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(PackedFileError, match=r"net\.safetensors"):
+        load_packed(path, build_model("resnet8", 10))
+
+
+@pytest.mark.parametrize(("name", "classes"), [("resnet8", 7), ("resnet20", 10)])
+def test_a_network_that_does_not_fit_is_refused(path, name, classes):
+    with pytest.raises(PackedFileError, match="does not fit"):
+        load_packed(path, build_model(name, classes))
+
+
+def test_the_header_is_plain_json(path):
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]["faqd"]
+    assert json.loads(header)["format"] == "faqd-packed-1"

@@ -102,8 +102,8 @@ def test_reading_needs_torch_and_safetensors_only(tmp_path):
     save_file({"images": IMAGES, "logits": model(IMAGES).detach()}, tmp_path / "expected.safetensors")
     code = f"""
 import sys
-for name in ("pandas", "pydantic", "torchvision", "matplotlib", "seaborn", "papermill", "sklearn", "PIL", "scipy", "tqdm",
-             "filelock", "nbformat"):
+for name in ("pandas", "pydantic", "torchvision", "matplotlib", "seaborn", "papermill", "sklearn", "PIL", "scipy",
+             "tqdm", "filelock", "nbformat"):
     sys.modules[name] = None  # importing it fails as if it were not installed
 import torch
 torch.set_num_threads({torch.get_num_threads()})

@@ -1,6 +1,6 @@
 """A quantized network as ONNX: batch normalisation folded, weights stored in their bits, activations as Q/DQ pairs.
 
-Needs the packages of the extra ``onnx`` (``pip install -e '.[onnx]'``). Weights become low-bit initialisers behind a
+Needs the packages onnx and ml_dtypes. Weights become low-bit initialisers behind a
 ``DequantizeLinear``: INT2 for 1 and 2 bits (opset 25), INT4 for 3 and 4 (opset 21), INT8 for 5 to 8; what follows
 computes in float32. A batch normalisation behind a convolution is folded: its factors into the scales (one for each
 output channel then), its offsets into the bias. A quantized ReLU becomes ``Clip``, ``QuantizeLinear`` and
@@ -39,7 +39,7 @@ def _packages():
         import ml_dtypes
         import onnx
     except ImportError as error:
-        raise OnnxExportError(f"ONNX export needs the extra 'onnx' ({error}): pip install -e '.[onnx]'") from error
+        raise OnnxExportError(f"ONNX export needs onnx and ml_dtypes ({error}): pip install onnx ml_dtypes") from error
     return onnx, ml_dtypes
 
 

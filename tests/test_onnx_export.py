@@ -1,0 +1,181 @@
+"""ONNX files: real low-bit initialisers, and the outputs of the network itself from ONNX Runtime."""
+
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from faqd_lib.models import build_model
+from faqd_lib.onnx_export import OnnxExportError, export_onnx
+from faqd_lib.quantize import calibrate, quantize
+
+IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+STORAGE_BITS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 8: 8}
+STORAGE_TYPES = {2: "INT2", 4: "INT4", 8: "INT8"}
+
+
+@pytest.fixture(autouse=True)
+def own_random_state():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def with_statistics(model: nn.Module, images: torch.Tensor = IMAGES) -> nn.Module:
+    """Batch normalisations with running statistics of their own, so that folding them does something."""
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(images * 2 + 1)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(-1.5, 1.5)
+                module.bias.uniform_(-0.5, 0.5)
+    return model.eval()
+
+
+def run(path, images: torch.Tensor) -> torch.Tensor:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("bits", STORAGE_BITS)
+def test_runtime_gives_the_same_logits_and_weights_take_their_bits(tmp_path, bits, per_channel):
+    model = with_statistics(quantize(build_model("resnet8", 10, seed=1), bits, per_channel=per_channel))
+    path = export_onnx(model, tmp_path / "net.onnx", (3, 32, 32))
+    with torch.no_grad():
+        expected = model(IMAGES)
+    torch.testing.assert_close(run(path, IMAGES), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    torch.testing.assert_close(run(path, IMAGES[:1]), expected[:1], rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    stored = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
+    weights = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    assert len(weights) == 7
+    for name, module in weights.items():
+        tensor = stored[f"{name}.levels"]
+        assert onnx.TensorProto.DataType.Name(tensor.data_type) == STORAGE_TYPES[STORAGE_BITS[bits]]
+        needed = module.weight.numel() * STORAGE_BITS[bits] / 8
+        size = len(tensor.raw_data) or 4 * len(tensor.int32_data)
+        assert needed <= size <= 1.1 * needed + 1, name
+        assert f"{name}.weight" not in stored
+    assert not any(node.op_type == "BatchNormalization" for node in onnx.load(path).graph.node)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_one_quantized_activation_is_exact(tmp_path, bits):
+    model = nn.Sequential(nn.Identity(), nn.ReLU(), nn.Flatten())
+    quantize(model, activation_bits=bits)
+    calibrate(model, IMAGES).eval()
+    with torch.no_grad():
+        expected = model(IMAGES)
+        assert expected.unique().numel() == min(2**bits, expected.unique().numel())
+    path = export_onnx(model, tmp_path / "relu.onnx", (3, 32, 32))
+    assert torch.equal(run(path, IMAGES), expected)
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert "QuantizeLinear" in kinds
+    assert "DequantizeLinear" in kinds
+
+
+def test_full_quantization_differs_by_rare_roundings_only(tmp_path):
+    model = with_statistics(calibrate(quantize(build_model("resnet8", 10, seed=1), 4, 4), IMAGES))
+    path = export_onnx(model, tmp_path / "net.onnx", (3, 32, 32))
+    with torch.no_grad():
+        expected = model(IMAGES)
+    # A value on the edge between two levels may fall to either side; each such step changes the logits a little.
+    error = (run(path, IMAGES) - expected).abs()
+    assert error.median() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "efficientnet_b0"])
+def test_torchvision_networks(tmp_path, name):
+    from faqd_lib._torchvision import torchvision
+
+    images = torch.randn(4, 3, 64, 64)
+    model = quantize(getattr(torchvision.models, name)(num_classes=5), 4)
+    with_statistics(model, images)
+    with torch.no_grad():
+        expected = model(images)
+    assert expected.std() > 0
+    found = run(export_onnx(model, tmp_path / "net.onnx", (3, 64, 64)), images)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_a_network_of_many_parts(tmp_path):
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU6(), nn.MaxPool2d(2))
+            self.norm, self.second = nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, 2, 2, dilation=2, groups=3)
+            self.act, self.drop, self.sigmoid = nn.SiLU(), nn.Dropout(), nn.Sigmoid()
+            self.pool, self.head = nn.AvgPool2d(2), nn.Linear(6, 4)
+
+        def forward(self, x):
+            x = self.norm(self.first(x))
+            y = self.act(self.second(x))
+            y = torch.relu(y + 0.25) * self.sigmoid(y)
+            y = torch.cat([self.pool(y), nn.functional.adaptive_avg_pool2d(x, 4)], dim=2)
+            return self.head(self.drop(y.mean((2, 3))))
+
+    class Cut(nn.Module):
+        def forward(self, x):
+            return x[:, :1]
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.norm, self.out = nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 2)
+
+        def forward(self, x):
+            return self.out(self.norm(self.inner(torch.flatten(nn.functional.relu(x.add(1).mul(0.5)), 1))))
+
+    vectors = torch.randn(9, 5, 1, 1)
+    model = quantize(Head(), 8, last_layer="quantize")
+    with torch.no_grad():
+        model.train()(vectors)
+        expected = model.eval()(vectors)
+    found = run(export_onnx(model, tmp_path / "head.onnx", (5, 1, 1)), vectors)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    model = with_statistics(quantize(Parts(), 4, 32))
+    with torch.no_grad():
+        expected = model(IMAGES)
+    found = run(export_onnx(model, tmp_path / "parts.onnx", (3, 32, 32)), IMAGES)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    # A part that has no form here is named; nothing is written.
+    with pytest.raises(OnnxExportError, match="getitem"):
+        export_onnx(Cut(), tmp_path / "cut.onnx", (3, 32, 32))
+    assert not (tmp_path / "cut.onnx").exists()
+
+
+def test_the_network_is_left_as_it_was(tmp_path):
+    model = quantize(build_model("resnet8", 10), 1, 4).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    export_onnx(model, tmp_path / "net.onnx", (3, 32, 32))
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_control_flow_that_depends_on_data_is_an_error(tmp_path):
+    class Moody(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(OnnxExportError, match="cannot be traced"):
+        export_onnx(Moody(), tmp_path / "net.onnx", (3, 8, 8))
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(OnnxExportError, match="needs onnx"):
+        export_onnx(nn.Flatten(), tmp_path / "net.onnx", (3, 8, 8))
+
+
+def test_a_float_network_is_exported_as_well(tmp_path):
+    model = with_statistics(build_model("resnet8", 10, seed=1))
+    path = export_onnx(model, tmp_path / "net.onnx", (3, 32, 32))
+    with torch.no_grad():
+        np.testing.assert_allclose(run(path, IMAGES).numpy(), model(IMAGES).numpy(), rtol=1e-3, atol=1e-3)

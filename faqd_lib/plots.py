@@ -142,6 +142,28 @@ def image_grid(rows: Sequence[torch.Tensor], row_names: Sequence[str]) -> Figure
         return figure
 
 
+def classified(images: torch.Tensor, predicted: Sequence[str], true: Sequence[str]) -> Figure:
+    """Pictures, five a row, each under what a network took it for; where it is wrong, what it is stands below.
+
+    Args:
+        images: (n, 3, height, width), uint8.
+        predicted, true: n texts each; a prediction is right if it begins with the true name.
+    """
+    columns = 5
+    with _figure(math.ceil(len(images) / columns), columns, height=2.1 * math.ceil(len(images) / columns)) as (
+        figure,
+        axes,
+    ):
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, image, guess, name in zip(axes, images, predicted, true, strict=False):
+            axis.imshow(_picture(image))
+            right = guess.startswith(name)
+            axis.set_title(guess if right else f"{guess}\n({name})", fontsize="small", fontweight="normal",
+                           color="0.15" if right else "#b2182b")  # fmt: skip
+        return figure
+
+
 def affinity_matrices(matrices: Mapping[str, torch.Tensor], difference: torch.Tensor) -> Figure:
     """Affinity matrices (N×N) by name on one scale, and a difference matrix on a scale of its own."""
     colours = _cosine_colours(matrices.values())

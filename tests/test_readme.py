@@ -2,6 +2,8 @@
 
 import re
 
+import torch
+
 from faqd_lib.files import project_root
 from faqd_lib.series import parser
 from faqd_lib.settings import PROFILES
@@ -9,8 +11,14 @@ from faqd_lib.settings import PROFILES
 TEXT = (project_root() / "README.md").read_text(encoding="utf-8")
 
 
-def test_code_runs_and_trains():
-    training, losses = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+def test_code_runs_and_trains(tmp_path, monkeypatch):
+    training, losses, files = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    written: dict = {}
+    exec(compile(files, "README.md", "exec"), written)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(written["same"](images), written["network"].eval()(images))
+    assert (tmp_path / "student.onnx").stat().st_size < 4 * 270_000
     alone: dict = {}
     exec(compile(losses, "README.md", "exec"), alone)
     assert 0 < alone["loss"] < 1

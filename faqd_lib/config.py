@@ -1,5 +1,6 @@
 """What a run is: a validated, frozen configuration whose digest names it. Everything that changes numbers is here."""
 
+import difflib
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
@@ -53,7 +54,10 @@ def _explain(model: type[BaseModel], error: ValidationError, where: str) -> str:
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"]) or "the whole"
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown setting {key!r}; known are: {', '.join(sorted(model.model_fields))}")
+            known = _fields_at(model, problem["loc"][:-1])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            lines.append(f"{where}: unknown setting {key!r}{hint}; known are: {', '.join(known)}")
         elif problem["type"] == "missing":
             lines.append(f"{where}: {key} is missing")
         else:
@@ -61,6 +65,16 @@ def _explain(model: type[BaseModel], error: ValidationError, where: str) -> str:
             value = f" = {problem['input']!r}" if problem["loc"] and not isinstance(problem["input"], dict) else ""
             lines.append(f"{where}: {key}{value}: {message}")
     return "\n".join(lines)
+
+
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Names of the settings at a place inside a model, in alphabetical order."""
+    for part in location:
+        inner = getattr(model.model_fields.get(part), "annotation", None) if isinstance(part, str) else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        model = inner
+    return sorted(model.model_fields)
 
 
 class DataConfig(Frozen):

@@ -131,9 +131,19 @@ class Profile(Frozen):
         )
 
     def for_dataset(self, dataset: str) -> Self:
-        """This profile with the settings that it has for one dataset."""
-        settings = {**self.model_dump(), **self.dataset_settings.get(dataset, {}), "dataset_settings": {}}
+        """This profile with the settings that it has for one dataset: only what is named there changes."""
+        settings = _merged(self.model_dump(), self.dataset_settings.get(dataset, {})) | {"dataset_settings": {}}
         return type(self).parse(settings, where=f"profile {self.name}, dataset_settings.{dataset}")
+
+
+def _merged(settings: dict, changes: dict) -> dict:
+    """``settings`` with ``changes``, table by table."""
+    inside = {
+        key: _merged(settings[key], value)
+        for key, value in changes.items()
+        if isinstance(value, dict) and isinstance(settings.get(key), dict)
+    }
+    return settings | changes | inside
 
 
 class SuiteState(Frozen):

@@ -272,6 +272,24 @@ def test_dataset_settings_override(tmp_path):
     assert profile.for_dataset("cifar100").seeds == 1
 
 
+def test_dataset_settings_change_only_what_they_name(tmp_path):
+    text = "[dataset_settings.digits.student_schedule]\nlearning_rate = 0.5\n[dataset_settings.digits.losses]\nk = 3"
+    profile = Profile.load(write_profile(tmp_path, text))
+    chosen = profile.for_dataset("digits")
+    changed = {"learning_rate": 0.5}
+    assert chosen.student_schedule == profile.student_schedule.model_copy(update=changed)
+    assert chosen.losses == profile.losses.model_copy(update={"k": 3})
+    assert chosen.teacher_schedule == profile.teacher_schedule
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"), [("sedes = 3", "did you mean 'seeds'"), ("[losses]\nlabel_wieght = 1.0", "mean 'label_weight'")]
+)
+def test_a_misspelled_setting_gets_a_hint(tmp_path, text, hint):
+    with pytest.raises(ConfigurationError, match=hint):
+        Profile.load(write_profile(tmp_path, text))
+
+
 def test_dataset_settings_are_checked_before_their_turn_comes(tmp_path):
     file = write_profile(tmp_path, "[dataset_settings.cifar10]\nsedes = 4")
     with pytest.raises(ConfigurationError, match=r"dataset_settings\.cifar10.*sedes"):

@@ -192,8 +192,9 @@ class Schedule(Frozen):
 
 
 class OptimizationConfig(Schedule):
-    """A schedule, and in which precision its steps compute."""
+    """A schedule, and in which precision its steps compute. No epochs at all: quantized after training, not trained."""
 
+    epochs: Annotated[int, Field(ge=0)]
     precision: Precision = "float32"
 
 
@@ -216,6 +217,8 @@ class RunConfig(Frozen):
             raise ValueError("a teacher is needed exactly where the objective has a logit or an affinity loss")
         if self.initial is not None and self.initial.model != self.model:
             raise ValueError(f"initial weights of {self.initial.model} do not fit {self.model}")
+        if self.optimization.epochs == 0 and (self.initial is None or self.objective.uses_teacher):
+            raise ValueError("epochs = 0 needs initial weights and no teacher: it is quantization after training")
         for other in (self.teacher, self.initial):
             if other is not None and other.data != self.data:
                 raise ValueError("teacher, initial weights and student must be trained on the same data")
@@ -228,11 +231,16 @@ class RunConfig(Frozen):
 
     @property
     def regime(self) -> str:
+        """``end-to-end``, ``fine-tuning`` or ``post-training``."""
+        if self.optimization.epochs == 0:
+            return "post-training"
         return "end-to-end" if self.initial is None else "fine-tuning"
 
     @property
     def method(self) -> str:
-        """``labels``, ``KD``, ``FAQD`` or ``FFAQD``: what the student learns from, labels aside."""
+        """``labels``, ``KD``, ``FAQD``, ``FFAQD``: what the student learns from, labels aside; ``none``: nothing."""
+        if self.optimization.epochs == 0:
+            return "none"
         if not self.objective.uses_teacher:
             return "labels"
         return {"none": "KD", "fa": "FAQD", "ffa": "FFAQD"}[self.objective.affinity]
@@ -259,5 +267,5 @@ class RunConfig(Frozen):
             parts.append("labelfree" if self.label_free else "labelled")
             parts.append(f"from-{self.teacher.model}")
         if self.initial is not None:
-            parts.append("finetuned")
+            parts.append("finetuned" if self.optimization.epochs else "posttraining")
         return "-".join([*parts, f"seed{self.seed}", self.digest[:12]])

@@ -40,9 +40,12 @@ def references(suite: Suite) -> list[RunConfig]:
 
 
 def weight_quantization(suite: Suite) -> list[RunConfig]:
-    """T1: weights at each bit-width × what is learned from × regime × teacher × seed; float activations."""
+    """T1: weights at each bit-width × what is learned from × regime × teacher × seed; float activations.
+
+    And for comparison the float student with its weights rounded after training.
+    """
     grid = suite.profile.grid
-    return _unique(
+    trained = (
         suite.student(
             column.method, labels=column.labels, weight_bits=bits, regime=regime, teacher=teacher, seed=seed
         )
@@ -52,12 +55,17 @@ def weight_quantization(suite: Suite) -> list[RunConfig]:
         for column in COLUMNS
         for seed in seeds(suite)
     )  # fmt: skip
+    rounded = (suite.post_training(bits, seed=seed) for bits in grid.weight_bits for seed in seeds(suite))
+    return _unique([*trained, *rounded])
 
 
 def full_quantization(suite: Suite) -> list[RunConfig]:
-    """T2: weights and activations quantized × what is learned from × regime × seed; the first teacher."""
+    """T2: weights and activations quantized × what is learned from × regime × seed; the first teacher.
+
+    And for comparison the float student, quantized after training.
+    """
     grid = suite.profile.grid
-    return _unique(
+    trained = (
         suite.student(
             column.method, labels=column.labels, weight_bits=weights, activation_bits=activations, regime=regime,
             seed=seed,
@@ -67,6 +75,8 @@ def full_quantization(suite: Suite) -> list[RunConfig]:
         for column in COLUMNS
         for seed in seeds(suite)
     )  # fmt: skip
+    rounded = (suite.post_training(*bits, seed=seed) for bits in grid.full_bits for seed in seeds(suite))
+    return _unique([*trained, *rounded])
 
 
 def logit_losses(suite: Suite) -> list[RunConfig]:

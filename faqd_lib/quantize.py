@@ -138,6 +138,11 @@ def dequantize(model: nn.Module) -> nn.Module:
     """Take quantization off again, in place: the float (latent) weights and the former ReLUs. Returns ``model``."""
     for module in model.modules():
         if parametrize.is_parametrized(module, "weight"):
+            # A deep copy shares its class with the original, and torch takes the property `weight` off that class:
+            # without a class of its own, the original would lose its weight.
+            shared = type(module)
+            own = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+            module.__class__ = type(shared.__name__, shared.__bases__, own)
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
     replace_modules(model, {relu: relu.replaces for relu in _quantized_relus(model)})
     return model

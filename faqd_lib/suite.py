@@ -251,6 +251,33 @@ class Suite:
             initial=self.float_student(seed) if fine_tuning else None,
         )
 
+    def post_training(
+        self,
+        weight_bits: int = FLOAT_BITS,
+        activation_bits: int = FLOAT_BITS,
+        *,
+        seed: int = 1,
+        quantization: Mapping[str, object] | None = None,
+    ) -> RunConfig:
+        """The float student quantized after training: weights rounded, activation steps calibrated, nothing trained.
+
+        What the tables compare with, to show what training with quantizers buys.
+        """
+        student = self.float_student(seed)
+        return RunConfig(
+            data=self.state.data,
+            model=student.model,
+            optimization=OptimizationConfig(
+                epochs=0, warmup_epochs=0.0, batch_size=student.optimization.batch_size, precision=self.precision
+            ),
+            objective=student.objective,
+            quantization=QuantizationConfig(
+                weight_bits=weight_bits, activation_bits=activation_bits, **(quantization or {})
+            ),
+            seed=seed,
+            initial=student,
+        )
+
     # ---- networks
 
     def build(self, config: RunConfig, *, initial_weights: bool = True) -> nn.Module:
@@ -295,7 +322,7 @@ class Suite:
         wanted = list(dict.fromkeys(configs))
         waves = _waves(wanted)
         missing = [[config for config in wave if self.store.record(config) is None] for wave in waves]
-        total = sum(config.optimization.epochs for wave in missing for config in wave)
+        total = sum(max(1, config.optimization.epochs) for wave in missing for config in wave)
         count = sum(map(len, missing))
         if count < sum(map(len, waves)):
             print(f"  {title}: {sum(map(len, waves)) - count} of {sum(map(len, waves))} runs are there", flush=True)
@@ -327,9 +354,9 @@ class Suite:
         def on_epoch(epoch: int, active: list[Learner]) -> None:
             names = ", ".join(sorted({f"{learner.config.bits} {learner.config.method}" for learner in active}))
             accuracy = " ".join(f"{learner.history[-1]['test_accuracy']:.1f}" for learner in active)
-            progress.advance(
-                len(cohort), f"{label} ({names}), epoch {epoch + 1} of {config.optimization.epochs}: test {accuracy} %"
-            )
+            epochs = config.optimization.epochs
+            what = f"epoch {epoch + 1} of {epochs}" if epochs else "quantized after training"
+            progress.advance(len(cohort), f"{label} ({names}), {what}: test {accuracy} %")
 
         result = train(learners, batches, teacher, () if teacher is None else teacher.feature_names, splits, on_epoch)
         for trained in result.trained:

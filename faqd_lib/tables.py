@@ -30,8 +30,8 @@ REFERENCE_VALUES = {
     "table": ("T1", "T2", "T3", "T4"),
     "weight_bits": tuple(map(str, (*WEIGHT_BITS, FLOAT_BITS))),
     "activation_bits": tuple(map(str, (*ACTIVATION_BITS, FLOAT_BITS))),
-    "regime": ("end-to-end", "fine-tuning"),
-    "method": ("labels", "KD", "FAQD", "FFAQD"),
+    "regime": ("end-to-end", "fine-tuning", "post-training"),
+    "method": ("labels", "KD", "FAQD", "FFAQD", "none"),
     "labels": ("true", "false"),
     "logit_loss": ("none", "mse", "kl"),
     "affinity": ("none", "fa", "ffa"),
@@ -105,7 +105,7 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
                 "last": record.last_accuracy,
                 "best": record.best_accuracy,
                 "test_images": record.test_images,
-                "final_loss": final["loss"],
+                "final_loss": final.get("loss", float("nan")),
                 "final_affinity": final.get("affinity", float("nan")),
                 "parameters": record.parameters,
                 "size_kB": record.weight_bytes / 1000,
@@ -278,6 +278,13 @@ def _quantization_table(
                 "labels only": row["ours, last epoch"],
             }
         )
+    for weights, activations in bits:
+        line = {"teacher": "", "regime": "post-training", "bits": f"{weights}W{activations}A"}
+        configs = _per_seed(suite, lambda seed, w=weights, a=activations: suite.post_training(w, a, seed=seed))
+        accuracy = cells.accuracy(table, configs)
+        rows.append({**line, "learns from": "nothing: the float student, rounded", **accuracy})
+        grid = dict.fromkeys((column.title for column in experiments.COLUMNS), "")
+        overview.append({**line, **grid, "labels only": accuracy["ours, last epoch"]})
     for teacher in teachers:
         for regime in regimes:
             for weights, activations in bits:
@@ -309,7 +316,8 @@ def weight_quantization(suite: Suite, reference: pd.DataFrame) -> Table:
         suite.profile.teachers,
         f"Students {suite.profile.student} with quantized weights and float activations; logit loss "
         f"{losses.end_to_end_logit_loss.upper()} end to end, {losses.fine_tuning_logit_loss.upper()} in fine-tuning; "
-        "fine-tuning starts from the float student, which like the teacher was trained with labels.",
+        "fine-tuning starts from the float student, which like the teacher was trained with labels; post-training: "
+        "that student with its weights rounded, not trained any further.",
     )
 
 
@@ -323,7 +331,8 @@ def full_quantization(suite: Suite, reference: pd.DataFrame) -> Table:
         bits,
         ["end-to-end", "fine-tuning"],
         suite.profile.teachers[:1],
-        f"Students {suite.profile.student} with quantized weights and activations (learned step).",
+        f"Students {suite.profile.student} with quantized weights and activations (learned step); post-training: the "
+        "float student with its weights rounded and its steps calibrated, not trained any further.",
     )
 
 

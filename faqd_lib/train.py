@@ -134,7 +134,7 @@ class Learner:
         """Append the epoch's mean loss terms and its evaluations (accuracy in percent, cross-entropy)."""
         self._check(epoch)
         row: dict[str, float] = {"epoch": epoch + 1}
-        for name in self._terms[0]:
+        for name in self._terms[0] if self._terms else ():
             row[name if name != "total" else "loss"] = float(torch.stack([t[name] for t in self._terms]).mean())
         for split, (accuracy, cross_entropy) in evaluations.items():
             if not math.isfinite(cross_entropy):
@@ -222,7 +222,17 @@ def train(
     teaches = _Teacher(teacher, feature_names if wants_maps else (), learners[0].config.optimization.precision)
     for learner in learners:
         learner.model.train()
-    for epoch in range(learners[0].config.optimization.epochs):
+
+    def end_epoch(epoch: int) -> None:
+        for learner in list(active):
+            scores = {name: evaluate(learner.model, images, batches.normalizer) for name, images in splits.items()}
+            attempt(learner, learner.end_epoch, epoch, scores)
+
+    epochs = learners[0].config.optimization.epochs
+    if epochs == 0:  # quantized after training: there is nothing to do but to look
+        end_epoch(-1)
+        on_epoch(-1, active)
+    for epoch in range(epochs):
         shared.start()
         for batch in batches.epoch(epoch):
             teacher_logits, teacher_maps = teaches(batch.images)
@@ -232,9 +242,7 @@ def train(
                 labels = None if learner.config.label_free else batch.labels
                 attempt(learner, learner.step, epoch, batch.images, labels, teacher_logits, teacher_maps)
             shared.start()
-        for learner in list(active):
-            scores = {name: evaluate(learner.model, images, batches.normalizer) for name, images in splits.items()}
-            attempt(learner, learner.end_epoch, epoch, scores)
+        end_epoch(epoch)
         shared.read()
         if not active:
             break
@@ -273,10 +281,10 @@ def _finish(learner: Learner, batch_size: int, cohort: int, shared_seconds: floa
     measured = every[1:] or every  # the first step carries the memory measurement
     own = sum(measured)
     cost = {
-        "training_seconds": own / len(measured) * len(every) + shared_seconds,
+        "training_seconds": own / max(1, len(measured)) * len(every) + shared_seconds,
         "shared_seconds": shared_seconds,
-        "step_milliseconds": 1000 * statistics.median(measured),
-        "images_per_second": batch_size * len(measured) / own,
+        "step_milliseconds": 1000 * statistics.median(measured) if measured else 0.0,
+        "images_per_second": batch_size * len(measured) / own if measured else 0.0,
         "peak_step_bytes": learner.peak_bytes,
         "cohort": cohort,
     }

@@ -15,6 +15,7 @@ from faqd_lib.config import (
     OptimizationConfig,
     QuantizationConfig,
     RunConfig,
+    Schedule,
     WeightBits,
 )
 from faqd_lib.quantizers import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS
@@ -44,7 +45,7 @@ def student(run_config) -> RunConfig:
         (OptimizationConfig, {"epochs": "1"}, ["epochs = '1'", "integer"]),
         (OptimizationConfig, {"epochs": 1.5}, ["epochs = 1.5"]),
         (OptimizationConfig, {"epochs": True}, ["epochs = True"]),
-        (OptimizationConfig, {"epochs": 0}, ["epochs = 0", "1"]),
+        (Schedule, {"epochs": 0}, ["epochs = 0", "1"]),
         (OptimizationConfig, {}, ["epochs is missing"]),
         (OptimizationConfig, {"epochs": 1, "batch_size": 1}, ["batch_size = 1", "2"]),
         (OptimizationConfig, {"epochs": 1, "batch_size": 0}, ["batch_size = 0"]),
@@ -85,7 +86,7 @@ def test_bad_settings_are_named(model, values, names):
 
 def test_each_bad_setting_has_a_line():
     with pytest.raises(ConfigurationError) as raised:
-        OptimizationConfig.parse({"epochs": 0, "momentun": 1, "batch_size": "x"}, "here")
+        OptimizationConfig.parse({"epochs": -1, "momentun": 1, "batch_size": "x"}, "here")
     assert len(str(raised.value).splitlines()) == 3
 
 
@@ -98,6 +99,7 @@ def test_runs_must_fit_together(run_config, student):
         ({"initial": student.teacher}, "resnet20 do not fit resnet8"),
         ({"teacher": elsewhere}, "same data"),
         ({"initial": elsewhere}, "same data"),
+        ({"optimization": OptimizationConfig(epochs=0, warmup_epochs=0.0)}, "quantization after training"),
     ):
         with pytest.raises(ConfigurationError, match=names):
             RunConfig.parse({**parts, **change}, "here")

@@ -116,6 +116,18 @@ def test_deepcopy_is_independent_and_equal(images):
     assert torch.equal(model(images), expected)
 
 
+def test_dequantizing_a_copy_leaves_the_original_quantized(images):
+    model = calibrate(quantize(small_network(), 1, 4), images).eval()
+    expected = model(images)
+    for _ in range(2):
+        dequantize(copy.deepcopy(model))
+    assert torch.equal(model(images), expected)
+    twin = copy.deepcopy(model)
+    dequantize(model)
+    assert torch.equal(twin(images), expected)
+    assert torch.equal(quantize(model, 1)[0].weight, twin[0].weight)
+
+
 def test_state_dict_round_trip(images):
     model = calibrate(quantize(small_network(), 4, 4), images).eval()
     fresh = quantize(small_network(), 4, 4).eval()

@@ -12,8 +12,10 @@ from faqd_lib.batches import Batches
 from faqd_lib.config import OptimizationConfig, RunConfig
 from faqd_lib.data import ImageData, Images
 from faqd_lib.files import tensors_digest
+from faqd_lib.quantize import dequantize
 from faqd_lib.results import RunRecord
 from faqd_lib.suite import Suite
+from faqd_lib.tables import runs_frame
 from faqd_lib.train import NonFiniteLossError, evaluate, learning_rate, precision_that_pays, projection_seed, train
 
 
@@ -260,6 +262,22 @@ def test_every_way_of_quantizing_trains_to_numbers_of_its_own(tiny_suite, settin
     assert all(math.isfinite(row["loss"]) for record in records for row in record.history)
     differs = records[0].weights_digest != records[1].weights_digest
     assert differs == ("shortcuts" not in settings)  # the CIFAR ResNets' shortcuts have no weights
+
+
+def test_quantized_after_training_is_the_float_student_rounded_and_nothing_else(tiny_suite):
+    suite = tiny_suite()
+    float_record, record = suite.run([suite.float_student(), suite.post_training(2, 4)])
+    assert (record.configuration.method, record.configuration.regime) == ("none", "post-training")
+    assert len(record.history) == 1
+    trained, rounded = suite.model(suite.float_student()), suite.model(suite.post_training(2, 4))
+    steps = {name for name, _ in rounded.named_parameters() if name.endswith("step")}
+    assert steps
+    floats = dict(dequantize(copy.deepcopy(rounded)).state_dict())
+    assert all(torch.equal(tensor, floats[name]) for name, tensor in trained.state_dict().items())
+    assert suite.evaluate(rounded)[0] == pytest.approx(record.last_accuracy)
+    assert record.cost["training_seconds"] < float_record.cost["training_seconds"]
+    assert not any(module.training for module in rounded.modules())
+    assert "none" in runs_frame([record])["method"].tolist()
 
 
 def test_adapters_are_trained(tiny_suite):

@@ -4,10 +4,15 @@
     python benchmarks/affinity.py --parts targets     # the ratios that the README states
     python benchmarks/affinity.py --parts sweep --device cuda
 
-Everything is float32, channels-last, value and gradient. "direct" is the N×N loss as one would write it with autograd;
-"plain FFA" is the paper's fast loss written with autograd. The floor is what it takes to read both maps and write one
-gradient at this machine's measured copy bandwidth. Prints tables; writes ``affinity.json`` and ``affinity.png`` to
-``--out`` (``results/benchmarks`` if left out).
+Everything is float32, channels-last, value and gradient. Parts: ``targets`` (the shapes of a ResNet's maps, against
+direct and plain FFA; 5 minutes on two slow cores), ``ffa`` (FFA's forward and backward apart; seconds), ``memory``
+(extra memory at 224×224; seconds), ``step`` (a ResNet-20's training step with and without FA; minutes) and ``sweep``
+(all sizes; 10 minutes).
+
+"direct" is the N×N loss as one would write it with autograd; "plain FFA" is the paper's fast loss written with
+autograd. The floor is what it takes to read both maps and write one gradient at this machine's measured copy
+bandwidth. Prints tables; writes ``affinity.json`` and ``affinity.png`` to ``--out`` (``results/benchmarks`` if left
+out).
 """
 
 import argparse
@@ -234,10 +239,12 @@ PARTS = ("targets", "ffa", "memory", "step", "sweep")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=default_results() / "benchmarks")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which parts (all)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--rounds", type=int, default=15, help="calls of each candidate, in turns (15)")
+    parser.add_argument(
+        "--out", type=Path, default=default_results() / "benchmarks", help="folder to write to (results/benchmarks)"
+    )
     arguments = parser.parse_args()
     device, rounds = arguments.device, arguments.rounds
     if rounds < 2:

@@ -65,7 +65,7 @@ def feature_affinity_loss(
     *,
     norm: str = "l2",
     reduction: str = "mean",
-    k: int = 6,
+    k: int | None = None,
     distribution: str = "gaussian",
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
@@ -83,7 +83,8 @@ def feature_affinity_loss(
         reduction: ``"mean"``: over images, as above; ``"released"``: as the released code scales, for comparison:
             with L1 (its default) the sum over images of ‖D‖₁/N², with L2 (its ``order=2``) the root of the sum over
             images, √(Σ‖D‖²_F)/N; with projections the root of that sum's estimate, which is not unbiased.
-        k: number of projections, at least 1 (projection only). The estimate's relative error falls like 1/√k.
+        k: number of projections, at least 1; 6 if left out (the paper's). For the projection method only: refused
+            elsewhere. The relative error of the estimate falls like 1/√k; that of its gradient, too, but it is larger.
         distribution: of the projections, ``"gaussian"`` (the paper) or ``"rademacher"`` (±1, smaller variance).
         generator: a CPU generator for the projections; None for torch's global one (a training that must repeat
             gives its own, or uses :class:`FastFeatureAffinityLoss`). Every call draws anew; all images of a batch
@@ -94,17 +95,23 @@ def feature_affinity_loss(
         numbers whose squares overflow.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor, or ``k`` is not an integer.
+        TypeError: an argument is not a floating-point tensor, ``k`` is not an integer, or ``generator`` is none.
         ValueError: shapes that are not (batch, channels, height, width), unequal or empty batches, ``k`` below 1,
             an unknown method, norm, reduction or distribution, or L1 with another method than pairwise.
         RuntimeError: a second derivative or a forward-mode derivative is asked for; there is none.
     """
+    method = _check_method(method, norm, reduction)
+    if k is not None and method != "projection":
+        raise ValueError(f"k = {k!r} is a number of projections, but method {method!r} has none: use 'projection'")
+    k = 6 if k is None else k
     _check_projection(k, distribution)
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator must be a torch.Generator of the CPU, got {type(generator).__name__}")
 
     def draw(pixels: int) -> torch.Tensor:
         return draw_projections(pixels, k, distribution, generator)
 
-    return _loss(student, teacher, _check_method(method, norm, reduction), norm, reduction, draw)
+    return _loss(student, teacher, method, norm, reduction, draw)
 
 
 def cheaper_exact(pixels: int, student_channels: int, teacher_channels: int) -> str:
@@ -228,8 +235,10 @@ def _check_map(name: str, features: torch.Tensor) -> None:
         kind = features.dtype if isinstance(features, torch.Tensor) else type(features).__name__
         raise TypeError(f"{name} must be a floating-point tensor, got {kind}")
     if features.ndim != 4 or 0 in features.shape:
+        tokens = features.ndim == 3 and 0 not in features.shape
+        hint = f"; for tokens (batch, N, channels) use {name}.transpose(1, 2).unsqueeze(3)" if tokens else ""
         raise ValueError(
-            f"{name} must be (batch, channels, height, width) with nothing empty, got {tuple(features.shape)}"
+            f"{name} must be (batch, channels, height, width) with nothing empty, got {tuple(features.shape)}{hint}"
         )
 
 
@@ -248,7 +257,8 @@ def _check_method(method: str, norm: str, reduction: str) -> str:
         ("method", method, METHODS), ("norm", norm, NORMS), ("reduction", reduction, REDUCTIONS)
     ):  # fmt: skip
         if value not in known:
-            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+            hint = " (the paper's FFA is 'projection')" if value in ("ffa", "fast") else ""
+            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}{hint}")
     if norm == "l1" and method not in ("auto", "pairwise"):
         raise ValueError(
             f"norm 'l1' has no {method} form, for the sum of |D_ij| needs every entry of D: use method 'pairwise' (its "

@@ -1,9 +1,9 @@
 """How well random projections estimate the affinity loss of a given pair of maps, without the N×N matrix.
 
-For D = X Xᵀ − Y Yᵀ = Q K Qᵀ (see :mod:`faqd_lib.affinity`) and H = K QᵀQ, all that is needed comes from w×w products,
+For D = X Xᵀ − Y Yᵀ = Q K Qᵀ (see :mod:`faqd_lib.affinity`) and M = K QᵀQ, all that is needed comes from w×w products,
 w = C_s + C_t:
 
-    tr D² = tr H²,    tr D⁴ = tr H⁴,    (D²)_ii = q_iᵀ (H K) q_i.
+    tr D² = tr M²,    tr D⁴ = tr M⁴,    (D²)_ii = q_iᵀ (M K) q_i.
 
 The estimate L_k = (1/k) Σ_j ‖D z_j‖² / N² has mean L = tr D² / N² and, times N⁴, the variance
 
@@ -19,6 +19,9 @@ inequality turns a variance into Proposition 4.2: P(|L_k − L| > εL) ≤ Var L
 
 The images of a batch share their projections, so that the batch's loss is estimated with D² replaced by its mean over
 the images, and its variance is larger than that of a mean of independent estimates.
+
+All this is about the loss's *value*. The gradient that training follows is estimated without bias, too, but several
+times less accurately (notebook 02 measures it).
 """
 
 import math
@@ -136,12 +139,12 @@ def affinity_statistics(student: torch.Tensor, teacher: torch.Tensor) -> Affinit
         p = Pixels(student.detach().double(), teacher.double())
         parts, factors, kernels = [], [], []
         for _ in p.chunks(p.pixels * p.width):
-            q, h = p.q.clone(), p.k @ (p.q.transpose(1, 2) @ p.q)
-            hk, h2 = h @ p.k, h @ h  # D² = Q (H K) Qᵀ
-            diagonal = ((q @ hk) * q).sum(2)
-            parts.append((_trace_of_square(h), _trace_of_square(h2), diagonal.square().sum(1), diagonal.sum(0)))
+            q, m = p.q.clone(), p.k @ (p.q.transpose(1, 2) @ p.q)
+            mk, m2 = m @ p.k, m @ m  # D² = Q (M K) Qᵀ
+            diagonal = ((q @ mk) * q).sum(2)
+            parts.append((_trace_of_square(m), _trace_of_square(m2), diagonal.square().sum(1), diagonal.sum(0)))
             factors.append(q)
-            kernels.append(hk)
+            kernels.append(mk)
         trace, square, squared_diagonal, diagonals = zip(*parts, strict=True)
         images = Traces(torch.cat(trace), torch.cat(square), torch.cat(squared_diagonal))
         if not bool(images.trace.isfinite().all()):
@@ -155,14 +158,14 @@ def affinity_statistics(student: torch.Tensor, teacher: torch.Tensor) -> Affinit
     return AffinityStatistics(p.pixels, images, batch)
 
 
-def _trace_of_square(h: torch.Tensor) -> torch.Tensor:
-    return (h * h.transpose(1, 2)).sum((1, 2))
+def _trace_of_square(m: torch.Tensor) -> torch.Tensor:
+    return (m * m.transpose(1, 2)).sum((1, 2))
 
 
-def _square_of_mean(q: torch.Tensor, hk: torch.Tensor) -> torch.Tensor:
-    """‖mean over images of Q (H K) Qᵀ‖²_F, through the smaller of the two Gram matrices, a block of rows at a time."""
+def _square_of_mean(q: torch.Tensor, mk: torch.Tensor) -> torch.Tensor:
+    """‖mean over images of Q (M K) Qᵀ‖²_F, through the smaller of the two Gram matrices, a block of rows at a time."""
     images, pixels, width = q.shape
-    left = (q @ hk).transpose(0, 1).reshape(pixels, images * width)  # the images' factors side by side
+    left = (q @ mk).transpose(0, 1).reshape(pixels, images * width)  # the images' factors side by side
     right = q.transpose(0, 1).reshape(pixels, images * width)
     total = q.new_zeros(())
     if images * width < pixels:

@@ -148,7 +148,8 @@ class FeatureTap:
 
     Raises:
         ValueError: a name that the network does not have (close matches are listed), or a name given twice.
-        RuntimeError: ``features`` is read before every tapped module has run.
+        RuntimeError: ``features`` is read before every tapped module has run, or a module behind a tapped one (an
+            ``nn.ReLU(inplace=True)``) has overwritten its output.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -161,11 +162,13 @@ class FeatureTap:
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"a module is tapped twice in {list(self.names)}")
         self._caught: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._versions: dict[str, int] = {}
         self._handles = [modules[name].register_forward_hook(self._catcher(name)) for name in self.names]
 
     def _catcher(self, name: str):
         def catch(_module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
             self._caught[name] = output
+            self._versions[name] = 0 if output.is_inference() else output._version
 
         return catch
 
@@ -175,6 +178,13 @@ class FeatureTap:
         missing = [name for name in self.names if name not in self._caught]
         if missing:
             raise RuntimeError(f"no forward pass has reached {missing} yet: call the network first")
+        for name in self.names:
+            tensor = self._caught[name]
+            if not tensor.is_inference() and tensor._version != self._versions[name]:
+                raise RuntimeError(
+                    f"the output of {name!r} was overwritten by a module behind it (an in-place ReLU?): tap that one, "
+                    "or set its inplace=False"
+                )
         return [self._caught[name] for name in self.names]
 
     def clear(self) -> None:

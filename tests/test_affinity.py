@@ -339,7 +339,8 @@ def test_gradcheck(method, shapes):
 
     def loss(x):
         # The same projections at every call, or there would be no derivative to compare with.
-        return feature_affinity_loss(x, teacher, method, k=3, generator=torch.Generator().manual_seed(1))
+        k = 3 if method == "projection" else None
+        return feature_affinity_loss(x, teacher, method, k=k, generator=torch.Generator().manual_seed(1))
 
     assert torch.autograd.gradcheck(loss, (student.requires_grad_(),))
 
@@ -798,11 +799,18 @@ GOOD = torch.ones(2, 3, 4, 4)
     [
         ({"teacher": torch.ones(3, 3, 4, 4)}, ValueError, ["2 images", "3"]),
         ({"student": torch.ones(0, 3, 4, 4), "teacher": torch.ones(0, 3, 4, 4)}, ValueError, ["(0, 3, 4, 4)"]),
-        ({"student": torch.ones(2, 3, 4)}, ValueError, ["student", "(2, 3, 4)"]),
+        (
+            {"student": torch.ones(2, 3, 4)},
+            ValueError,
+            ["student", "(2, 3, 4)", "student.transpose(1, 2).unsqueeze(3)"],
+        ),
         ({"teacher": torch.ones(2, 3, 0, 4)}, ValueError, ["teacher", "(2, 3, 0, 4)"]),
         ({"student": torch.ones(2, 3, 4, 4, dtype=torch.int64)}, TypeError, ["student", "int64"]),
         ({"teacher": [1.0]}, TypeError, ["teacher", "list"]),
         ({"method": "l1"}, ValueError, ["'l1'", "gram", "projection"]),
+        ({"k": 3}, ValueError, ["k = 3", "'auto'", "'projection'"]),
+        ({"method": "ffa"}, ValueError, ["'ffa'", "is 'projection'"]),
+        ({"generator": 5}, TypeError, ["torch.Generator", "int"]),
         ({"norm": "l3"}, ValueError, ["'l3'", "l1", "l2"]),
         ({"reduction": "sum"}, ValueError, ["'sum'", "mean", "released"]),
         ({"norm": "l1", "method": "gram"}, ValueError, ["gram", "pairwise"]),

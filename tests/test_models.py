@@ -110,7 +110,7 @@ def test_tap_on_torchvisions_networks():
     from faqd_lib._torchvision import torchvision
 
     model = torchvision.models.squeezenet1_1(num_classes=3).eval()
-    with FeatureTap(model, ["features.3", "features.12.squeeze"]) as tap, torch.no_grad():
+    with FeatureTap(model, ["features.3", "features.12.squeeze_activation"]) as tap, torch.no_grad():
         model(torch.zeros(1, 3, 64, 64))
     assert [m.shape[1] for m in tap.features] == [128, 64]
 
@@ -162,3 +162,17 @@ def test_docstring_examples():
     result = doctest.testmod(models)
     assert result.attempted >= 3
     assert result.failed == 0
+
+
+def test_a_map_that_was_overwritten_behind_the_tap_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.ReLU())
+    with FeatureTap(model, ["0"]) as tap:
+        model(torch.randn(2, 3, 8, 8))
+    with pytest.raises(RuntimeError, match=r"'0' was overwritten.*in-place"):
+        _ = tap.features
+    with FeatureTap(model, ["1", "2"]) as tap:
+        model(torch.randn(2, 3, 8, 8))
+    assert len(tap.features) == 2
+    with torch.inference_mode(), FeatureTap(model, ["1"]) as tap:
+        model(torch.randn(2, 3, 8, 8))
+        assert tap.features[0].min() >= 0

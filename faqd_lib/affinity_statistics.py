@@ -20,8 +20,8 @@ inequality turns a variance into Proposition 4.2: P(|L_k − L| > εL) ≤ Var L
 The images of a batch share their projections, so that the batch's loss is estimated with D² replaced by its mean over
 the images, and its variance is larger than that of a mean of independent estimates.
 
-All this is about the loss's *value*. The gradient that training follows is estimated without bias, too, but several
-times less accurately (notebook 02 measures it).
+All this is about the loss's *value*. The gradient that training follows is estimated without bias, too, but far
+less accurately (notebook 02 measures it).
 """
 
 import math

@@ -109,19 +109,22 @@ class QuantizationConfig(Frozen):
     def _current_recipe(cls, values: Any, info: ValidationInfo) -> Any:
         # What is made now has the recipe of now; what is read from a record says which one it had.
         if info.mode == "python" and isinstance(values, dict):
-            quantized = {values.get("weight_bits", 32), values.get("activation_bits", 32)} != {32}
+            quantized = (values.get("weight_bits", 32), values.get("activation_bits", 32)) != (32, 32)
             return {"quantizer_recipe": QUANTIZER_RECIPE, **values} if quantized else values
         return values
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        quantized = {self.weight_bits, self.activation_bits} != {32}
+        quantized = (self.weight_bits, self.activation_bits) != (32, 32)
         if self.quantizer_recipe != (QUANTIZER_RECIPE if quantized else None):
             raise ValueError(
                 f"quantizer_recipe {self.quantizer_recipe} is not that of this version ({QUANTIZER_RECIPE})"
             )
-        if self.weight_bits == 32 and (self.blending or self.per_channel):
-            raise ValueError("blending and per_channel are of quantized weights: set weight_bits below 32")
+        # Settings without effect would make other names for the same numbers.
+        if self.weight_bits == 32 and (self.blending or self.per_channel or self.shortcuts != "quantize"):
+            raise ValueError("blending, per_channel and shortcuts are of quantized weights: set weight_bits below 32")
+        if self.activation_bits == 32 and self.step_gradient != "lsq":
+            raise ValueError("step_gradient is of quantized activations: set activation_bits below 32")
         return self
 
     @property

@@ -1,5 +1,6 @@
 """Files that are whole or absent: atomic writes, digests, and the places where the project looks and writes."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -84,5 +85,6 @@ def tensors_digest(tensors: dict[str, torch.Tensor], salt: str = "") -> str:
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         if tensor.numel():
-            digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+            # Not through NumPy, which a machine that only reads a network may not have.
+            digest.update((ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr()))
     return digest.hexdigest()

@@ -25,7 +25,7 @@ from torch import fx, nn
 from .files import atomic_write
 from .models import SubsampleAndPad
 from .quantize import quantized_weights
-from .quantizers import QuantizedReLU, WeightQuantizer
+from .quantizers import SMALLEST_STEP, QuantizedReLU, WeightQuantizer
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -59,11 +59,13 @@ def export_onnx(model: nn.Module, path: str | Path, image_shape: Sequence[int]) 
             missing packages.
     """
     onnx, _ = _packages()
-    model = copy.deepcopy(model).cpu().eval()
+    model = copy.deepcopy(model).cpu().float().eval()
     try:
         graph = _Tracer().trace(model)
     except (fx.proxy.TraceError, TypeError) as error:
         raise OnnxExportError(f"the network cannot be traced: {error}") from error
+    if not all(isinstance(node.args[0], fx.Node) for node in graph.nodes if node.op == "output"):
+        raise OnnxExportError("the network returns something else than one tensor")
     writer = _Writer(model, graph)
     with torch.no_grad():
         # Shapes of everything in between, from one image.
@@ -90,7 +92,15 @@ class _Tracer(fx.Tracer):
     """Every module that has a handler is one node; all others are looked into."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return any(isinstance(module, kind) for kind in _CALLS if isinstance(kind, type))
+        return _kind_of(module) is not None
+
+
+def _kind_of(module: nn.Module) -> type | None:
+    """The known class that a module behaves as; a subclass with a ``forward`` of its own behaves as itself."""
+    for kind in _CALLS:
+        if isinstance(kind, type) and isinstance(module, kind) and type(module).forward is kind.forward:
+            return kind
+    return None
 
 
 class _Shapes(fx.Interpreter):
@@ -118,6 +128,7 @@ class _Writer:
         self.quantized = quantized_weights(model)
         self.nodes, self.initializers = [], []
         self.names: dict[fx.Node, str] = {}
+        self.stored: set[str] = set()
         self.uses_int2 = False
 
     def write(self, shapes: dict[fx.Node, tuple[int, ...]]) -> None:
@@ -134,17 +145,24 @@ class _Writer:
     def _call(self, node: fx.Node) -> str:
         if node.op == "call_module":
             module = self.modules[node.target]
-            handler = next(
-                (h for kind, h in _CALLS.items() if isinstance(kind, type) and isinstance(module, kind)), None
-            )
-            what = type(module).__name__
+            handler, what = _CALLS[_kind_of(module)], type(module).__name__
+            inplace = getattr(module, "inplace", False)
         elif node.op in ("call_function", "call_method"):
             module, what = None, getattr(node.target, "__name__", node.target)
             handler = _CALLS.get(node.target) or _CALLS.get(what)
+            inplace = node.kwargs.get("inplace", False) or node.target in (operator.iadd, operator.imul)
+            unknown = node.kwargs.keys() - _KEYWORDS
+            if unknown:
+                raise OnnxExportError(f"{what} with {', '.join(sorted(unknown))} is not known here (node {node.name})")
         else:
-            module, handler, what = None, None, f"{node.op} {node.target}"
+            module, handler, what, inplace = None, None, f"{node.op} {node.target}", False
         if handler is None:
             raise OnnxExportError(f"no ONNX form is known here for {what} (node {node.name})")
+        source = node.args[0] if node.args else None
+        if inplace and isinstance(source, fx.Node) and len(source.users) > 1:
+            raise OnnxExportError(
+                f"{what} (node {node.name}) overwrites a value that others read: make it not in place"
+            )
         return handler(self, node, module)
 
     # ---- pieces
@@ -155,7 +173,10 @@ class _Writer:
         return output
 
     def constant(self, values: Any, name: str = "") -> str:
+        if name in self.stored:  # a layer that is called twice
+            return name
         name = name or f"constant_{len(self.initializers)}"
+        self.stored.add(name)
         self.initializers.append(self.onnx.numpy_helper.from_array(np.asarray(values), name))
         return name
 
@@ -194,7 +215,10 @@ class _Writer:
         if more or reader is None or reader.op != "call_module":
             return None
         module = self.modules[reader.target]
-        return module if isinstance(module, _NORMS) and module.track_running_stats else None
+        if not isinstance(module, _NORMS) or module.running_mean is None:
+            return None
+        # Behind a linear layer the features are the last dimension; the normalisation's are the second.
+        return module if len(self.shapes[node]) in (2, 4) else None
 
 
 def _affine_of(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,15 +261,18 @@ def _layer(w: _Writer, node: fx.Node, module: nn.Module) -> str:
 
 
 def _norm(w: _Writer, node: fx.Node, module: nn.Module) -> str:
+    if module.running_mean is None:
+        raise OnnxExportError(f"{node.target}: a batch normalisation without running statistics has no ONNX form here")
     factor, offset = (part.float().view(-1, *[1] * (len(w.shapes[node]) - 2)) for part in _affine_of(module))
     scaled = w.add("Mul", [w.of(node.args[0]), w.constant(factor.numpy())])
     return w.add("Add", [scaled, w.constant(offset.numpy())])
 
 
 def _quantized_relu(w: _Writer, node: fx.Node, module: QuantizedReLU) -> str:
-    step = np.float32(module.step.detach().clamp_min(1e-6))
-    # Clipped half a step above the last level, which then is the nearest one: nothing else changes.
-    clipped = w.add("Clip", [w.of(node.args[0]), w.constant(np.float32(0)), w.constant(step * module.highest)])
+    step = np.float32(module.step.detach().clamp_min(SMALLEST_STEP))
+    # Min and not Clip: ONNX Runtime takes DequantizeLinear, Conv, Clip, QuantizeLinear for one quantized convolution,
+    # and would round its bias to multiples of the product of both scales, far too coarse at few bits.
+    clipped = w.add("Min", [w.of(node.args[0]), w.constant(step * module.highest)])
     scale, zero = w.constant(step), w.constant(np.uint8(0))
     levels = w.add("QuantizeLinear", [clipped, scale, zero])
     return w.add("DequantizeLinear", [levels, scale, zero])
@@ -263,6 +290,8 @@ def _max_pool(w: _Writer, node: fx.Node, module: nn.MaxPool2d) -> str:
 
 
 def _average_pool(w: _Writer, node: fx.Node, module: nn.AvgPool2d) -> str:
+    if module.divisor_override is not None:
+        raise OnnxExportError(f"{node.target}: divisor_override has no ONNX form")
     return w.add(
         "AveragePool", [w.of(node.args[0])], kernel_shape=_pair(module.kernel_size), strides=_pair(module.stride),
         pads=_pair(module.padding) * 2, ceil_mode=int(module.ceil_mode),
@@ -289,13 +318,17 @@ def _global_pool(w: _Writer, node: fx.Node, module: nn.AdaptiveAvgPool2d | None)
 
 def _mean(w: _Writer, node: fx.Node, _: None) -> str:
     dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    if dims is None:
+        raise OnnxExportError(f"{node.name}: a mean over everything, images included, has no place in a network")
     keep = bool(node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False))
     axes = w.constant(np.array([dims] if isinstance(dims, int) else list(dims), np.int64))
     return w.add("ReduceMean", [w.of(node.args[0]), axes], keepdims=int(keep))
 
 
 def _flatten(w: _Writer, node: fx.Node, module: nn.Flatten | None) -> str:
-    shape = w.shapes[node]
+    shape, source = w.shapes[node], w.shapes[node.args[0]]
+    if shape[0] != source[0] or len(shape) > len(source):
+        raise OnnxExportError(f"{node.name}: images would be flattened together")
     return w.add("Reshape", [w.of(node.args[0]), w.constant(np.array([0, *shape[1:]], np.int64))])
 
 
@@ -334,10 +367,12 @@ def _relu6(w: _Writer, node: fx.Node, _: Any) -> str:
 
 
 def _concatenate(w: _Writer, node: fx.Node, _: None) -> str:
+    parts = node.args[0] if node.args else node.kwargs["tensors"]
     axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    return w.add("Concat", [w.of(part) for part in node.args[0]], axis=axis)
+    return w.add("Concat", [w.of(part) for part in parts], axis=axis)
 
 
+_KEYWORDS = {"dim", "keepdim", "tensors", "inplace", "p", "training", "start_dim", "end_dim", "output_size"}
 _CALLS: dict[Any, Callable[[_Writer, fx.Node, Any], str]] = {
     nn.Conv2d: _layer, nn.Linear: _layer, nn.BatchNorm1d: _norm, nn.BatchNorm2d: _norm,
     QuantizedReLU: _quantized_relu, nn.ReLU6: _relu6, nn.ReLU: _simple("Relu"), nn.SiLU: _silu,

@@ -20,12 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .files import atomic_write, tensors_digest
+from .files import atomic_write, canonical_json, tensors_digest
 from .models import build_model
-from .quantize import quantized_weights, replace_modules
+from .quantize import join, quantized_weights, replace_modules
 from .quantizers import QuantizedReLU
 
 FORMAT = "faqd-packed-1"
+_HEADER = {"format", "layers", "activations", "architecture", "metadata", "digest"}
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -69,34 +70,35 @@ def save_packed(
         ValueError: nothing in the network is quantized.
     """
     layers = quantized_weights(model)
-    relus = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedReLU)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    relus = {name: module for name, module in modules.items() if isinstance(module, QuantizedReLU)}
     if not layers and not relus:
         raise ValueError("nothing in the network is quantized: call quantize(model, …) first")
     norms = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine and module.track_running_stats
     }
     tensors, described = {}, {}
     for name, (quantizer, latent) in layers.items():
         scale, levels = quantizer.levels(latent.detach().cpu())
         codes = (levels > 0) if quantizer.bits == 1 else levels + _offset(quantizer.bits)
-        tensors[f"{name}.levels"], tensors[f"{name}.scale"] = pack_bits(codes, quantizer.bits), scale
-        described[name] = {"bits": quantizer.bits, "shape": list(latent.shape)}
+        tensors[join(name, "levels")], tensors[join(name, "scale")] = pack_bits(codes, quantizer.bits), scale
+        described[name] = {"bits": quantizer.bits, "shape": list(latent.shape), "dtype": str(latent.dtype)[6:]}
     for name, norm in norms.items():
-        tensors[f"{name}.batch_norm"] = torch.stack([getattr(norm, part).detach().cpu() for part in _BATCH_NORM])
-    done = {f"{name}.parametrizations.weight.original" for name in layers}
-    done |= {f"{name}.{part}" for name in norms for part in (*_BATCH_NORM, "num_batches_tracked")}
+        tensors[join(name, "batch_norm")] = torch.stack([getattr(norm, part).detach().cpu() for part in _BATCH_NORM])
+    done = {join(name, "parametrizations.weight.original") for name in layers}
+    done |= {join(name, part) for name in norms for part in (*_BATCH_NORM, "num_batches_tracked")}
     tensors |= {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name not in done}
     tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     header = {
         "format": FORMAT,
         "layers": described,
-        "activations": {name: relu.bits for name, relu in relus.items()},
+        "activations": {name: {"bits": relu.bits, "step_gradient": relu.step_gradient} for name, relu in relus.items()},
         "architecture": dict(architecture) if architecture else None,
         "metadata": dict(metadata or {}),
-        "digest": tensors_digest(tensors),
     }
+    header["digest"] = _digest(header, tensors)
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
     return atomic_write(Path(path), lambda temporary: save_file(tensors, temporary, {"faqd": text}))
 
@@ -127,36 +129,58 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         PackedFileError: it is no packed network, is damaged, or does not fit ``model``.
     """
     header, tensors = _read(Path(path))
-    if tensors_digest(tensors) != header["digest"]:
-        raise PackedFileError(f"{path} is damaged: its tensors are not those that were written")
+    if _digest(header, tensors) != header["digest"]:
+        raise PackedFileError(f"{path} is damaged: it does not hold what was written")
     if model is None:
         if header["architecture"] is None:
             raise PackedFileError(f"{path} does not say what network to build: give load_packed a float network")
         model = build_model(**header["architecture"])
+    if quantized_weights(model) or any(isinstance(module, QuantizedReLU) for module in model.modules()):
+        raise PackedFileError("the network to read into is quantized itself: give load_packed a float one")
     state = {}
     for name, layer in header["layers"].items():
         bits, shape = layer["bits"], layer["shape"]
-        codes = unpack_bits(tensors.pop(f"{name}.levels"), bits, torch.Size(shape).numel()).view(shape)
-        scale = tensors.pop(f"{name}.scale")
+        codes = unpack_bits(tensors.pop(join(name, "levels")), bits, torch.Size(shape).numel()).view(shape)
+        scale = tensors.pop(join(name, "scale"))
         levels = codes.to(scale.dtype).mul_(2).sub_(1) if bits == 1 else codes.to(scale.dtype).sub_(_offset(bits))
-        state[f"{name}.weight"] = scale * levels
-    for name in [name for name in tensors if name.endswith(".batch_norm")]:
+        state[join(name, "weight")] = (scale * levels).to(getattr(torch, layer["dtype"]))
+    for name in [name for name in tensors if name.split(".")[-1] == "batch_norm"]:
         rows = tensors.pop(name).unbind()
         state |= {f"{name.removesuffix('batch_norm')}{part}": row for part, row in zip(_BATCH_NORM, rows, strict=True)}
-    modules = dict(model.named_modules())
-    unknown = [name for name in header["activations"] if name not in modules]
-    if unknown:
-        raise PackedFileError(f"{path} does not fit the network: it has no module {unknown[0]!r}")
-    replace_modules(model, {modules[name]: QuantizedReLU(bits) for name, bits in header["activations"].items()})
-    try:
-        result = model.load_state_dict(state | tensors, strict=False)
-    except RuntimeError as error:  # shapes
-        raise PackedFileError(f"{path} does not fit the network: {error}") from error
-    missing = [name for name in result.missing_keys if not name.endswith("num_batches_tracked")]
-    if missing or result.unexpected_keys:
-        problem = f"it has no {missing[0]!r}" if missing else f"the network has no {result.unexpected_keys[0]!r}"
-        raise PackedFileError(f"{path} does not fit the network: {problem}")
+    state |= tensors
+    _check_fit(path, header, state, model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    replace_modules(
+        model,
+        {modules[name]: QuantizedReLU(**relu, replaces=modules[name]) for name, relu in header["activations"].items()},
+    )
+    # Assigned, not copied: a network of another precision takes the file's.
+    model.load_state_dict(state, strict=False, assign=True)
     return model.eval()
+
+
+def _check_fit(path: Path | str, header: dict[str, Any], state: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+    """Raise PackedFileError unless the file and the float network have the same parts; nothing has been changed."""
+    own = model.state_dict()
+    steps = {join(name, "step") for name in header["activations"]}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in header["activations"]:
+        if name not in modules:
+            raise PackedFileError(f"{path} does not fit the network: it has no module {name!r}")
+    for name, tensor in state.items():
+        if name not in own and name not in steps:
+            raise PackedFileError(f"{path} does not fit the network: it has no {name!r}")
+        if name in own and own[name].shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)} in the file, {tuple(own[name].shape)} in the network"
+            raise PackedFileError(f"{path} does not fit the network: {name} is {shapes}")
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    if missing:
+        raise PackedFileError(f"{path} does not fit the network: the file has no {missing[0]!r}")
+
+
+def _digest(header: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    """Of everything that a file says: the header, less the digest itself, and all tensors."""
+    return tensors_digest(tensors, canonical_json({key: value for key, value in header.items() if key != "digest"}))
 
 
 def _offset(bits: int) -> int:
@@ -170,8 +194,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("faqd", "{}"))
+            if not isinstance(header, dict) or (header.get("format") == FORMAT and not header.keys() >= _HEADER):
+                raise PackedFileError(f"{path} is damaged: its header is not whole")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise PackedFileError(f"{path} is damaged, or no safetensors file: {error}") from error
     if header.get("format") != FORMAT:
         raise PackedFileError(f"{path} is no packed network of format {FORMAT}, but {header.get('format')!r}")

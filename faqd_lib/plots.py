@@ -142,12 +142,15 @@ def image_grid(rows: Sequence[torch.Tensor], row_names: Sequence[str]) -> Figure
         return figure
 
 
-def classified(images: torch.Tensor, predicted: Sequence[str], true: Sequence[str]) -> Figure:
+def classified(
+    images: torch.Tensor, predicted: Sequence[str], true: Sequence[str], confidence: Sequence[float]
+) -> Figure:
     """Pictures, five a row, each under what a network took it for; where it is wrong, what it is stands below.
 
     Args:
         images: (n, 3, height, width), uint8.
-        predicted, true: n texts each; a prediction is right if it begins with the true name.
+        predicted, true: n names of classes each.
+        confidence: n probabilities of the predictions.
     """
     columns = 5
     with _figure(math.ceil(len(images) / columns), columns, height=2.1 * math.ceil(len(images) / columns)) as (
@@ -156,11 +159,11 @@ def classified(images: torch.Tensor, predicted: Sequence[str], true: Sequence[st
     ):
         for axis in axes:
             axis.set_axis_off()
-        for axis, image, guess, name in zip(axes, images, predicted, true, strict=False):
+        for axis, image, guess, name, share in zip(axes, images, predicted, true, confidence, strict=False):
             axis.imshow(_picture(image))
-            right = guess.startswith(name)
-            axis.set_title(guess if right else f"{guess}\n({name})", fontsize="small", fontweight="normal",
-                           color="0.15" if right else "#b2182b")  # fmt: skip
+            right = guess == name
+            title = f"{guess} {share:.0%}" if right else f"{guess} {share:.0%}\n({name})"
+            axis.set_title(title, fontsize="small", fontweight="normal", color="0.15" if right else "#b2182b")
         return figure
 
 

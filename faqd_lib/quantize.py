@@ -22,6 +22,7 @@ from .quantizers import (
     QuantizedReLU,
     WeightQuantizer,
     check_bits,
+    sample,
     weight_quantizer,
 )
 
@@ -32,11 +33,7 @@ LAYER_POLICIES = ("quantize", "float")
 SHORTCUTS = ("shortcut", "downsample")  # parts of module names that mark a residual network's shortcut layers
 _WEIGHTED = (nn.Conv2d, nn.Linear)
 _RECTIFIERS = (nn.ReLU, nn.ReLU6)
-# Activations that have no quantizer here; a network that has them is reported by `describe`.
-_OTHER_ACTIVATIONS = (
-    nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardtanh,
-    nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softplus, nn.MultiheadAttention,
-)  # fmt: skip
+_NOT_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, parametrize.ParametrizationList)
 
 
 def quantize(
@@ -70,7 +67,8 @@ def quantize(
 
     Raises:
         ValueError: bits or policy that are not offered, a pattern that matches nothing, a network that is quantized
-            already, or nothing to quantize. The network is then as it was.
+            already, layers whose weight is no plain parameter (lazy, weight norm, another parametrization), or nothing
+            to quantize. The network is then as it was.
     """
     check_bits("weight_bits", weight_bits, (*WEIGHT_BITS, FLOAT_BITS))
     check_bits("activation_bits", activation_bits, (*ACTIVATION_BITS, FLOAT_BITS))
@@ -78,7 +76,7 @@ def quantize(
         if policy not in LAYER_POLICIES:
             raise ValueError(f"{name} must be one of {', '.join(LAYER_POLICIES)}, got {policy!r}")
     layers, relus = _quantizable(model)
-    if any(parametrize.is_parametrized(layer, "weight") for layer in layers.values()) or any(_quantized_relus(model)):
+    if any(map(quantizer_of, layers.values())) or any(_quantized_relus(model)):
         raise ValueError("the network is quantized already: call dequantize(model) first")
     if weight_bits != FLOAT_BITS and not layers:
         raise ValueError("the network has no Conv2d or Linear module whose weights could be quantized")
@@ -89,6 +87,7 @@ def quantize(
     bits = dict.fromkeys(layers, weight_bits) | dict.fromkeys(relus, activation_bits)
     bits |= dict.fromkeys(_float_by_policy(list(layers), first_layer, last_layer, shortcuts), FLOAT_BITS)
     bits |= _overridden(overrides or {}, layers, relus)
+    _check_quantizable(layers, relus, bits, weight_bits, activation_bits)
     made = {}
     for name, module in relus.items():
         if bits[name] != FLOAT_BITS:
@@ -100,6 +99,24 @@ def quantize(
     replace_modules(model, made)
     model.register_load_state_dict_pre_hook(_accept_float_network)
     return model
+
+
+def _check_quantizable(
+    layers: Mapping[str, nn.Module], relus: Mapping[str, nn.Module], bits: Mapping[str, int], weights: int, acts: int
+) -> None:
+    """Raise ValueError before anything has been changed."""
+    for kind, modules, asked in (("Conv2d or Linear", layers, weights), ("ReLU", relus, acts)):
+        if asked != FLOAT_BITS and all(bits[name] == FLOAT_BITS for name in modules):
+            raise ValueError(f"every {kind} is kept float by policy: nothing would be quantized to {asked} bits")
+    if bits.get("", FLOAT_BITS) != FLOAT_BITS and "" in relus:
+        raise ValueError("a ReLU that is the whole network cannot be replaced: put it into an nn.Sequential")
+    for name, layer in layers.items():
+        weight = layer._parameters.get("weight")
+        if bits[name] != FLOAT_BITS and (weight is None or nn.parameter.is_lazy(weight)):
+            raise ValueError(
+                f"the weight of {name or 'the network'} ({type(layer).__name__}) is no plain parameter: run a lazy "
+                "layer once, and take weight norm or another parametrization off, before you quantize"
+            )
 
 
 def _quantizable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
@@ -137,7 +154,7 @@ def _overridden(overrides: Mapping[str, int], layers: Iterable[str], relus: Iter
 def dequantize(model: nn.Module) -> nn.Module:
     """Take quantization off again, in place: the float (latent) weights and the former ReLUs. Returns ``model``."""
     for module in model.modules():
-        if parametrize.is_parametrized(module, "weight"):
+        if quantizer_of(module) is not None:
             # A deep copy shares its class with the original, and torch takes the property `weight` off that class:
             # without a class of its own, the original would lose its weight.
             shared = type(module)
@@ -148,14 +165,21 @@ def dequantize(model: nn.Module) -> nn.Module:
     return model
 
 
+def join(name: str, key: str) -> str:
+    """``name.key``; the root's own name is empty."""
+    return f"{name}.{key}" if name else key
+
+
 def _accept_float_network(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
     """A float network's ``weight`` is the latent one of a quantized layer; it has no steps, and ours stay."""
     for name in quantized_weights(model):
-        layer = f"{prefix}{name}." if name else prefix
-        if f"{layer}weight" in state_dict:
-            state_dict[f"{layer}parametrizations.weight.original"] = state_dict.pop(f"{layer}weight")
+        weight = prefix + join(name, "weight")
+        if weight in state_dict:
+            state_dict[prefix + join(name, "parametrizations.weight.original")] = state_dict.pop(weight)
     steps = {
-        f"{prefix}{name}.step": module.step for name, module in model.named_modules() if _is_quantized_relu(module)
+        prefix + join(name, "step"): module.step
+        for name, module in model.named_modules(remove_duplicate=False)
+        if _is_quantized_relu(module)
     }
     if not any(name in state_dict for name in steps):
         state_dict |= {name: step.detach() for name, step in steps.items()}
@@ -171,11 +195,20 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
     Args:
         model: a network with quantized activations (without any, nothing happens).
         images: (batch, …) input of the network, at least 2 images.
+
+    Raises:
+        ValueError: an activation holds NaN or an infinity.
     """
     relus = list(_quantized_relus(model))
     if not relus:
         return model
-    handles = [relu.register_forward_pre_hook(lambda module, inputs: module.fit(inputs[0])) for relu in relus]
+    seen: dict[nn.Module, list[torch.Tensor]] = {relu: [] for relu in relus}
+
+    def fit(relu: QuantizedReLU, inputs: tuple) -> None:
+        seen[relu].append(sample(inputs[0]))  # one that is called in several places fits the inputs of all
+        relu.fit(torch.cat(seen[relu]))
+
+    handles = [relu.register_forward_pre_hook(fit) for relu in relus]
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
@@ -218,10 +251,10 @@ class Description(list[LayerBits]):
 
 
 def describe(model: nn.Module) -> Description:
-    """Every Conv2d and Linear weight and every activation, quantized or not: bits, levels in use, scale, size.
+    """Every layer with weights but normalisations, and every activation: bits, levels in use, scale, size.
 
-    What :func:`quantize` has no quantizer for (SiLU, GELU, attention, …) is listed with 32 bits, so that nothing stays
-    float unnoticed. Activations that are function calls and not modules (``F.relu``) cannot be seen.
+    What :func:`quantize` has no quantizer for (Conv1d, Embedding, SiLU, attention, …) is listed with 32 bits, so that
+    nothing of the kind stays float unnoticed. Function calls (``F.relu``) are no modules and cannot be seen.
     """
     rows = Description()
     for name, module in model.named_modules():
@@ -229,8 +262,7 @@ def describe(model: nn.Module) -> Description:
         if isinstance(module, _WEIGHTED):
             weight = module.weight.detach()
             bits, scale, in_use = FLOAT_BITS, torch.tensor([]), 0
-            if parametrize.is_parametrized(module, "weight"):
-                quantizer = module.parametrizations.weight[0]
+            if (quantizer := quantizer_of(module)) is not None:
                 scale, levels = quantizer.levels(module.parametrizations.weight.original.detach())
                 bits, in_use = quantizer.bits, int(levels.add(2**7).int().flatten().bincount().count_nonzero())
             rows.append(
@@ -239,27 +271,45 @@ def describe(model: nn.Module) -> Description:
             )  # fmt: skip
         elif isinstance(module, QuantizedReLU):
             rows.append(LayerBits(name, kind, (), module.bits, 2**module.bits, float(module.step.detach()), 0.0))
-        elif isinstance(module, (*_RECTIFIERS, *_OTHER_ACTIVATIONS)):
+        elif type(module).__module__ == "torch.nn.modules.activation":
             rows.append(LayerBits(name, kind, (), FLOAT_BITS, 0, float("nan"), 0.0))
+        elif (own := list(module.parameters(recurse=False))) and not isinstance(module, _NOT_LAYERS):
+            shape = tuple(own[0].shape)
+            size = sum(parameter.numel() * FLOAT_BITS / 8 for parameter in own)
+            rows.append(LayerBits(name, kind, shape, FLOAT_BITS, 0, float("nan"), size))
     return rows
 
 
 def weight_bytes(model: nn.Module) -> float:
     """Bytes that the parameters need when each quantized weight is stored in its bits, the rest in 32."""
     bits = sum(parameter.numel() * FLOAT_BITS for parameter in model.parameters())
-    for quantizer, latent in quantized_weights(model).values():
+    for quantizer, latent in _once(quantized_weights(model)):
         scales = len(latent) if quantizer.per_channel else 1
         bits += latent.numel() * (quantizer.bits - FLOAT_BITS) + scales * FLOAT_BITS
     return bits / 8
 
 
 def quantized_weights(model: nn.Module) -> dict[str, tuple[WeightQuantizer, nn.Parameter]]:
-    """(quantizer, latent weight) of every layer with quantized weights, by the layer's name."""
+    """(quantizer, latent weight) of every layer with quantized weights, by the layer's name or, if shared, names."""
     return {
-        name: (module.parametrizations.weight[0], module.parametrizations.weight.original)
-        for name, module in model.named_modules()
-        if parametrize.is_parametrized(module, "weight")
+        name: (quantizer, module.parametrizations.weight.original)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if (quantizer := quantizer_of(module)) is not None
     }
+
+
+def quantizer_of(module: nn.Module) -> WeightQuantizer | None:
+    """The quantizer of a layer's weight, if it has one; other parametrizations are not ours."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    return next((part for part in module.parametrizations.weight if isinstance(part, WeightQuantizer)), None)
+
+
+def _once(
+    weights: Mapping[str, tuple[WeightQuantizer, nn.Parameter]],
+) -> Iterable[tuple[WeightQuantizer, nn.Parameter]]:
+    """Each latent weight once, though several layers may share it."""
+    return {id(latent): (quantizer, latent) for quantizer, latent in weights.values()}.values()
 
 
 @torch.no_grad()
@@ -275,7 +325,7 @@ def blend(model: nn.Module, share: float) -> None:
     if not 0 <= share <= 1:
         raise ValueError(f"share must be from 0 to 1, got {share!r}")
     if share:
-        for quantizer, latent in quantized_weights(model).values():
+        for quantizer, latent in _once(quantized_weights(model)):
             latent.lerp_(quantizer(latent), share)
 
 

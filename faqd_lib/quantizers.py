@@ -38,7 +38,7 @@ class WeightQuantizer(nn.Module):
     """A map from float weights to at most 2^bits values s·q, q integer; its gradient passes straight through.
 
     One scale s for the tensor (the paper), or one for each output channel (the first dimension). Scales are computed
-    in float32 (float64 for float64 weights) and are no parameters: they follow the weights.
+    in float64 and are no parameters: they follow the weights.
 
     Subclasses define :meth:`fit`.
     """
@@ -50,15 +50,15 @@ class WeightQuantizer(nn.Module):
         self.per_channel = per_channel
 
     def fit(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Least-squares scales (rows, 1) ≥ 0 and integer levels (rows, n) of each row of ``rows`` (rows, n)."""
+        """Least-squares scales (rows, 1) ≥ 0 and integer levels (rows, n) of each row of (rows, n); float64."""
         raise TypeError(f"{type(self).__name__} does not define fit")
 
     def levels(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and integer levels of a weight tensor.
 
         Returns:
-            (scale, levels): ``scale·levels`` is the quantized weight. The scale is a scalar, or (C_out, 1, …) per
-            channel; levels have the shape of ``weight``.
+            (scale, levels), float32 (float64 for float64 weights): ``scale·levels`` is the quantized weight. The scale
+            is a scalar, or (C_out, 1, …) per channel; levels have the shape of ``weight``.
 
         Raises:
             ValueError: the weight is empty, or holds NaN or an infinity (looked for on the CPU only: elsewhere the
@@ -67,8 +67,11 @@ class WeightQuantizer(nn.Module):
         if weight.numel() == 0:
             raise ValueError(f"cannot quantize an empty weight of shape {tuple(weight.shape)}")
         channels = self.per_channel and weight.ndim > 0
-        wide = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        # In float64: rival steps of a uniform grid differ in the last digits of a sum, and squares do not overflow.
+        wide = weight.double()
         scale, levels = self.fit(wide.reshape(len(weight), -1) if channels else wide.reshape(1, -1))
+        scale, levels = scale.to(dtype), levels.to(dtype)
         if weight.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(scale.isfinite().all()):
             raise ValueError(
                 f"cannot quantize a weight of shape {tuple(weight.shape)} that holds NaN or an infinity: the training "
@@ -137,9 +140,12 @@ class UniformWeight(WeightQuantizer):
         self.highest = 2 ** (bits - 1) - 1
 
     def fit(self, rows):
-        levels = nearest_levels(rows, best_step(rows.abs(), self.highest), -self.highest, self.highest)
+        step = best_step(rows.abs(), self.highest)
+        levels = nearest_levels(rows, step, -self.highest, self.highest)
+        peak = rows.abs().amax(1, keepdim=True)
+        unit = rows / torch.where(peak > 0, peak, 1)  # whose products neither overflow nor vanish
         energy = levels.square().sum(1, keepdim=True)
-        return (rows * levels).sum(1, keepdim=True) / energy.clamp_min(1), levels
+        return peak * (unit * levels).sum(1, keepdim=True) / energy.clamp_min(1), levels
 
 
 def weight_quantizer(bits: int, per_channel: bool = False) -> WeightQuantizer:
@@ -174,13 +180,21 @@ def best_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
 
     0 for a row of zeros; NaN for a row that holds NaN or an infinity. See :class:`UniformWeight` for the method.
     """
-    step = (_exact_step if magnitudes.shape[1] * highest <= _EXACT else _scanned_step)(magnitudes, highest)
-    for _ in range(2):
-        levels = nearest_levels(magnitudes, step, 0, highest)
-        energy = levels.square().sum(1, keepdim=True)
-        step = torch.where(energy > 0, (magnitudes * levels).sum(1, keepdim=True) / energy.clamp_min(1), step)
+    peak = magnitudes.amax(1, keepdim=True)
+    unit = magnitudes.double() / torch.where(peak > 0, peak, 1)
+    candidates = (_exact_step if unit.shape[1] * highest <= _EXACT else _scanned_steps)(unit, highest)
+    step, explained = torch.zeros_like(unit[:, :1]), torch.full_like(unit[:, :1], -1)
+    for candidate in candidates.split(1, dim=1):
+        for _ in range(2):
+            levels = nearest_levels(unit, candidate, 0, highest)
+            energy = levels.square().sum(1, keepdim=True)
+            gain = (unit * levels).sum(1, keepdim=True)
+            candidate = torch.where(energy > 0, gain / energy.clamp_min(1), candidate)
+        share = torch.where(energy > 0, gain.square() / energy.clamp_min(1), 0)
+        better = share > explained
+        step, explained = torch.where(better, candidate, step), torch.where(better, share, explained)
     # NaN is no step that a comparison could reject above.
-    return step + 0 * magnitudes.amax(1, keepdim=True)
+    return (step * peak + 0 * peak).to(magnitudes.dtype)
 
 
 def _exact_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
@@ -193,10 +207,10 @@ def _exact_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
     return gain.gather(1, best) / energy.gather(1, best)
 
 
-def _scanned_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
-    """The best of steps on a coarse grid over thirteen octaves, and then on fine grids around the best four."""
+def _scanned_steps(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
+    """The best four (rows, 4) of fine grids of steps around the best four of a coarse grid over thirteen octaves."""
     # Many rows are channels, each of which costs as much: coarser grids do for them.
-    bins, spacing = (2**15, 1 / 96) if len(magnitudes) == 1 else (2**12, 1 / 24)
+    bins, spacing = (2**15, 1 / 96) if len(magnitudes) == 1 else (2**13, 1 / 32)
     peak = magnitudes.amax(1, keepdim=True)
     values, counts = _histogram(magnitudes, peak, bins)
     # How many weights, and their sum, lie below each edge between two bins: float64 holds both without rounding that
@@ -218,7 +232,7 @@ def _scanned_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
     grid = torch.arange(-12.0, 1.0, spacing, device=values.device, dtype=values.dtype)
     coarse = scan(peak.to(values.dtype) / highest * grid.exp2(), best=4)
     fine = torch.linspace(-spacing, spacing, 33, device=values.device, dtype=values.dtype)
-    return scan((coarse.unsqueeze(2) * fine.exp2()).flatten(1), best=1).to(magnitudes.dtype)
+    return scan((coarse.unsqueeze(2) * fine.exp2()).flatten(1), best=4)
 
 
 def _bin(values: torch.Tensor, peak: torch.Tensor, bins: int) -> torch.Tensor:
@@ -285,18 +299,32 @@ class QuantizedReLU(nn.Module):
     def fit(self, x: torch.Tensor) -> None:
         """Set the step to the least-squares optimum for ``x``; left as it is if nothing in ``x`` is positive.
 
-        Of more than 65,536 values a seeded sample of that many is looked at (a regular pattern would meet the same
-        image columns again and again).
+        Of many values :func:`sample` looks at some.
+
+        Raises:
+            ValueError: ``x`` holds NaN or an infinity.
         """
-        positive = x.detach().float().clamp_min(0).flatten()
-        if positive.numel() > 65536:
-            sample = torch.randint(positive.numel(), (65536,), generator=torch.Generator().manual_seed(0))
-            positive = positive[sample.to(x.device)]
+        positive = sample(x).clamp_min(0)
         if bool(positive.any()):
-            self.step.copy_(best_step(positive.unsqueeze(0), self.highest).squeeze())
+            step = best_step(positive.unsqueeze(0), self.highest).squeeze()
+            if not bool(step.isfinite()):
+                raise ValueError("cannot fit a step to activations that hold NaN or an infinity")
+            self.step.copy_(step.clamp_min(SMALLEST_STEP))
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, step_gradient={self.step_gradient!r}"
+
+
+def sample(x: torch.Tensor, most: int = 65536) -> torch.Tensor:
+    """All values of ``x`` or a seeded random sample of ``most``, flat, float32 at least.
+
+    Random, because a regular pattern would meet the same image columns again and again.
+    """
+    values = x.detach().flatten()
+    if values.numel() > most:
+        chosen = torch.randint(values.numel(), (most,), generator=torch.Generator().manual_seed(0))
+        values = values[chosen.to(x.device)]
+    return values.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _flat(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -312,10 +340,15 @@ def _chunks(*tensors: torch.Tensor):
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
+def _wide(step: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The step as one element in float32 at least: a scalar would let bfloat16 input be divided in bfloat16."""
+    return step.clamp_min(SMALLEST_STEP).to(torch.promote_types(x.dtype, torch.float32)).reshape(1)
+
+
 @torch.library.custom_op("faqd::quantized_relu", mutates_args=())
 def _quantized_relu(x: torch.Tensor, step: torch.Tensor, highest: int, coarse: bool) -> torch.Tensor:
     y = torch.empty_like(x)  # without gaps: strides follow x's order of dimensions
-    step = step.clamp_min(SMALLEST_STEP).to(torch.promote_types(x.dtype, torch.float32))
+    step = _wide(step, x)
     for source, target in _chunks(_flat(x, y), _flat(y, y)):
         levels = (source / step).clamp_(0, highest).round_()
         target.copy_(levels.mul_(step))
@@ -333,11 +366,10 @@ def _quantized_relu_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     to_x = torch.empty_like(x)
     # The gradient passes the guard of a step that is too small, so that such a step can recover.
-    wide = torch.promote_types(x.dtype, torch.float32)
-    guarded = step.clamp_min(SMALLEST_STEP).to(wide)
-    total = torch.zeros((), dtype=wide, device=x.device)
+    guarded = _wide(step, x)
+    total = torch.zeros((), dtype=guarded.dtype, device=x.device)
     for source, g, target in _chunks(_flat(x, to_x), _flat(gradient, to_x), _flat(to_x, to_x)):
-        scaled = source / guarded
+        scaled = (source / guarded).clamp_(-1, highest + 1)  # an infinity times 0 would be NaN below
         inside = (scaled > 0) & (scaled < highest)
         torch.mul(g, inside, out=target)
         if coarse:
@@ -345,7 +377,7 @@ def _quantized_relu_backward(
         else:
             # round(x/α) − x/α inside, Q above, 0 below
             weight = scaled.clamp(0, highest).round_().addcmul_(scaled, inside.to(scaled.dtype), value=-1)
-        total += torch.dot(g.to(wide), weight.to(wide))
+        total += torch.dot(g.to(total.dtype), weight.to(total.dtype))
     return to_x, (total / math.sqrt(max(1, x.numel()) * highest)).to(step.dtype)
 
 

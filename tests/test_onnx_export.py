@@ -81,14 +81,19 @@ def test_one_quantized_activation_is_exact(tmp_path, bits):
     assert "DequantizeLinear" in kinds
 
 
-def test_full_quantization_differs_by_rare_roundings_only(tmp_path):
-    model = with_statistics(calibrate(quantize(build_model("resnet8", 10, seed=1), 4, 4), IMAGES))
+@pytest.mark.parametrize("activations", [2, 4, 8])
+@pytest.mark.parametrize("weights", [1, 2, 4, 8, 32])
+def test_full_quantization_with_the_runtimes_own_optimisations(tmp_path, weights, activations):
+    images = torch.randn(64, 3, 32, 32)
+    model = with_statistics(calibrate(quantize(build_model("resnet8", 10, seed=1), weights, activations), IMAGES))
     path = export_onnx(model, tmp_path / "net.onnx", (3, 32, 32))
     with torch.no_grad():
-        expected = model(IMAGES)
-    # A value on the edge between two levels may fall to either side; each such step changes the logits a little.
-    error = (run(path, IMAGES) - expected).abs()
-    assert error.median() < 0.02 * expected.abs().max()
+        expected = model(images)
+    found = run(path, images)
+    # A value exactly between two levels may fall to either side: rare, and it moves one image's logits.
+    differs = (found - expected).abs().amax(1) > 1e-4 * float(expected.abs().max())
+    assert differs.double().mean() <= 0.25
+    assert (found.argmax(1) == expected.argmax(1)).double().mean() >= 0.98
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "efficientnet_b0"])
@@ -149,6 +154,70 @@ def test_a_network_of_many_parts(tmp_path):
     with pytest.raises(OnnxExportError, match="getitem"):
         export_onnx(Cut(), tmp_path / "cut.onnx", (3, 32, 32))
     assert not (tmp_path / "cut.onnx").exists()
+
+
+class Standardised(nn.Conv2d):
+    """A convolution with a forward of its own."""
+
+    def forward(self, x):
+        return super().forward(x - 1)
+
+
+class Scaled(nn.Module):
+    def forward(self, x):
+        return torch.add(x, x, alpha=2)
+
+
+class Aliased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = x + 1
+        return self.relu(y) + y
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+class Together(nn.Module):
+    def forward(self, x):
+        return x.flatten(0)
+
+
+@pytest.mark.parametrize(
+    ("network", "named"),
+    [(nn.Sequential(Standardised(3, 3, 1)), "no ONNX form"), (Scaled(), "alpha"), (Aliased(), "overwrites"),
+     (Pair(), "one tensor"), (Together(), "flattened"), (nn.Sequential(nn.AvgPool2d(2, divisor_override=3)), "divisor"),
+     (nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)), "running statistics")],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)  # fmt: skip
+def test_what_would_be_wrong_is_refused(tmp_path, network, named):
+    with pytest.raises(OnnxExportError, match=named):
+        export_onnx(network, tmp_path / "net.onnx", (3, 8, 8))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_layer_called_twice_and_a_norm_behind_three_dimensions(tmp_path):
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line, self.norm, self.out = nn.Linear(8, 8), nn.BatchNorm1d(3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.out(self.norm(self.line(self.line(x.mean(3)))))
+
+    tokens = torch.randn(6, 3, 8, 4)
+    model = quantize(Tokens(), 4)
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(tokens * 2 + 1)
+        expected = model.eval()(tokens)
+    found = run(export_onnx(model, tmp_path / "net.onnx", (3, 8, 4)), tokens)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_network_is_left_as_it_was(tmp_path):

@@ -14,7 +14,7 @@ from torch import nn
 from faqd_lib.files import project_root
 from faqd_lib.models import build_model
 from faqd_lib.packed import PackedFileError, load_packed, pack_bits, read_header, save_packed, unpack_bits
-from faqd_lib.quantize import calibrate, quantize
+from faqd_lib.quantize import calibrate, dequantize, quantize
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -102,8 +102,8 @@ def test_reading_needs_torch_and_safetensors_only(tmp_path):
     save_file({"images": IMAGES, "logits": model(IMAGES).detach()}, tmp_path / "expected.safetensors")
     code = f"""
 import sys
-for name in ("pandas", "pydantic", "torchvision", "matplotlib", "seaborn", "papermill", "sklearn", "PIL", "scipy",
-             "tqdm", "filelock", "nbformat"):
+for name in ("numpy", "onnx", "onnxruntime", "ml_dtypes", "pandas", "pydantic", "torchvision", "matplotlib", "seaborn",
+             "papermill", "sklearn", "PIL", "scipy", "tqdm", "filelock", "nbformat"):
     sys.modules[name] = None  # importing it fails as if it were not installed
 import torch
 torch.set_num_threads({torch.get_num_threads()})
@@ -142,6 +142,57 @@ def test_one_flipped_bit_is_noticed(path):
     path.write_bytes(content)
     with pytest.raises(PackedFileError, match="damaged"):
         load_packed(path, build_model("resnet8", 10))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b'\\"bits\\":4', b'\\"bits\\":5'), (b'\\"bits\\":1', b'\\"bits\\":2'), (b'\\"digest\\"', b'\\"digezt\\"'),
+     (b'{\\"format\\"', b'[\\"format\\"')],
+)  # fmt: skip
+def test_a_changed_header_is_noticed(path, old, new):
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new, 1))
+    with pytest.raises(PackedFileError, match=r"net\.safetensors"):
+        load_packed(path, build_model("resnet8", 10))
+
+
+def test_reading_into_a_quantized_network_is_refused(path):
+    with pytest.raises(PackedFileError, match="quantized itself"):
+        load_packed(path, quantize(build_model("resnet8", 10), 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_files_precision_is_kept(tmp_path, dtype):
+    model = trained(weight_bits=4, activation_bits=4).to(dtype)
+    path = save_packed(model, tmp_path / "net.safetensors", architecture={"name": "resnet8", "num_classes": 10})
+    with torch.no_grad():
+        assert torch.equal(load_packed(path)(IMAGES.to(dtype)), model(IMAGES.to(dtype)))
+
+
+def test_what_a_relu_replaced_and_its_gradient_come_back(tmp_path):
+    def build() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU6(), nn.Conv2d(3, 3, 1))
+
+    model = calibrate(quantize(build(), 2, 4, step_gradient="coarse"), IMAGES)
+    loaded = load_packed(save_packed(model, tmp_path / "net.safetensors"), build())
+    assert loaded[1].step_gradient == "coarse"
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert isinstance(dequantize(loaded)[1], nn.ReLU6)
+
+
+def test_shared_parts_and_a_layer_alone(tmp_path):
+    def build() -> nn.Sequential:
+        layer, relu = nn.Conv2d(3, 3, 1), nn.ReLU()
+        return nn.Sequential(layer, relu, layer, relu, nn.Conv2d(3, 2, 1))
+
+    model = calibrate(quantize(build(), 2, 4), IMAGES)
+    with torch.no_grad():
+        loaded = load_packed(save_packed(model, tmp_path / "net.safetensors"), build())
+        assert torch.equal(loaded(IMAGES), model(IMAGES))
+        alone = quantize(nn.Linear(8, 5), 3, last_layer="quantize")
+        x = torch.randn(2, 8)
+        assert torch.equal(load_packed(save_packed(alone, tmp_path / "one.safetensors"), nn.Linear(8, 5))(x), alone(x))
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors here", None])

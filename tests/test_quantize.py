@@ -104,6 +104,72 @@ def test_latent_weights_are_what_the_optimizer_moves(images):
     assert model[0].weight.unique().numel() == 2
 
 
+def test_a_float_layer_or_relu_under_two_names_loads_too(images):
+    def build() -> nn.ModuleDict:
+        layer, relu = nn.Conv2d(3, 3, 1), nn.ReLU()
+        return nn.ModuleDict({"a": layer, "r": relu, "b": layer, "r2": relu, "c": nn.Conv2d(3, 2, 1)})
+
+    floats, model = build(), quantize(build(), 2, 4)
+    model.load_state_dict(floats.state_dict())
+    assert torch.equal(model["b"].parametrizations.weight.original, floats["a"].weight)
+
+
+def test_tied_weights_count_and_blend_once():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    quantize(model, 1, last_layer="quantize")
+    (quantizer, latent), _ = quantized_weights(model).values()
+    before = latent.detach().clone()
+    blend(model, 0.1)
+    assert torch.allclose(latent, 0.9 * before + 0.1 * quantizer(before))
+    assert weight_bytes(model) == 16 / 8 + 4
+
+
+def test_other_parametrizations_are_left_alone():
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 3), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"weight of 0 .*no plain parameter"):
+        quantize(model, 1)
+    assert not quantized_weights(model)
+    quantize(model, 1, overrides={"0": 32})
+    assert {row.layer: row.bits for row in describe(model) if row.kind == "Linear"} == {"0": 32, "1": 1, "2": 32}
+    dequantize(model)
+    assert parametrize.is_parametrized(model[0], "weight")
+
+
+def test_nothing_left_to_quantize_is_an_error_and_changes_nothing():
+    with pytest.raises(ValueError, match="kept float by policy"):
+        quantize(nn.Linear(3, 3), 1)
+    with pytest.raises(ValueError, match=r"nn\.Sequential"):
+        quantize(nn.ReLU(), activation_bits=4)
+    lazy = nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(3), nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="lazy"):
+        quantize(lazy, 1)
+    assert not quantized_weights(lazy)
+    whole = quantize(nn.Linear(3, 3), 1, last_layer="quantize")
+    whole.load_state_dict(nn.Linear(3, 3).state_dict())
+
+
+def test_what_cannot_be_quantized_is_listed():
+    model = nn.Sequential(
+        nn.Conv1d(3, 3, 1), nn.Embedding(4, 3), nn.Linear(3, 3), nn.BatchNorm1d(3), nn.GLU(), nn.Softsign()
+    )
+    assert [row.kind for row in describe(model)] == ["Conv1d", "Embedding", "Linear", "GLU", "Softsign"]
+
+
+def test_a_relu_that_is_called_twice_is_fitted_to_both_inputs():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu, self.line = nn.ReLU(), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.relu(self.relu(x) * 0.01)
+
+    model = quantize(Twice(), activation_bits=4)
+    calibrate(model, torch.rand(50, 2, generator=torch.Generator().manual_seed(0)) * 3)
+    assert model.relu.step.item() * 15 > 2
+
+
 def test_deepcopy_is_independent_and_equal(images):
     model = calibrate(quantize(small_network(), 2, 4), images).eval()
     twin = copy.deepcopy(model)

@@ -136,6 +136,36 @@ def test_short_tensors_are_searched_exactly(bits, values):
         assert error <= brute_force(weight, bits) * (1 + 1e-9) + 1e-18 * float(weight.square().sum())
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("count", [2, 3, 5, 12])
+def test_idempotent_and_exact_on_its_lattice_in_float32(bits, count):
+    for seed in range(40):
+        once = weight_quantizer(bits)(weights(seed, count))
+        torch.testing.assert_close(weight_quantizer(bits)(once), once, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("count", [6, 4000])
+@pytest.mark.parametrize("factor", [1e-30, 1e-20, 1e19, 1e30, 1e37])
+def test_magnitude_does_not_matter(bits, count, factor):
+    weight = weights(12, count).clamp(-0.9, 0.9)
+    expected = weight_quantizer(bits)(weight.double())
+    found = weight_quantizer(bits)((weight.double() * factor).float()).double() / factor
+    # Not the values: two steps may be equally good but for the rounding of the weights to float32.
+    errors = [float((weight.double() - quantized).square().sum()) for quantized in (found, expected)]
+    assert errors[0] <= errors[1] * 1.001 + 1e-9
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+def test_long_channels_are_within_one_percent_of_brute_force(bits):
+    rows = torch.stack([weights(13, 3100), weights(14, 3100) ** 3, weights(15, 3100) * 0.02 + 1, torch.cat(
+        [centre + 0.004 * weights(16 + i, 1000) for i, centre in enumerate((0.2, 0.55, 0.97))] + [torch.ones(100)]
+    )]).double()  # fmt: skip
+    quantized = weight_quantizer(bits, per_channel=True)(rows)
+    for row, found in zip(rows, quantized, strict=True):
+        assert float((row - found).square().sum()) <= 1.01 * brute_force(row, bits)
+
+
 def test_binary_scale_is_the_least_squares_one():
     weight = weights(8).double()
     scale, levels = weight_quantizer(1).levels(weight)
@@ -403,6 +433,34 @@ def test_quantized_relu_in_bf16_and_empty():
     assert relu.step.grad.dtype == torch.float32
     assert torch.equal(output.float(), relu(x.float()))  # multiples of 1/4 up to 3.75: exact in bf16
     assert relu(torch.ones(0, 3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_input_is_divided_in_float32(bits, dtype):
+    x = (torch.randn(2000, generator=generator(18)) * 2).to(dtype)
+    upstream = torch.randn(2000, generator=generator(19)).to(dtype)
+    results = []
+    for source in (x, x.float()):
+        relu = quantized_relu(0.013 * 256 / 2**bits, bits)
+        relu(source).backward(upstream.to(source.dtype))
+        results.append((relu(source).float(), float(relu.step.grad)))
+    assert torch.equal(results[0][0], results[1][0].to(dtype).float())
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-3)
+
+
+@pytest.mark.parametrize("step_gradient", ["lsq", "coarse"])
+def test_large_and_infinite_inputs_have_a_finite_step_gradient(step_gradient):
+    for x in (torch.tensor([400.0, 1.0], dtype=torch.float16), torch.tensor([math.inf, -math.inf, 1.0])):
+        relu = quantized_relu(0.005, 4, step_gradient)
+        relu(x).sum().backward()
+        assert relu.step.grad.isfinite()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_fitting_to_what_is_not_finite_is_an_error(bad):
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        QuantizedReLU(4).fit(torch.tensor([1.0, bad]))
 
 
 def test_operators_meet_torchs_own_checks():

@@ -427,8 +427,15 @@ def test_torchvision_networks_are_quantized_and_train_a_step(name):
     from faqd_lib._torchvision import torchvision
 
     torch.manual_seed(0)
-    # VGG's own initialisation of its huge classifier takes half a minute.
-    model = getattr(torchvision.models, name)(num_classes=3, **({"init_weights": False} if name == "vgg11_bn" else {}))
+    options = {"init_weights": False} if name == "vgg11_bn" else {}
+    with torch.device("meta" if options else "cpu"):
+        model = getattr(torchvision.models, name)(num_classes=3, **options)
+    if options:  # VGG's first classifier layer has a hundred million weights, which take half a minute
+        model.avgpool, model.classifier[0] = nn.AdaptiveAvgPool2d(1), nn.Linear(512, 4096)
+        model = model.to_empty(device="cpu")
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
     rectified = any(isinstance(module, nn.ReLU | nn.ReLU6) for module in model.modules())
     quantize(model, 1, 4 if rectified else 32)
     rows = describe(model)

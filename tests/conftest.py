@@ -34,6 +34,11 @@ settings.load_profile("faqd")
 torch.set_num_threads(1)  # several test processes share few cores; tiny tensors gain nothing from threads
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The notebooks first: they take longest, and the other worker does everything else meanwhile."""
+    items.sort(key=lambda item: "series" not in item.keywords)
+
+
 class NetworkUsedError(AssertionError):
     """Not an OSError, so that no code under test can take it for an ordinary failed download."""
 

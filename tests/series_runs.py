@@ -1,0 +1,33 @@
+"""What the tests of the series share."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from faqd_lib.files import project_root
+
+NOTEBOOKS = sorted((project_root() / "notebooks").glob("*.ipynb"))
+
+
+def environment(cache: Path) -> dict[str, str]:
+    keep = {name: value for name, value in os.environ.items() if not name.startswith("FAQD_")}
+    return {**keep, "FAQD_CACHE": str(cache), "PYTHONPATH": str(project_root()), "OMP_WAIT_POLICY": "passive"}
+
+
+def run(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "faqd_lib.series", *arguments],
+        cwd=cwd, env=environment(cwd / "cache"), capture_output=True, text=True, check=False, timeout=400,
+    )  # fmt: skip
+
+
+def digests(results: Path) -> dict[str, str]:
+    records = [json.loads(path.read_text()) for path in results.glob("*/runs/*/record.json")]
+    return {record["run_id"]: record["weights_digest"] for record in records}
+
+
+def has_accuracy(cell: str) -> bool:
+    return re.search(r"\d\.\d", cell) is not None

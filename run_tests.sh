@@ -18,6 +18,7 @@ cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 workers = min(cores, 4)
 print(workers, max(1, cores // workers))')
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
-    set -- -n "$workers" --dist loadfile
+    # In the order of tests/conftest.py: the series, which takes longest, must not be what is begun last.
+    set -- -n "$workers" --dist loadfile --no-loadscope-reorder
 fi
 exec "$python" -m pytest "$@"

@@ -152,6 +152,7 @@ def table(suite: Suite) -> Table:
     records = [record for record in map(suite.store.record, experiments.everything(suite)) if record is not None]
     frame = runs_frame(records)
     if len(frame):
+        frame = frame[frame["variant"] == ""].copy()  # claims are about the paper's own quantizers
         losses = suite.profile.losses
         default = {"end-to-end": losses.end_to_end_logit_loss, "fine-tuning": losses.fine_tuning_logit_loss}
         frame["default_loss"] = (frame["logit_loss"] == frame["regime"].map(default)) | (frame["method"] == "labels")

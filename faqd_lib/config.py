@@ -11,8 +11,8 @@ from .files import canonical_json, text_digest
 # augmentation): old runs then keep their names and are not mistaken for new ones.
 RECIPE = 1
 # The same for the affinity losses alone: part of the objectives that have one, so that other runs keep their names.
-AFFINITY_RECIPE = 2
-QUANTIZER_RECIPE = 2  # and for the quantizers
+AFFINITY_RECIPE = 3
+QUANTIZER_RECIPE = 3  # and for the quantizers
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -100,7 +100,7 @@ class QuantizationConfig(Frozen):
     last_layer: Literal["quantize", "float"] = "float"
     shortcuts: Literal["quantize", "float"] = _later("quantize")
     per_channel: bool = _later(False)
-    step_gradient: Literal["lsq", "coarse"] = _later("lsq")
+    step_gradient: Literal["lsq", "coarse", "frozen"] = _later("lsq")
     blending: Annotated[float, Field(ge=0, lt=1)] = _later(0.0)
     quantizer_recipe: int | None = _later(None)
 
@@ -126,6 +126,12 @@ class QuantizationConfig(Frozen):
         if self.activation_bits == 32 and self.step_gradient != "lsq":
             raise ValueError("step_gradient is of quantized activations: set activation_bits below 32")
         return self
+
+    @property
+    def variant(self) -> str:
+        """What is not at its default beside the bits: ``"step_gradient=frozen"``; empty if nothing is."""
+        other = self.model_dump(exclude_defaults=True, exclude={"weight_bits", "activation_bits", "quantizer_recipe"})
+        return ", ".join(f"{name}={value}" for name, value in other.items())
 
     @property
     def of_network(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from .config import RunConfig
+from .quantizers import STEP_GRADIENTS
 from .suite import Suite
 
 
@@ -79,6 +80,21 @@ def full_quantization(suite: Suite) -> list[RunConfig]:
     return _unique([*trained, *rounded])
 
 
+def activation_steps(suite: Suite) -> dict[str, list[RunConfig]]:
+    """What learning the activation steps buys: label-free FAQD by the gradient of its steps, at T2's first bits."""
+    weights, activations = suite.profile.grid.full_bits[0]
+    return {
+        kind: [
+            suite.student(
+                "FAQD", weight_bits=weights, activation_bits=activations, regime=suite.profile.grid.full_regimes[0],
+                quantization={"step_gradient": kind}, seed=seed,
+            )
+            for seed in seeds(suite)
+        ]
+        for kind in STEP_GRADIENTS
+    }  # fmt: skip
+
+
 def logit_losses(suite: Suite) -> list[RunConfig]:
     """T3: label-free FAQD with MSE and with KL × regime × bits × seed."""
     return _unique(
@@ -102,4 +118,5 @@ def affinity_losses(suite: Suite) -> list[RunConfig]:
 def everything(suite: Suite) -> list[RunConfig]:
     """Every run of the series."""
     tables = (references, weight_quantization, full_quantization, logit_losses, affinity_losses)
-    return _unique(config for table in tables for config in table(suite))
+    steps = (config for configs in activation_steps(suite).values() for config in configs)
+    return _unique([*(config for table in tables for config in table(suite)), *steps])

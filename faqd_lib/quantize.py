@@ -60,7 +60,7 @@ def quantize(
         overrides: bits by pattern of module names (as in a shell: ``{"layer1.*": 8, "fc": 32}``), for weights or
             activations, whichever a module has; they go before everything above, later ones before earlier ones.
         per_channel: one weight scale for each output channel instead of one for the tensor (the paper).
-        step_gradient: of the activation steps, ``"lsq"`` or ``"coarse"``.
+        step_gradient: of the activation steps, ``"lsq"``, ``"coarse"``, or ``"frozen"`` for none.
 
     Returns:
         ``model`` itself.

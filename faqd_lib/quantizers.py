@@ -14,7 +14,7 @@ from torch import nn
 WEIGHT_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 ACTIVATION_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 FLOAT_BITS = 32
-STEP_GRADIENTS = ("lsq", "coarse")
+STEP_GRADIENTS = ("lsq", "coarse", "frozen")
 SMALLEST_STEP = 1e-6  # of activations: a step that training drives below it would turn its layer off for ever
 
 _EXACT = 2**13  # values times levels of a row, at most, for an exact search of its step; longer ones are scanned
@@ -271,7 +271,8 @@ class QuantizedReLU(nn.Module):
     - ``"lsq"`` (Esser et al. 2020): 0 below the range, round(x/α) − x/α inside, Q above; times 1/√(numel·Q), so that
       the step learns at the pace of a weight;
     - ``"coarse"`` (Yin et al. 2019, blended coarse gradient descent; the paper's line of work): three values,
-      0 below, 2^(bits−1) inside, Q above; with the same scale.
+      0 below, 2^(bits−1) inside, Q above; with the same scale;
+    - ``"frozen"``: none. The step stays what :meth:`fit` made it (what the released code comes to).
 
     Example, 4 bits, α = 0.1: (−1, 0.26, 9) → (0, 0.3, 1.5); LSQ's gradients to α (0, 0.4, 15), coarse (0, 8, 15), each
     times 1/√45.
@@ -281,7 +282,7 @@ class QuantizedReLU(nn.Module):
     """
 
     def __init__(
-        self, bits: int, step_gradient: Literal["lsq", "coarse"] = "lsq", replaces: nn.Module | None = None
+        self, bits: int, step_gradient: Literal["lsq", "coarse", "frozen"] = "lsq", replaces: nn.Module | None = None
     ) -> None:
         super().__init__()
         check_bits("activation_bits", bits, ACTIVATION_BITS)
@@ -293,7 +294,8 @@ class QuantizedReLU(nn.Module):
         self.__dict__["replaces"] = nn.ReLU() if replaces is None else replaces  # not a submodule: it is not in use
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _quantized_relu(x, self.step, self.highest, self.step_gradient == "coarse")
+        step = self.step.detach() if self.step_gradient == "frozen" else self.step
+        return _quantized_relu(x, step, self.highest, self.step_gradient == "coarse")
 
     @torch.no_grad()
     def fit(self, x: torch.Tensor) -> None:
@@ -345,13 +347,20 @@ def _wide(step: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return step.clamp_min(SMALLEST_STEP).to(torch.promote_types(x.dtype, torch.float32)).reshape(1)
 
 
+def _inside(values: torch.Tensor, x: torch.Tensor, top: torch.Tensor | float, out: torch.Tensor) -> torch.Tensor:
+    """``values`` where 0 < x < top, 0 elsewhere, also where ``values`` is infinite; written to ``out``."""
+    if isinstance(top, float):
+        return torch.ops.aten.hardtanh_backward.grad_input(values, x, 0.0, top, grad_input=out)
+    return out.copy_(torch.where((x > 0) & (x < top), values, 0))
+
+
 @torch.library.custom_op("faqd::quantized_relu", mutates_args=())
 def _quantized_relu(x: torch.Tensor, step: torch.Tensor, highest: int, coarse: bool) -> torch.Tensor:
     y = torch.empty_like(x)  # without gaps: strides follow x's order of dimensions
     step = _wide(step, x)
     for source, target in _chunks(_flat(x, y), _flat(y, y)):
         levels = (source / step).clamp_(0, highest).round_()
-        target.copy_(levels.mul_(step))
+        target.copy_(levels.mul_(step)) if target.dtype != step.dtype else torch.mul(levels, step, out=target)
     return y
 
 
@@ -362,38 +371,43 @@ def _(x, step, highest, coarse):
 
 @torch.library.custom_op("faqd::quantized_relu_backward", mutates_args=())
 def _quantized_relu_backward(
-    gradient: torch.Tensor, x: torch.Tensor, step: torch.Tensor, highest: int, coarse: bool
+    gradient: torch.Tensor, x: torch.Tensor, y: torch.Tensor, step: torch.Tensor, highest: int, coarse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     to_x = torch.empty_like(x)
     # The gradient passes the guard of a step that is too small, so that such a step can recover.
     guarded = _wide(step, x)
     total = torch.zeros((), dtype=guarded.dtype, device=x.device)
-    for source, g, target in _chunks(_flat(x, to_x), _flat(gradient, to_x), _flat(to_x, to_x)):
-        scaled = (source / guarded).clamp_(-1, highest + 1)  # an infinity times 0 would be NaN below
-        inside = (scaled > 0) & (scaled < highest)
-        torch.mul(g, inside, out=target)
+    # As a number where that costs nothing: elsewhere the host would have to wait for it.
+    top = float(guarded) * highest if x.device.type == "cpu" else guarded * highest
+    for source, result, g, target in _chunks(*(_flat(tensor, to_x) for tensor in (x, y, gradient, to_x))):
+        _inside(g, source, top, out=target)
+        wide = g.to(total.dtype)
         if coarse:
-            weight = inside * 2.0 ** round(math.log2(highest + 1) - 1) + (scaled >= highest) * float(highest)
-        else:
-            # round(x/α) − x/α inside, Q above, 0 below
-            weight = scaled.clamp(0, highest).round_().addcmul_(scaled, inside.to(scaled.dtype), value=-1)
-        total += torch.dot(g.to(total.dtype), weight.to(total.dtype))
-    return to_x, (total / math.sqrt(max(1, x.numel()) * highest)).to(step.dtype)
+            inside, above = target.sum(dtype=total.dtype), torch.where(source >= top, wide, 0).sum()
+            total += inside * 2.0 ** round(math.log2(highest + 1) - 1) + above * highest
+            continue
+        if result.dtype != total.dtype:  # it is rounded to fewer digits than the difference below needs
+            result = (source / guarded).clamp_(0, highest).round_().mul_(guarded)
+        # α·(round(x/α) − x/α) = y − x inside, α·Q = y above, 0 = y below
+        kept = _inside(source, source, top, out=torch.empty_like(source))
+        total += torch.dot(wide, result - kept)
+    total /= math.sqrt(max(1, x.numel()) * highest)
+    return to_x, (total if coarse else total / guarded.squeeze()).to(step.dtype)
 
 
 @_quantized_relu_backward.register_fake
-def _(gradient, x, step, highest, coarse):
+def _(gradient, x, y, step, highest, coarse):
     return torch.empty_like(x), torch.empty_like(step)
 
 
 def _keep_input(ctx, inputs, output) -> None:
     x, step, ctx.highest, ctx.coarse = inputs
-    ctx.save_for_backward(x, step)
+    ctx.save_for_backward(x, output, step)  # the output costs no memory: the next layer keeps it, too
 
 
 def _both_gradients(ctx, gradient: torch.Tensor):
-    x, step = ctx.saved_tensors
-    return *_quantized_relu_backward(gradient, x, step, ctx.highest, ctx.coarse), None, None
+    x, y, step = ctx.saved_tensors
+    return *_quantized_relu_backward(gradient, x, y, step, ctx.highest, ctx.coarse), None, None
 
 
 _quantized_relu.register_autograd(_both_gradients, setup_context=_keep_input)

@@ -49,7 +49,7 @@ class Grid(Frozen):
         "end-to-end",
         "fine-tuning",
     ]
-    full_bits: Annotated[list[tuple[WeightBits, ActivationBits]], Field(min_length=1)] = [(1, 4), (4, 4)]
+    full_bits: Annotated[list[tuple[WeightBits, ActivationBits]], Field(min_length=1)] = [(1, 4), (2, 4), (4, 4)]
     full_regimes: Annotated[list[Literal["end-to-end", "fine-tuning"]], Field(min_length=1)] = [
         "end-to-end",
         "fine-tuning",
@@ -173,7 +173,8 @@ class SuiteState(Frozen):
         return text if ": found on disk" in self.reason or ": asked for" in self.reason else f"{text}; {self.reason}"
 
 
-# Settings under which the same runs are the same runs: they may differ from what the folder was begun with.
+# Settings under which the same runs are the same runs: they may differ from what the folder was begun with, as may
+# the grid, which only says which runs there are.
 FREE_SETTINGS = {"reason", "profile.seeds", "profile.cohort", "profile.series_datasets", "profile.dataset"}
 
 
@@ -218,7 +219,7 @@ def claim(folder: Path, state: SuiteState, asked_seeds: int) -> SuiteState:
         differences = [
             f"{key}: {was!r} there, {now!r} now"
             for key, was, now in _differences(begun.model_dump(mode="json"), state.model_dump(mode="json"))
-            if key not in FREE_SETTINGS
+            if key not in FREE_SETTINGS and not key.startswith("profile.grid.")
         ]
         if differences:
             raise ResultsError(

@@ -95,6 +95,7 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
                 "bits": config.bits,
                 "weight_bits": config.quantization.weight_bits,
                 "activation_bits": config.quantization.activation_bits,
+                "variant": config.quantization.variant,
                 "regime": config.regime,
                 "method": config.method,
                 "labels": not config.label_free,

@@ -20,7 +20,7 @@ def environment(cache: Path) -> dict[str, str]:
 def run(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "faqd_lib.series", *arguments],
-        cwd=cwd, env=environment(cwd / "cache"), capture_output=True, text=True, check=False, timeout=400,
+        cwd=cwd, env=environment(cwd / "cache"), capture_output=True, text=True, check=False, timeout=1800,
     )  # fmt: skip
 
 

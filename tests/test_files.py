@@ -151,6 +151,19 @@ def test_peak_memory_is_what_was_held_at_one_time():
     assert measure.peak_bytes(lambda: None) == 0
 
 
+def test_candidates_take_turns_after_one_call_that_does_not_count():
+    order = []
+    times = measure.take_turns({name: lambda name=name: order.append(name) for name in "ab"}, 3)
+    assert order == list("ab" + "ababab")
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3}
+    assert all(second >= 0 for seconds in times.values() for second in seconds)
+
+
+def test_copy_bandwidth_is_that_of_memory():
+    # From a slow single board to a large server.
+    assert 1e8 < measure.copy_bandwidth(megabytes=8) < 1e13
+
+
 def test_environment_names_machine_and_software():
     found = measure.environment()
     assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__

@@ -379,6 +379,16 @@ def test_coarse_gradient_is_three_valued():
     assert one_bit.step.grad.item() == pytest.approx((1 + 1) / math.sqrt(2), rel=1e-6)
 
 
+def test_frozen_step_has_no_gradient():
+    relu = quantized_relu(0.1, 4, "frozen")
+    x = torch.tensor([-1.0, 0.26, 9.0], requires_grad=True)
+    learned = quantized_relu(0.1, 4)(x)
+    assert torch.equal(relu(x), learned)
+    relu(x).sum().backward()
+    assert relu.step.grad is None
+    assert x.grad.tolist() == [0, 1, 0]
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_lsq_gradient_is_the_derivative_of_the_surrogate(bits):
     """With the levels' rounding held constant (straight through), α·(x/α + r) inside and α·Q above."""

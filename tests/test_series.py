@@ -78,7 +78,7 @@ def test_killed_in_the_middle_it_continues_to_the_same_weights_and_tables(whole_
         command, cwd=tmp_path, env=environment(tmp_path / "cache"), stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 900
     while len(digests(tmp_path / "results")) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)

@@ -236,10 +236,13 @@ def test_fine_tuning_starts_from_the_float_student(tiny_suite):
     assert not torch.equal(start["layer1.0.conv1.weight"], fresh["layer1.0.conv1.parametrizations.weight.original"])
 
 
-def test_activation_steps_are_calibrated_before_and_learned_in_training(tiny_suite):
+@pytest.mark.parametrize("step_gradient", ["lsq", "frozen"])
+def test_activation_steps_are_calibrated_before_and_learned_in_training(tiny_suite, step_gradient):
     suite = tiny_suite()
-    config = suite.student("KD", weight_bits=1, activation_bits=4)
-    batches = Batches(suite.splits[0].unlabelled(), 16, 0, suite.normalizer)
+    settings = {"step_gradient": step_gradient}
+    config = suite.student("KD", weight_bits=1, activation_bits=4, quantization=settings)
+    size = config.optimization.batch_size
+    batches = Batches(suite.splits[0].unlabelled(), size, config.seed, suite.normalizer, flip=suite.data.flip)
     started = suite._learner(config, batches).model.state_dict()
     fresh = suite.build(config).state_dict()
     suite.run([config])
@@ -247,12 +250,18 @@ def test_activation_steps_are_calibrated_before_and_learned_in_training(tiny_sui
     assert len(steps) == 7
     for name in steps:
         assert started[name] != fresh[name]
-        assert weights(suite, config)[name] != started[name]
+        assert (weights(suite, config)[name] != started[name]) == (step_gradient == "lsq")
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"blending": 0.05}, {"per_channel": True}, {"step_gradient": "coarse"}, {"shortcuts": "float"}],
+    [
+        {"blending": 0.05},
+        {"per_channel": True},
+        {"step_gradient": "coarse"},
+        {"step_gradient": "frozen"},
+        {"shortcuts": "float"},
+    ],
     ids=str,
 )
 def test_every_way_of_quantizing_trains_to_numbers_of_its_own(tiny_suite, settings):

@@ -1,0 +1,133 @@
+"""What quantization adds to a training step: ratios to the float network's step within one run.
+
+    python benchmarks/quantization.py                  # a few minutes on 2 cores
+    pip install brevitas && python benchmarks/quantization.py
+
+A ResNet-20's step on random images: forward, cross-entropy, backward, SGD; channels-last. Float; with 1-bit
+weights (1W32A); with 4-bit activations, too (1W4A); and, where Brevitas is installed, the same by it: 1-bit weights
+with a fixed scale, 4-bit activations with a learned one. Prints a table; writes ``quantization.json`` to ``--out``
+(``results/benchmarks`` if left out).
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from faqd_lib import build_model, calibrate, quantize
+from faqd_lib.files import atomic_write_text
+from faqd_lib.measure import environment, peak_bytes, take_turns
+from faqd_lib.quantize import replace_modules
+from faqd_lib.settings import default_results
+
+WANTED = {"1W32A": ("≤ 1.08", 1.08), "1W4A": ("≤ 1.25", 1.25)}
+
+
+def brevitas_network(model: nn.Module) -> nn.Module:
+    """The same network with Brevitas' layers in the places that ``quantize(model, 1, 4)`` would quantize."""
+    import brevitas.nn as qnn
+    from brevitas.quant import SignedBinaryWeightPerTensorConst, Uint8ActPerTensorFloat
+
+    made: dict[nn.Module, nn.Module] = {}
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            made[layer] = qnn.QuantConv2d(
+                layer.in_channels, layer.out_channels, layer.kernel_size, stride=layer.stride, padding=layer.padding,
+                bias=layer.bias is not None, weight_quant=SignedBinaryWeightPerTensorConst,
+            )  # fmt: skip
+            made[layer].load_state_dict(layer.state_dict(), strict=False)
+        elif isinstance(layer, nn.ReLU):
+            made[layer] = qnn.QuantReLU(act_quant=Uint8ActPerTensorFloat, bit_width=4)
+    replace_modules(model, made)
+    return model
+
+
+def networks(device: str, images: torch.Tensor) -> dict[str, nn.Module]:
+    def fresh() -> nn.Module:
+        return build_model("resnet20", 10, image_size=32, seed=1)
+
+    made = {
+        "float": fresh(),
+        "1W32A": quantize(fresh(), weight_bits=1),
+        "1W4A": quantize(fresh(), weight_bits=1, activation_bits=4),
+        "1W4A, coarse": quantize(fresh(), weight_bits=1, activation_bits=4, step_gradient="coarse"),
+    }
+    if importlib.util.find_spec("brevitas"):
+        made["1W4A, Brevitas"] = brevitas_network(fresh())
+    for name, model in made.items():
+        model.to(device, memory_format=torch.channels_last)
+        if "Brevitas" not in name:  # which calibrates itself in its first steps
+            calibrate(model, images)
+        model.train()
+    return made
+
+
+def steps(device: str, batch: int, precision: str, rounds: int) -> pd.DataFrame:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, 32, 32, generator=generator).to(device, memory_format=torch.channels_last)
+    labels = torch.randint(10, (batch,), generator=generator).to(device)
+    calls = {}
+    for name, model in networks(device, images).items():
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+        def step(model=model, optimizer=optimizer):
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+                loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        calls[name] = step
+    times = take_turns(calls, rounds, device)
+    rows = []
+    for name, call in calls.items():
+        quartiles = statistics.quantiles(times[name], n=4)
+        # Of each round's pair: what slows the machine for a while slows both.
+        ratio = statistics.median(own / base for own, base in zip(times[name], times["float"], strict=True))
+        wanted, limit = WANTED.get(name, ("", None))
+        rows.append(
+            {"precision": precision, "batch": batch, "network": name, "n": rounds,
+             "median_ms": 1e3 * statistics.median(times[name]), "iqr_ms": 1e3 * (quartiles[2] - quartiles[0]),
+             "peak_MiB": peak_bytes(call, device) / 2**20, "time / float": ratio, "wanted": wanted,
+             "met": None if limit is None else ratio <= limit}
+        )  # fmt: skip
+    by_name = {row["network"]: row for row in rows}
+    if "1W4A, Brevitas" in by_name:
+        ours, theirs = by_name["1W4A"], by_name["1W4A, Brevitas"]
+        theirs["times ours"] = theirs["median_ms"] / ours["median_ms"]
+        theirs |= {"wanted": "≥ 3 times ours", "met": theirs["times ours"] >= 3}
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each network, in turns (15)")
+    parser.add_argument("--precisions", nargs="+", choices=("float32", "bf16"), default=("float32", "bf16"))
+    parser.add_argument(
+        "--out", type=Path, default=default_results() / "benchmarks", help="folder to write to (results/benchmarks)"
+    )
+    arguments = parser.parse_args()
+    if arguments.rounds < 2 or arguments.batch < 2:
+        parser.error(f"--rounds and --batch must be at least 2, got {arguments.rounds} and {arguments.batch}")
+    machine = environment(arguments.device)
+    machine["brevitas"] = version("brevitas") if importlib.util.find_spec("brevitas") else "not installed"
+    print(", ".join(f"{key} {value}" for key, value in machine.items()), "\n")
+    frames = []
+    for precision in arguments.precisions:
+        frames.append(steps(arguments.device, arguments.batch, precision, arguments.rounds))
+        print(frames[-1].round(3).to_markdown(index=False), "\n", flush=True)
+    result = {"environment": machine, "steps": json.loads(pd.concat(frames).to_json(orient="records"))}
+    print(atomic_write_text(arguments.out / "quantization.json", json.dumps(result, indent=1) + "\n"))
+
+
+if __name__ == "__main__":
+    main()

@@ -85,15 +85,15 @@ class Batches:
     def __len__(self) -> int:
         return len(self._pixels) // self.batch_size
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of one epoch; the same seed and epoch give the same bits."""
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from number ``first`` on; the same seed and epoch give the same bits."""
         count, height, width = self._pixels.shape[:3]
         order = torch.randperm(count, generator=stream(self.seed, "order", epoch)).to(self.device)
         augment = stream(self.seed, "augmentation", epoch)
         shift = torch.randint(0, 2 * PADDING + 1, (2, count), generator=augment).to(self.device)
         mirrored = torch.randint(0, 2, (count,), generator=augment).bool().to(self.device) & self.flip
         row, column = torch.arange(height, device=self.device), torch.arange(width, device=self.device)
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
+        for start in range(first * self.batch_size, len(self) * self.batch_size, self.batch_size):
             chosen = order[start : start + self.batch_size]
             padded = F.pad(self._pixels[chosen], (0, 0, PADDING, PADDING, PADDING, PADDING))
             rows = shift[0, chosen, None] + row

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 
 def project_root() -> Path:
@@ -45,6 +46,9 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> Path:
     """Call ``write(temporary)`` and move the finished file to ``path``: a reader sees the old file or the new one.
 
     ``write`` gets a path in the same folder. If it raises, or the process dies, ``path`` is as it was.
+
+    Raises:
+        OSError: it could not be written; the message says what to do. safetensors' own error comes as one, too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -58,6 +62,11 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> Path:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"cannot write {path} ({error}). If the disk is full, make room and call again: what was finished is kept, "
+            "and a run in training goes on from its last checkpoint."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -66,6 +75,14 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> Path:
 def atomic_write_text(path: Path, text: str) -> Path:
     """Write ``text`` (UTF-8) to ``path`` atomically."""
     return atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file so that nothing takes it for a whole one; returns its new path."""
+    count = 1
+    while (target := path.with_name(f"{path.stem}.damaged-{count}{path.suffix}")).exists():
+        count += 1
+    return path.replace(target)
 
 
 def canonical_json(value: Any) -> str:

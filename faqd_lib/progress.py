@@ -41,6 +41,13 @@ class Progress:
             self._bar.update(units)
             self._bar.set_postfix_str(line)
 
+    def skip(self, units: float) -> None:
+        """Leave out units that turn out to be done already."""
+        self.total -= units
+        if self._bar is not None:
+            self._bar.total = self.total
+            self._bar.refresh()
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -2,26 +2,50 @@
 
     <suite folder>/runs/<readable name>-<digest>/record.json      configuration, history, accuracies, cost, environment
                                                  weights.safetensors
+                   .locks/<readable name>-<digest>                held by the process that trains the run
 
-The record is written last and atomically: a folder with a record is a finished run, any other is none.
+The record is written last and atomically: a folder with a record is a finished run, any other is none. A lock is of the
+operating system's kind: it ends with the process that holds it, however that ends.
 """
 
 import datetime
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 from pydantic import ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .checkpoints import remove_checkpoints
 from .config import Frozen, RunConfig
-from .files import atomic_write, atomic_write_text, require_writable, tensors_digest
+from .files import (
+    atomic_write,
+    atomic_write_text,
+    canonical_json,
+    require_writable,
+    set_aside,
+    tensors_digest,
+    text_digest,
+)
 
 
 class ResultsError(RuntimeError):
     """A record or its weights are damaged, or do not belong where they lie; the message says what to do."""
+
+
+class DamagedRecordError(ResultsError):
+    """A record does not hold what was written."""
+
+
+class DamagedRecordWarning(UserWarning):
+    """A damaged record was set aside; its run counts as not trained."""
 
 
 class RunRecord(Frozen):
@@ -47,6 +71,7 @@ class RunRecord(Frozen):
     dataset_note: str
     weights_digest: str
     finished: str
+    checksum: str = ""  # SHA-256 of all of the above
 
 
 @dataclass(frozen=True)
@@ -59,15 +84,17 @@ class RunStore:
         return self.folder / "runs" / config.run_id
 
     def record(self, config: RunConfig) -> RunRecord | None:
-        """The record of a finished run, or None.
+        """The record of a finished run, or None. A damaged one is set aside with a :class:`DamagedRecordWarning`.
 
         Raises:
-            ResultsError: the record is damaged, or is that of another configuration.
+            ResultsError: the record is that of another configuration or of another version of the suite.
         """
         path = self.run_folder(config) / "record.json"
         if not path.is_file():
             return None
-        record = read_record(path)
+        record = _whole(path)
+        if record is None:
+            return None
         if record.digest != config.digest or record.configuration.digest != config.digest:
             raise ResultsError(
                 f"{path} belongs to another configuration (digest {record.digest[:12]}, expected "
@@ -76,8 +103,9 @@ class RunStore:
         return record
 
     def records(self) -> list[RunRecord]:
-        """Every finished run in the folder, in the order of their names."""
-        return [read_record(path) for path in sorted((self.folder / "runs").glob("*/record.json"))]
+        """Every finished run in the folder, in the order of their names; damaged records as in :meth:`record`."""
+        found = map(_whole, sorted((self.folder / "runs").glob("*/record.json")))
+        return [record for record in found if record is not None]
 
     def save(self, config: RunConfig, model: nn.Module, **fields: Any) -> RunRecord:
         """Write weights, then the record. ``fields`` are the record's, less those that follow from config and model."""
@@ -92,8 +120,26 @@ class RunStore:
             **fields,
         )
         atomic_write(folder / "weights.safetensors", lambda temporary: save_file(tensors, temporary))
+        values = json.loads(record.model_dump_json(exclude={"checksum"}))
+        record = record.model_copy(update={"checksum": text_digest(canonical_json(values))})
         atomic_write_text(folder / "record.json", record.model_dump_json(indent=1) + "\n")
+        remove_checkpoints(folder)
         return record
+
+    def lock(self, config: RunConfig) -> filelock.BaseFileLock:
+        """The lock of a run, not yet taken."""
+        return filelock.FileLock(require_writable(self.folder / ".locks") / config.run_id)
+
+    @contextmanager
+    def claim(self, configs: Sequence[RunConfig]) -> Iterator[list[RunConfig]]:
+        """Hold the locks of those of the runs that no other process holds, and give these."""
+        with ExitStack() as held:
+            ours = []
+            for config in configs:
+                with suppress(filelock.Timeout):
+                    held.enter_context(self.lock(config).acquire(timeout=0))
+                    ours.append(config)
+            yield ours
 
     def load_weights(self, config: RunConfig, model: nn.Module) -> nn.Module:
         """Load a finished run's weights into a network of the same build. Returns ``model``.
@@ -116,18 +162,37 @@ class RunStore:
         return model
 
 
+def _whole(path: Path) -> RunRecord | None:
+    """A record, or None if it is damaged; it is then set aside with a warning."""
+    try:
+        return read_record(path)
+    except DamagedRecordError as error:
+        moved = set_aside(path)
+        message = f"{error}; it was renamed to {moved.name}, and the run counts as not trained"
+        warnings.warn(message, DamagedRecordWarning, stacklevel=3)
+        return None
+
+
 def read_record(path: Path) -> RunRecord:
     """Read one record file.
 
     Raises:
-        ResultsError: it is damaged or written by another version of the suite.
+        DamagedRecordError: it does not hold what was written.
+        ResultsError: it is whole, but written by another version of the suite.
     """
+    text = path.read_bytes()
     try:
-        return RunRecord.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        values = json.loads(text)
+        checksum = values.pop("checksum")
+        if checksum != text_digest(canonical_json(values)):
+            raise ValueError("its checksum does not fit")
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise DamagedRecordError(f"{path} is damaged ({error or type(error).__name__})") from error
+    try:
+        return RunRecord.model_validate_json(text)
+    except ValidationError as error:
         raise ResultsError(
-            f"{path} is damaged or of another version of the suite ({detail}): move the folder "
+            f"{path} is of another version of the suite ({error.errors()[0]['msg']}): move the folder "
             f"{path.parent.name} away, and the run is trained again"
         ) from error
 

@@ -73,6 +73,7 @@ class Profile(Frozen):
     teachers: Annotated[list[ModelName], Field(min_length=1)]
     student: ModelName
     seeds: Count = 1
+    checkpoint_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 120.0  # of training between checkpoints
     cohort: Count = 8
     teacher_schedule: Schedule
     student_schedule: Schedule
@@ -175,7 +176,9 @@ class SuiteState(Frozen):
 
 # Settings under which the same runs are the same runs: they may differ from what the folder was begun with, as may
 # the grid, which only says which runs there are.
-FREE_SETTINGS = {"reason", "profile.seeds", "profile.cohort", "profile.series_datasets", "profile.dataset"}
+FREE_SETTINGS = {"reason"} | {
+    f"profile.{name}" for name in ("seeds", "cohort", "series_datasets", "dataset", "checkpoint_seconds")
+}
 
 
 def default_results() -> Path:

@@ -4,7 +4,9 @@ suite = Suite.open(profile="quick")
 records = suite.run([suite.student("FAQD", weight_bits=1)])
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +16,9 @@ import torch
 from torch import nn
 
 from . import data as datasets
+from . import planning
 from .batches import Batches, Normalizer
+from .checkpoints import CheckpointWarning, Facts, read_checkpoint, write_checkpoint
 from .config import (
     AFFINITY_RECIPE,
     QUANTIZER_RECIPE,
@@ -40,6 +44,8 @@ from .settings import Profile, SuiteState, claim, read_state, suite_folder
 from .train import Learner, evaluate, precision_that_pays, projection_seed, train
 
 Method = Literal["labels", "KD", "FAQD", "FFAQD"]
+# What of the environment must be the same for the same bits.
+SAME_BITS = ("torch", "processor", "threads", "device")
 
 
 @dataclass(frozen=True)
@@ -320,22 +326,40 @@ class Suite:
             NonFiniteLossError: a loss stopped being finite; all other runs of its cohort are finished and saved.
         """
         wanted = list(dict.fromkeys(configs))
-        waves = _waves(wanted)
-        missing = [[config for config in wave if self.store.record(config) is None] for wave in waves]
-        total = sum(max(1, config.optimization.epochs) for wave in missing for config in wave)
-        count = sum(map(len, missing))
-        if count < sum(map(len, waves)):
-            print(f"  {title}: {sum(map(len, waves)) - count} of {sum(map(len, waves))} runs are there", flush=True)
+        ordered = planning.waves(wanted)
+        missing = [[config for config in wave if self.store.record(config) is None] for wave in ordered]
+        count, known = sum(map(len, missing)), sum(map(len, ordered))
+        if count < known:
+            print(f"  {title}: {known - count} of {known} runs are there", flush=True)
         if count:
-            progress, done = Progress(total, title), 0
+            progress, done = Progress(sum(_units(config) for wave in missing for config in wave), title), 0
             try:
                 for wave in missing:
-                    for cohort in _cohorts(wave, self.profile.cohort):
-                        self._run_cohort(cohort, f"run {_span(done, len(cohort))} of {count}", progress)
-                        done += len(cohort)
+                    done = self._run_wave(wave, progress, done, count)
             finally:
                 progress.close()
         return [self.store.record(config) for config in wanted]
+
+    def _run_wave(self, wave: Sequence[RunConfig], progress: Progress, done: int, count: int) -> int:
+        """Train the runs of a wave, wait for those that another process is at. Returns ``done`` plus their number."""
+        left = planning.cohorts(wave, self.profile.cohort)
+        while left:
+            elsewhere = []
+            for cohort in left:
+                with self.store.claim(cohort) as ours:
+                    todo = [config for config in ours if self.store.record(config) is None]
+                    progress.skip(sum(_units(config) for config in ours if config not in todo))
+                    if todo:
+                        self._run_cohort(todo, f"run {_span(done, len(todo))} of {count}", progress)
+                    done += len(ours)
+                if others := [config for config in cohort if config not in ours]:
+                    elsewhere.append(others)
+            if elsewhere:
+                print(f"  another process trains {elsewhere[0][0].run_id}: waiting for it", flush=True)
+                with self.store.lock(elsewhere[0][0]):
+                    pass
+            left = elsewhere
+        return done
 
     def _run_cohort(self, cohort: Sequence[RunConfig], label: str, progress: Progress) -> None:
         config = cohort[0]
@@ -350,15 +374,20 @@ class Suite:
         teacher = None if teacher_config is None else self.model(teacher_config).requires_grad_(False)
         splits = {"test": test} if validation is None else {"validation": validation, "test": test}
         learners = [self._learner(c, batches) for c in cohort]
+        for learner in learners:
+            self._resume(learner, progress)
 
         def on_epoch(epoch: int, active: list[Learner]) -> None:
             names = ", ".join(sorted({f"{learner.config.bits} {learner.config.method}" for learner in active}))
             accuracy = " ".join(f"{learner.history[-1]['test_accuracy']:.1f}" for learner in active)
             epochs = config.optimization.epochs
             what = f"epoch {epoch + 1} of {epochs}" if epochs else "quantized after training"
-            progress.advance(len(cohort), f"{label} ({names}), {what}: test {accuracy} %")
+            progress.advance(len(active), f"{label} ({names}), {what}: test {accuracy} %")
 
-        result = train(learners, batches, teacher, () if teacher is None else teacher.feature_names, splits, on_epoch)
+        result = train(
+            learners, batches, teacher, () if teacher is None else teacher.feature_names, splits, on_epoch,
+            _every(self.profile.checkpoint_seconds), self._checkpoint,
+        )  # fmt: skip
         for trained in result.trained:
             self.store.save(
                 trained.config,
@@ -378,6 +407,30 @@ class Suite:
                 error.add_note(f"{len(result.trained)} other runs of its cohort were finished and saved")
             raise error
 
+    def _checkpoint(self, learner: Learner) -> None:
+        tensors, facts = learner.state()
+        facts |= {"digest": learner.config.digest, "environment": environment(self.device)}
+        write_checkpoint(self.store.run_folder(learner.config), tensors, Facts(**facts))
+
+    def _resume(self, learner: Learner, progress: Progress) -> None:
+        """Go on from the run's checkpoint, if it has one."""
+        found = read_checkpoint(self.store.run_folder(learner.config), learner.config.digest)
+        if found is None:
+            return
+        tensors, facts = found
+        learner.load_state(tensors, facts.model_dump())
+        progress.skip(len(learner.history))
+        print(f"  {learner.config.run_id} goes on from its checkpoint after step {learner.steps}", flush=True)
+        here = environment(self.device)
+        if changed := [key for key in SAME_BITS if here.get(key) != facts.environment.get(key)]:
+            what = ", ".join(f"{key} {facts.environment.get(key)} then, {here.get(key)} now" for key in changed)
+            warnings.warn(
+                f"{learner.config.run_id} was begun elsewhere ({what}): its last bits may differ from a run without "
+                "interruption",
+                CheckpointWarning,
+                stacklevel=2,
+            )
+
     def evaluate(self, model: nn.Module) -> tuple[float, float]:
         """(top-1 accuracy in percent, cross-entropy) on the suite's test images."""
         return evaluate(model, self.splits[2], self.normalizer)
@@ -387,38 +440,25 @@ def _limit(count: int | None, available: int) -> int | None:
     return None if count is None or count >= available else count
 
 
+def _units(config: RunConfig) -> int:
+    """Of progress: an epoch of one network."""
+    return max(1, config.optimization.epochs)
+
+
+def _every(seconds: float) -> Callable[[], bool]:
+    """A function that says True when it is asked again so many seconds after it last did, or after now."""
+    last = time.monotonic()  # which no change of the clock sets back
+
+    def due() -> bool:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < seconds:
+            return False
+        last = now
+        return True
+
+    return due
+
+
 def _span(done: int, count: int) -> str:
     return str(done + 1) if count == 1 else f"{done + 1}-{done + count}"
-
-
-def _waves(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
-    """Runs in an order in which nothing comes before what it needs: each wave needs only earlier ones."""
-
-    def depth(config: RunConfig) -> int:
-        return max((1 + depth(other) for other in (config.teacher, config.initial) if other is not None), default=0)
-
-    everything: dict[RunConfig, int] = {}
-
-    def add(config: RunConfig) -> None:
-        for other in (config.teacher, config.initial):
-            if other is not None:
-                add(other)
-        everything.setdefault(config, depth(config))
-
-    for config in configs:
-        add(config)
-    deepest = max(everything.values(), default=-1)
-    return [[c for c, level in everything.items() if level == wave] for wave in range(deepest + 1)]
-
-
-def _cohorts(configs: Sequence[RunConfig], largest: int) -> list[list[RunConfig]]:
-    """Split runs into groups that can share their batches and their teacher, none larger than ``largest``."""
-    groups: dict[tuple, list[RunConfig]] = {}
-    for config in sorted(configs, key=lambda config: config.teacher is None):  # runs without a teacher join last
-        o = config.optimization
-        shared = (config.data, config.seed, o.epochs, o.batch_size, o.precision, config.label_free)
-        key = (*shared, config.teacher)
-        if config.teacher is None:
-            key = next((other for other in groups if other[:-1] == shared), key)
-        groups.setdefault(key, []).append(config)
-    return [group[i : i + largest] for group in groups.values() for i in range(0, len(group), largest)]

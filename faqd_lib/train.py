@@ -2,13 +2,15 @@
 
 Networks that share data, seed, batch size, epochs and teacher train side by side as a cohort: one augmentation and one
 teacher pass for all, and paired comparisons on the same batches. A network's weights are the same bits whether it
-trains alone or in a cohort: its initial weights, optimizer and random projections are its own.
+trains alone or in a cohort: its initial weights, optimizer and random projections are its own. The same holds when it
+goes on from :meth:`Learner.state`, wherever in an epoch that was taken and wherever the others of its cohort are.
 """
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +80,9 @@ class Learner:
         )
         self.history: list[dict[str, float]] = []
         self.steps = 0
-        self.watch = Stopwatch(next(model.parameters()).device)
+        device = next(model.parameters()).device
+        self.watch, self.loss_watch = Stopwatch(device), Stopwatch(device)
+        self.data_seconds = self.teacher_seconds = 0.0  # its share of what the cohort has in common
         self.peak_bytes = 0
         self._terms: list[dict[str, torch.Tensor]] = []
         self._checked = 0
@@ -108,7 +112,9 @@ class Learner:
             group["lr"] = learning_rate(o, self.steps, self.steps_per_epoch)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=o.precision == "bf16"):
             logits = self.model(images)
+            self.loss_watch.start()
             terms = self.objective(logits, self.tap.features, teacher_logits, teacher_maps, labels)
+            self.loss_watch.stop()
         self.optimizer.zero_grad(set_to_none=True)
         terms["total"].backward()
         terms["gradient_norm"] = nn.utils.clip_grad_norm_(self.parameters, o.clip_norm)
@@ -144,9 +150,54 @@ class Learner:
                 )
             row[f"{split}_accuracy"], row[f"{split}_cross_entropy"] = accuracy, cross_entropy
         self.history.append(row)
-        self.watch.read()  # once an epoch the host waits for the device anyway
+        self.watch.read(), self.loss_watch.read()  # once an epoch the host waits for the device anyway
         self._terms.clear()
         self._checked = 0
+
+    def _momentum(self) -> dict[str, torch.Tensor]:
+        buffers = (self.optimizer.state[parameter].get("momentum_buffer") for parameter in self.parameters)
+        return {f"momentum.{index}": buffer for index, buffer in enumerate(buffers) if buffer is not None}
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """(tensors on the CPU, numbers and text) from which :meth:`load_state` goes on with the same bits.
+
+        To be called between steps. Order and augmentation of images need no state: they follow from seed and step.
+        """
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
+        tensors |= self._momentum()
+        for name in self._terms[0] if self._terms else ():
+            tensors[f"terms.{name}"] = torch.stack([terms[name] for terms in self._terms])
+        for name, watch in (("step", self.watch), ("loss", self.loss_watch)):
+            tensors[f"seconds.{name}"] = torch.tensor(watch.read(), dtype=torch.float64)
+        facts = {
+            "steps": self.steps, "checked": self._checked, "history": self.history, "peak_bytes": self.peak_bytes,
+            "data_seconds": self.data_seconds, "teacher_seconds": self.teacher_seconds,
+        }  # fmt: skip
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, facts
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """Take the place in training of the learner, built from the same configuration, whose state this is."""
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = tensor
+        self.model.load_state_dict(parts["model"])
+        self.objective.load_state_dict(parts.get("objective", {}))
+        for index, buffer in parts.get("momentum", {}).items():
+            parameter = self.parameters[int(index)]
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
+        device = next(self.model.parameters()).device
+        terms = {name: values.to(device).unbind() for name, values in parts.get("terms", {}).items()}
+        self._terms = [dict(zip(terms, values, strict=True)) for values in zip(*terms.values(), strict=True)]
+        self.watch.seconds, self.loss_watch.seconds = (parts["seconds"][name].tolist() for name in ("step", "loss"))
+        self.steps, self._checked, self.peak_bytes = facts["steps"], facts["checked"], facts["peak_bytes"]
+        self.history = [dict(row) for row in facts["history"]]
+        self.data_seconds, self.teacher_seconds = facts["data_seconds"], facts["teacher_seconds"]
+
+    def position(self, epoch: int) -> int | None:
+        """The batch of ``epoch`` that it is to see next, up to their number; None if it has finished that epoch."""
+        return None if len(self.history) > max(0, epoch) else self.steps - epoch * self.steps_per_epoch
 
 
 @exact_kernels()
@@ -193,17 +244,20 @@ def train(
     feature_names: Sequence[str],
     splits: dict[str, Images],
     on_epoch: Callable[[int, list[Learner]], None] = lambda epoch, learners: None,
+    checkpoint_due: Callable[[], bool] = lambda: False,
+    checkpoint: Callable[[Learner], None] = lambda learner: None,
 ) -> CohortResult:
     """Train a cohort to the end.
 
     Args:
-        learners: at least one; all with the same epochs, batch size and seed. If ``batches`` has no labels, theirs
-            must be label-free objectives.
+        learners: at least one; all with the same epochs, batch size and seed, wherever they are in training. If
+            ``batches`` has no labels, theirs must be label-free objectives.
         batches: the training batches that all of them see.
         teacher: in evaluation mode and frozen; None if no learner needs one.
         feature_names: modules of the teacher to tap; the students' own were given to them.
         splits: what to evaluate after each epoch, by name; labelled.
-        on_epoch: called after every epoch with its number (from 0) and the learners still in training.
+        on_epoch: called after every epoch with its number (from 0) and the learners that have just finished it.
+        checkpoint_due: asked after every batch whether ``checkpoint`` is to be called, for each learner in training.
 
     Returns:
         A learner whose loss stops being finite is reported as failed; the others go on undisturbed.
@@ -217,40 +271,65 @@ def train(
             result.failed[learner.config.run_id] = error
             active.remove(learner)
 
-    shared, sharers = Stopwatch(batches.device), []  # making batches and the teacher's pass, shared by so many
     wants_maps = any(learner.objective.affinity_weight > 0 for learner in learners)
     teaches = _Teacher(teacher, feature_names if wants_maps else (), learners[0].config.optimization.precision)
+    shared = _SharedCost(batches.device)
     for learner in learners:
         learner.model.train()
 
     def end_epoch(epoch: int) -> None:
-        for learner in list(active):
+        shared.settle()
+        ending = [learner for learner in active if learner.position(epoch) is not None]
+        for learner in ending:
             scores = {name: evaluate(learner.model, images, batches.normalizer) for name, images in splits.items()}
             attempt(learner, learner.end_epoch, epoch, scores)
+        if finished := [learner for learner in ending if learner in active]:
+            on_epoch(epoch, finished)
 
     epochs = learners[0].config.optimization.epochs
     if epochs == 0:  # quantized after training: there is nothing to do but to look
         end_epoch(-1)
-        on_epoch(-1, active)
-    for epoch in range(epochs):
-        shared.start()
-        for batch in batches.epoch(epoch):
+    for epoch in range(min(len(learner.history) for learner in learners), epochs):
+        # Who goes on from a checkpoint may be elsewhere in the epoch than the others.
+        first = min((at for learner in active if (at := learner.position(epoch)) is not None), default=len(batches))
+        shared.data.start()
+        for index, batch in enumerate(batches.epoch(epoch, first), start=first):
+            shared.data.stop()
+            shared.teacher.start()
             teacher_logits, teacher_maps = teaches(batch.images)
-            shared.stop()
-            sharers.append(max(1, len(active)))
-            for learner in list(active):
+            shared.teacher.stop()
+            shared.sharers.append([learner for learner in active if learner.position(epoch) == index])
+            for learner in shared.sharers[-1]:
                 labels = None if learner.config.label_free else batch.labels
                 attempt(learner, learner.step, epoch, batch.images, labels, teacher_logits, teacher_maps)
-            shared.start()
-        end_epoch(epoch)
-        shared.read()
+            if not active:
+                break
+            if checkpoint_due():
+                shared.settle()
+                for learner in active:
+                    checkpoint(learner)
+            shared.data.start()
         if not active:
             break
-        on_epoch(epoch, active)
+        end_epoch(epoch)
     teaches.close()
-    share = sum(seconds / count for seconds, count in zip(shared.read(), sharers, strict=True))
-    result.trained = [_finish(learner, batches.batch_size, len(learners), share) for learner in active]
+    result.trained = [_finish(learner, batches.batch_size, len(learners)) for learner in active]
     return result
+
+
+class _SharedCost:
+    """What making the batches and the teacher's pass take, shared evenly among those who use them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.data, self.teacher = Stopwatch(device), Stopwatch(device)
+        self.sharers: list[list[Learner]] = []  # for each batch
+
+    def settle(self) -> None:
+        for data, teacher, sharers in zip(self.data.read(), self.teacher.read(), self.sharers, strict=True):
+            for learner in sharers:
+                learner.data_seconds += data / len(sharers)
+                learner.teacher_seconds += teacher / len(sharers)
+        self.data.seconds.clear(), self.teacher.seconds.clear(), self.sharers.clear()
 
 
 class _Teacher:
@@ -275,14 +354,18 @@ class _Teacher:
             self.tap.close()
 
 
-def _finish(learner: Learner, batch_size: int, cohort: int, shared_seconds: float) -> Trained:
+def _finish(learner: Learner, batch_size: int, cohort: int) -> Trained:
     learner.tap.close()
     every = learner.watch.read()
     measured = every[1:] or every  # the first step carries the memory measurement
     own = sum(measured)
+    shared = learner.data_seconds + learner.teacher_seconds
     cost = {
-        "training_seconds": own / max(1, len(measured)) * len(every) + shared_seconds,
-        "shared_seconds": shared_seconds,
+        "training_seconds": own / max(1, len(measured)) * len(every) + shared,
+        "shared_seconds": shared,
+        "data_seconds": learner.data_seconds,
+        "teacher_seconds": learner.teacher_seconds,
+        "loss_seconds": sum(learner.loss_watch.read()),
         "step_milliseconds": 1000 * statistics.median(measured) if measured else 0.0,
         "images_per_second": batch_size * len(measured) / own if measured else 0.0,
         "peak_step_bytes": learner.peak_bytes,

@@ -7,9 +7,17 @@ import pytest
 import torch
 
 from faqd_lib.config import RunConfig
+from faqd_lib.files import canonical_json, text_digest
 from faqd_lib.models import build_model
 from faqd_lib.quantize import quantize
-from faqd_lib.results import ResultsError, RunStore, accuracies, read_record
+from faqd_lib.results import (
+    DamagedRecordError,
+    DamagedRecordWarning,
+    ResultsError,
+    RunStore,
+    accuracies,
+    read_record,
+)
 
 HISTORY = [
     {"epoch": 1, "loss": 2.0, "test_accuracy": 30.0, "validation_accuracy": 31.0},
@@ -30,6 +38,12 @@ def fields(**changes) -> dict:
         "dataset_note": "ä note",
         **changes,
     }
+
+
+def sealed(content: dict) -> dict:
+    """With the checksum that fits, as if it had been written so."""
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    return {**rest, "checksum": text_digest(canonical_json(rest))}
 
 
 @pytest.fixture
@@ -91,18 +105,44 @@ def test_damaged_record_is_named(store, run_config, saved, damage):
     changed = damage(path.read_text("utf-8"))
     assert changed != path.read_text("utf-8")
     path.write_text(changed, "utf-8")
-    for call in (lambda: store.record(run_config), store.records, lambda: read_record(path)):
-        with pytest.raises(ResultsError, match="damaged") as raised:
-            call()
-        assert str(path) in str(raised.value)
-        assert "trained again" in str(raised.value)
+    with pytest.raises(DamagedRecordError, match="damaged") as raised:
+        read_record(path)
+    assert str(path) in str(raised.value)
+    with pytest.warns(DamagedRecordWarning, match="renamed to record.damaged-1.json.*counts as not trained"):
+        assert store.record(run_config) is None
+    assert path.with_name("record.damaged-1.json").read_text("utf-8") == changed
+    # Once set aside, it is in nobody's way, and the run can be saved again.
+    assert store.records() == []
+    store.save(run_config, saved[1], **fields())
+    assert len(store.records()) == 1
+
+
+@pytest.mark.parametrize("position", [0, 100, 1000, -3])
+def test_one_bit_of_a_record_is_noticed(store, run_config, saved, position):
+    path = store.run_folder(run_config) / "record.json"
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(DamagedRecordWarning, match="damaged"):
+        assert store.records() == []
 
 
 def test_record_that_is_no_text_is_named(store, run_config, saved):
     path = store.run_folder(run_config) / "record.json"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ResultsError, match="damaged"):
-        store.record(run_config)
+    with pytest.warns(DamagedRecordWarning, match="damaged"):
+        assert store.record(run_config) is None
+
+
+def test_record_of_another_version_is_refused(store, run_config, saved):
+    path = store.run_folder(run_config) / "record.json"
+    content = json.loads(path.read_text("utf-8")) | {"from_the_future": 1}
+    path.write_text(json.dumps(sealed(content)), "utf-8")
+    for call in (lambda: store.record(run_config), store.records):
+        with pytest.raises(ResultsError, match="another version") as raised:
+            call()
+        assert str(path) in str(raised.value)
+        assert "trained again" in str(raised.value)
 
 
 def test_record_of_another_configuration_is_refused(store, run_config, saved):
@@ -118,7 +158,7 @@ def test_edited_configuration_in_a_record_is_refused(store, run_config, saved):
     path = store.run_folder(run_config) / "record.json"
     content = json.loads(path.read_text("utf-8"))
     content["configuration"]["optimization"]["epochs"] = 200
-    path.write_text(json.dumps(content), "utf-8")
+    path.write_text(json.dumps(sealed(content)), "utf-8")
     with pytest.raises(ResultsError, match="another configuration"):
         store.record(run_config)
 

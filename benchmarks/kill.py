@@ -1,0 +1,112 @@
+"""Kill trainings at random moments and see whether they end with the same bits: a stress test of checkpoints.
+
+    python benchmarks/kill.py --kills 20
+
+A teacher, an FAQD and an FFAQD student are trained in a process of their own, with a checkpoint after every step; the
+process is killed (SIGKILL) at random moments, half of them while a checkpoint is being written, and started again until
+it gets through. Weights, histories and the moment of every kill are compared with a run that nobody killed. Prints each
+moment and its verdict; exits with 1 if one differs.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from faqd_lib.settings import Profile
+from faqd_lib.suite import Suite
+
+SCHEDULE = {"epochs": 2, "batch_size": 16, "warmup_epochs": 0.5}
+
+
+def suite_in(folder: Path) -> Suite:
+    profile = Profile.parse(
+        {"name": "kill", "shows_results": False, "train_images": 96, "test_images": 50, "teachers": ["resnet8"],
+         "student": "resnet8", "checkpoint_seconds": 0.0, "teacher_schedule": SCHEDULE, "student_schedule": SCHEDULE,
+         "fine_tuning_schedule": SCHEDULE},
+        "kill",
+    )  # fmt: skip
+    return Suite.open(profile, "digits", results=folder)
+
+
+def train(folder: Path) -> None:
+    suite = suite_in(folder)
+    suite.run([suite.student("FAQD", weight_bits=1, activation_bits=4), suite.student("FFAQD", weight_bits=2)])
+
+
+def outcome(folder: Path) -> dict[str, tuple]:
+    """What must be the same: weights and history of every run."""
+    records = [json.loads(path.read_text("utf-8")) for path in folder.glob("*/runs/*/record.json")]
+    return {record["run_id"]: (record["weights_digest"], record["history"]) for record in records}
+
+
+def being_written(folder: Path) -> bool:
+    return any(folder.glob("*/runs/*/.checkpoint*.part"))
+
+
+def killed_once(folder: Path, seconds: float, mid_write: bool) -> str | None:
+    """Train in a process that is killed after so long, or in the first write after that; None if it got through."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--train", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    # The clock starts when training does: nothing is to be learned from killing an import.
+    while process.poll() is None and not any(folder.glob("*/runs/*")):
+        time.sleep(0.01)
+    begun = time.monotonic()
+    while process.poll() is None:
+        waited = time.monotonic() - begun
+        writing = being_written(folder)
+        if waited >= seconds and (writing or not mid_write):
+            os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+            return f"after {waited:5.2f} s of training, {'while a checkpoint was written' if writing else 'between'}"
+        time.sleep(0.0005)
+    _, errors = process.communicate()
+    if process.returncode != 0:
+        raise RuntimeError(f"training failed by itself:\n{errors}")
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="how many (20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.train is not None:
+        train(arguments.train)
+        return 0
+    if arguments.kills < 1:
+        parser.error(f"--kills must be at least 1, got {arguments.kills}")
+    moments, kills, wrong, trials = random.Random(arguments.seed), 0, 0, 0
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = Path(scratch) / "whole"
+        killed_once(whole, float("inf"), False)
+        expected = outcome(whole)
+        print(f"without a kill: {len(expected)} runs")
+        while kills < arguments.kills:
+            trials += 1
+            folder, lines = Path(scratch) / str(trials), []
+            while len(lines) < 4 and kills + len(lines) < arguments.kills:
+                moment = killed_once(folder, moments.uniform(0.0, 3.0), mid_write=moments.random() < 0.5)
+                if moment is None:
+                    break
+                lines.append(moment)
+            killed_once(folder, float("inf"), False)
+            same = outcome(folder) == expected
+            for line in lines:
+                print(f"trial {trials}: killed {line}: {'the same bits' if same else 'OTHER BITS'}", flush=True)
+            kills, wrong = kills + len(lines), wrong + (not same)
+            if not lines:
+                print(f"trial {trials}: it got through before it was killed")
+    print(f"{kills} kills in {trials} trials: {'all the same bits' if not wrong else f'{wrong} trials differ'}")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -272,12 +272,18 @@ def test_a_clock_that_is_set_back_changes_nothing(monkeypatch, expected, begun):
 # ---- other processes
 
 
-HOLD = "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(1, flush=True); time.sleep({})"
+HOLD = """
+import filelock, sys, time
+lock = filelock.FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
 
 
 def holder_of(lock: FileLock, seconds: float) -> subprocess.Popen:
     """Another process, which holds the lock for so long."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD.format(seconds), lock.lock_file], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", HOLD, lock.lock_file, str(seconds)], stdout=subprocess.PIPE)
     assert process.stdout.readline()
     return process
 

@@ -7,6 +7,7 @@ import torch
 from faqd_lib.files import project_root
 from faqd_lib.series import parser
 from faqd_lib.settings import PROFILES
+from faqd_lib.suite import Suite
 
 TEXT = (project_root() / "README.md").read_text(encoding="utf-8")
 
@@ -28,6 +29,23 @@ def test_code_runs_and_trains(tmp_path, monkeypatch):
     assert weight.grad is not None
     assert weight.grad.abs().sum() > 0
     assert len(scope["student"].layer1[0].conv1.weight.unique()) == 2
+
+
+def test_a_network_is_loaded_by_hand_as_the_results_page_says(tmp_path):
+    suite = Suite.open("smoke", "digits", results=tmp_path)
+    config = suite.teacher()
+    quantized = suite.post_training(2, 4)
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (project_root() / "results" / "README.md").read_text(), flags=re.DOTALL
+    )
+    for run in (config, quantized):
+        suite.run([run])
+        scope: dict = {}
+        ours = code.replace("results/quick-digits/runs/<name>-<digest>", str(suite.store.run_folder(run)))
+        assert ours != code
+        exec(compile(ours, "results/README.md", "exec"), scope)
+        images = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(scope["model"](images), suite.model(run)(images))
 
 
 def test_options_profiles_and_links_exist():

@@ -132,6 +132,7 @@ def execute(notebook: Path, copy: Path, parameters: dict[str, object]) -> Outcom
             cwd=str(copy.parent),
             # A kernel's own remarks on its transport and its shutdown are no news; its death is noticed without them.
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+            shutdown_kernel="immediate",  # it has nothing left to do, and takes seconds to notice
         )
     except PapermillExecutionError as error:
         raise SeriesError(

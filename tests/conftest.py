@@ -99,11 +99,47 @@ def random_images(count: int, classes: int, size: int, purpose: str, labels: boo
     return Images(pixels.clamp(0, 255).to(torch.uint8), label if labels else None)
 
 
-@pytest.fixture
-def tiny_data() -> ImageData:
+def make_tiny_data() -> ImageData:
     """48 + 24 images of 3 classes, 8×8 pixels."""
     train, test = random_images(48, 3, 8, "train"), random_images(24, 3, 8, "test")
     return ImageData("tiny", ("a", "b", "c"), train, test, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "0" * 64)
+
+
+def make_tiny_suite(folder: Path, data: ImageData, **profile) -> Suite:
+    """A suite of tiny runs, its images in memory."""
+    schedule = {"epochs": 2, "batch_size": 16, "warmup_epochs": 0.5, "learning_rate": 0.05}
+    values = {
+        "name": "tiny",
+        "shows_results": False,
+        "teachers": ["resnet8"],
+        "student": "resnet8",
+        "teacher_schedule": {**schedule, "epochs": 1},
+        "student_schedule": schedule,
+        "fine_tuning_schedule": {**schedule, "epochs": 1},
+        **profile,
+    }
+    state = SuiteState(
+        profile=Profile.parse(values, "tiny"),
+        dataset="tiny",
+        reason="tiny: asked for",
+        note=data.note,
+        data=DataConfig(name="tiny", fingerprint=data.fingerprint),
+        training_count=len(data.train),
+        test_count=len(data.test),
+        precision="float32",
+        recipe=RECIPE,
+        affinity_recipe=AFFINITY_RECIPE,
+        quantizer_recipe=QUANTIZER_RECIPE,
+    )
+    suite = Suite(state, RunStore(folder), torch.device("cpu"))
+    suite.__dict__["data"] = data
+    return suite
+
+
+@pytest.fixture
+def tiny_data() -> ImageData:
+    """See :func:`make_tiny_data`."""
+    return make_tiny_data()
 
 
 @pytest.fixture
@@ -111,33 +147,7 @@ def tiny_suite(tmp_path, tiny_data):
     """A function that makes a suite of tiny runs in memory: ``tiny_suite("name", data=…, **profile settings)``."""
 
     def make(name: str = "suite", data: ImageData = tiny_data, **profile) -> Suite:
-        schedule = {"epochs": 2, "batch_size": 16, "warmup_epochs": 0.5, "learning_rate": 0.05}
-        values = {
-            "name": "tiny",
-            "shows_results": False,
-            "teachers": ["resnet8"],
-            "student": "resnet8",
-            "teacher_schedule": {**schedule, "epochs": 1},
-            "student_schedule": schedule,
-            "fine_tuning_schedule": {**schedule, "epochs": 1},
-            **profile,
-        }
-        state = SuiteState(
-            profile=Profile.parse(values, "tiny"),
-            dataset="tiny",
-            reason="tiny: asked for",
-            note=data.note,
-            data=DataConfig(name="tiny", fingerprint=data.fingerprint),
-            training_count=len(data.train),
-            test_count=len(data.test),
-            precision="float32",
-            recipe=RECIPE,
-            affinity_recipe=AFFINITY_RECIPE,
-            quantizer_recipe=QUANTIZER_RECIPE,
-        )
-        suite = Suite(state, RunStore(tmp_path / name), torch.device("cpu"))
-        suite.__dict__["data"] = data
-        return suite
+        return make_tiny_suite(tmp_path / name, data, **profile)
 
     return make
 

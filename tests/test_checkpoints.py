@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import make_tiny_data, make_tiny_suite
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -158,9 +159,9 @@ def outcome(suite: Suite) -> list[tuple]:
     return [(suite.store.record(c).weights_digest, suite.store.record(c).history) for c in wanted(suite)]
 
 
-@pytest.fixture
-def expected(tiny_suite):
-    suite = tiny_suite("whole", losses={"adapters": True})
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    suite = make_tiny_suite(tmp_path_factory.mktemp("whole"), make_tiny_data(), losses={"adapters": True})
     suite.run(wanted(suite))
     return outcome(suite)
 

@@ -10,7 +10,6 @@ moment and its verdict; exits with 1 if one differs.
 
 import argparse
 import json
-import os
 import random
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from pathlib import Path
 from faqd_lib.settings import Profile
 from faqd_lib.suite import Suite
 
+BEGUN, RESUMED = "begun", "goes on from its checkpoint"
 SCHEDULE = {"epochs": 2, "batch_size": 16, "warmup_epochs": 0.5}
 
 
@@ -37,6 +37,7 @@ def suite_in(folder: Path) -> Suite:
 
 def train(folder: Path) -> None:
     suite = suite_in(folder)
+    print(BEGUN, flush=True)
     suite.run([suite.student("FAQD", weight_bits=1, activation_bits=4), suite.student("FFAQD", weight_bits=2)])
 
 
@@ -46,30 +47,39 @@ def outcome(folder: Path) -> dict[str, tuple]:
     return {record["run_id"]: (record["weights_digest"], record["history"]) for record in records}
 
 
-def being_written(folder: Path) -> bool:
-    return any(folder.glob("*/runs/*/.checkpoint*.part"))
+def checkpoints(folder: Path) -> bool:
+    return any(folder.glob("*/runs/*/checkpoint*.safetensors"))
 
 
-def killed_once(folder: Path, seconds: float, mid_write: bool) -> str | None:
-    """Train in a process that is killed after so long, or in the first write after that; None if it got through."""
+def unfinished_writes(folder: Path) -> set[Path]:
+    return set(folder.glob("*/runs/*/.checkpoint*.part"))
+
+
+def killed_once(folder: Path, seconds: float, mid_write: bool) -> tuple[str | None, str, float]:
+    """Train in a process that is killed after so long, or in the first write after that.
+
+    Returns:
+        (when it was killed, or None if it got through; what it printed; seconds of training).
+    """
+    left_by_others = unfinished_writes(folder)
     command = [sys.executable, str(Path(__file__).resolve()), "--train", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    # The clock starts when training does: nothing is to be learned from killing an import.
-    while process.poll() is None and not any(folder.glob("*/runs/*")):
-        time.sleep(0.01)
-    begun = time.monotonic()
-    while process.poll() is None:
-        waited = time.monotonic() - begun
-        writing = being_written(folder)
-        if waited >= seconds and (writing or not mid_write):
-            os.kill(process.pid, signal.SIGKILL)
-            process.communicate()
-            return f"after {waited:5.2f} s of training, {'while a checkpoint was written' if writing else 'between'}"
-        time.sleep(0.0005)
-    _, errors = process.communicate()
-    if process.returncode != 0:
-        raise RuntimeError(f"training failed by itself:\n{errors}")
-    return None
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        # The clock starts when training does: nothing is to be learned from killing an import.
+        said = process.stdout.readline()
+        begun, moment = time.monotonic(), None
+        while process.poll() is None and moment is None:
+            waited, writing = time.monotonic() - begun, bool(unfinished_writes(folder) - left_by_others)
+            if waited >= seconds and (writing or not mid_write):
+                process.send_signal(signal.SIGKILL)
+                where = "while a checkpoint was written" if writing else "between two writes"
+                moment = f"after {waited:5.2f} s, {where}"
+            time.sleep(0.0005)
+        said += process.stdout.read()
+        if process.wait() != 0 and moment is None:
+            errors.seek(0)
+            raise RuntimeError(f"training failed by itself:\n{said}{errors.read()}")
+    return moment, said, time.monotonic() - begun
 
 
 def main() -> int:
@@ -86,25 +96,30 @@ def main() -> int:
     moments, kills, wrong, trials = random.Random(arguments.seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch) / "whole"
-        killed_once(whole, float("inf"), False)
+        _, _, whole_seconds = killed_once(whole, float("inf"), False)
         expected = outcome(whole)
-        print(f"without a kill: {len(expected)} runs")
+        print(f"without a kill: {len(expected)} runs, {whole_seconds:.2f} s of training")
         while kills < arguments.kills:
             trials += 1
             folder, lines = Path(scratch) / str(trials), []
             while len(lines) < 4 and kills + len(lines) < arguments.kills:
-                moment = killed_once(folder, moments.uniform(0.0, 3.0), mid_write=moments.random() < 0.5)
+                seconds, mid_write = moments.uniform(0.0, whole_seconds), moments.random() < 0.5
+                moment, _, _ = killed_once(folder, seconds, mid_write)
                 if moment is None:
                     break
                 lines.append(moment)
-            killed_once(folder, float("inf"), False)
-            same = outcome(folder) == expected
+            had_one = checkpoints(folder)
+            _, said, _ = killed_once(folder, float("inf"), False)
+            # From the beginning it would end with the same bits, too: it must also have read what was there.
+            verdict = "the same bits" if outcome(folder) == expected else "OTHER BITS"
+            if lines and had_one:
+                verdict += ", from a checkpoint" if RESUMED in said else ", BUT NOT FROM ITS CHECKPOINT"
             for line in lines:
-                print(f"trial {trials}: killed {line}: {'the same bits' if same else 'OTHER BITS'}", flush=True)
-            kills, wrong = kills + len(lines), wrong + (not same)
+                print(f"trial {trials}: killed {line}: {verdict}", flush=True)
+            kills, wrong = kills + len(lines), wrong + ("OTHER" in verdict or "NOT" in verdict)
             if not lines:
                 print(f"trial {trials}: it got through before it was killed")
-    print(f"{kills} kills in {trials} trials: {'all the same bits' if not wrong else f'{wrong} trials differ'}")
+    print(f"{kills} kills in {trials} trials: {'all the same bits' if not wrong else f'{wrong} trials are wrong'}")
     return int(wrong > 0)
 
 

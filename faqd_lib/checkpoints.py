@@ -44,7 +44,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], facts: Fact
     """Write the newest checkpoint; the one that was newest becomes the previous one.
 
     Raises:
-        OSError: the disk is full or the folder not writable. Both files are then as they were.
+        OSError: the disk is full or the folder not writable. A whole checkpoint that was there is still there.
     """
     text = facts.model_dump_json()
     newest, previous = (folder / name for name in NAMES)
@@ -64,13 +64,17 @@ def read_checkpoint(folder: Path, digest: str) -> tuple[dict[str, torch.Tensor],
     """The newest whole checkpoint of the run with this configuration digest, on the CPU; None if there is none.
 
     A damaged or foreign one is renamed, with a :class:`CheckpointWarning`, and the one before it is taken.
+
+    Raises:
+        OSError: a file cannot be read (no right to, too many files open, a disk that fails): that says nothing of what
+            it holds.
     """
     for path in (folder / name for name in NAMES):
         if not path.exists():
             continue
         try:
             return _read(path, digest)
-        except (SafetensorError, ValidationError, ValueError, OSError) as error:
+        except (SafetensorError, ValidationError, ValueError) as error:
             moved = set_aside(path)
             warnings.warn(
                 f"the checkpoint {path} cannot be used ({error}); it was renamed to {moved.name}. Training goes on "
@@ -98,3 +102,10 @@ def remove_checkpoints(folder: Path) -> None:
     """Remove both, once the run is finished."""
     for name in NAMES:
         (folder / name).unlink(missing_ok=True)
+    remove_unfinished_writes(folder)
+
+
+def remove_unfinished_writes(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left; only for who holds the run's lock."""
+    for path in folder.glob(".*.part"):
+        path.unlink(missing_ok=True)

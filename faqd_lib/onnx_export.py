@@ -3,7 +3,7 @@
 Needs the packages onnx and ml_dtypes. Weights become low-bit initialisers behind a
 ``DequantizeLinear``: INT2 for 1 and 2 bits (opset 25), INT4 for 3 and 4 (opset 21), INT8 for 5 to 8; what follows
 computes in float32. A batch normalisation behind a convolution is folded: its factors into the scales (one for each
-output channel then), its offsets into the bias. A quantized ReLU becomes ``Clip``, ``QuantizeLinear`` and
+output channel then), its offsets into the bias. A quantized ReLU becomes ``Min``, ``QuantizeLinear`` and
 ``DequantizeLinear`` (UINT8, which holds every level of up to 8 bits).
 
 The network is traced with ``torch.fx``. It may consist of the modules and functions named in ``_CALLS`` below, which
@@ -13,6 +13,7 @@ it.
 
 import copy
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,7 @@ class _Writer:
         self.nodes, self.initializers = [], []
         self.names: dict[fx.Node, str] = {}
         self.stored: set[str] = set()
+        self.calls: Counter[str] = Counter()
         self.uses_int2 = False
 
     def write(self, shapes: dict[fx.Node, tuple[int, ...]]) -> None:
@@ -186,20 +188,23 @@ class _Writer:
             return self.names[argument]
         return self.constant(np.float32(argument))
 
-    def weight(self, name: str, module: nn.Module, factor: torch.Tensor | None) -> str:
-        """The layer's weight times ``factor`` (one for each output channel, or None), in as few bits as it has."""
+    def weight(self, name: str, label: str, module: nn.Module, factor: torch.Tensor | None) -> str:
+        """The layer's weight times ``factor`` (one for each output channel, or None), in as few bits as it has.
+
+        ``label`` names what ``factor`` changes; the levels belong to the layer, however often it is called.
+        """
         if name not in self.quantized:
             weight = module.weight.detach().float()
             if factor is not None:
                 weight = weight * factor.view(-1, *[1] * (weight.ndim - 1))
-            return self.constant(weight.numpy(), f"{name}.weight")
+            return self.constant(weight.numpy(), f"{label}.weight")
         quantizer, latent = self.quantized[name]
         scale, levels = quantizer.levels(latent.detach().float())
         codes = self.constant(levels.numpy().astype(self._type_of(quantizer)), f"{name}.levels")
         scale = scale.flatten()
         if factor is not None:
             scale = scale * factor
-        scales = self.constant((scale if scale.numel() > 1 else scale.squeeze()).numpy(), f"{name}.scale")
+        scales = self.constant((scale if scale.numel() > 1 else scale.squeeze()).numpy(), f"{label}.scale")
         # Without an axis a scalar scale belongs to the whole tensor.
         return self.add("DequantizeLinear", [codes, scales], **({"axis": 0} if scale.numel() > 1 else {}))
 
@@ -209,16 +214,16 @@ class _Writer:
             return self.dtypes.int2
         return self.dtypes.int4 if quantizer.bits <= 4 else np.int8
 
-    def folded_norm(self, node: fx.Node) -> nn.Module | None:
-        """The batch normalisation that is the only reader of a node, which then takes the node's name."""
+    def folded_norm(self, node: fx.Node, layer: nn.Module) -> nn.Module | None:
+        """The batch normalisation that is the only reader of a layer's node, which then takes the node's name."""
         (reader, *more) = node.users or [None]
         if more or reader is None or reader.op != "call_module":
             return None
         module = self.modules[reader.target]
         if not isinstance(module, _NORMS) or module.running_mean is None:
             return None
-        # Behind a linear layer the features are the last dimension; the normalisation's are the second.
-        return module if len(self.shapes[node]) in (2, 4) else None
+        # The normalisation's features are the second dimension, a linear layer's own the last.
+        return module if len(self.shapes[node]) == (2 if isinstance(layer, nn.Linear) else 4) else None
 
 
 def _affine_of(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -232,14 +237,17 @@ def _affine_of(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _layer(w: _Writer, node: fx.Node, module: nn.Module) -> str:
     """A convolution or a linear layer, with the batch normalisation behind it."""
-    norm, factor = w.folded_norm(node), None
+    norm, factor = w.folded_norm(node, module), None
+    # Each call of a layer has a normalisation of its own behind it, or none.
+    label = f"{node.target}.call{w.calls[node.target]}" if w.calls[node.target] else str(node.target)
+    w.calls[node.target] += 1
     bias = None if module.bias is None else module.bias.detach().double()
     if norm is not None:
         factor, offset = _affine_of(norm)
         bias = offset if bias is None else bias * factor + offset
-    inputs = [w.of(node.args[0]), w.weight(node.target, module, None if factor is None else factor.float())]
+    inputs = [w.of(node.args[0]), w.weight(node.target, label, module, None if factor is None else factor.float())]
     if bias is not None:
-        inputs.append(w.constant(bias.float().numpy(), f"{node.target}.bias"))
+        inputs.append(w.constant(bias.float().numpy(), f"{label}.bias"))
     if isinstance(module, nn.Linear):
         if len(w.shapes[node]) == 2:
             output = w.add("Gemm", inputs, transB=1)

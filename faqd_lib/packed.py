@@ -6,8 +6,8 @@ Reading such a file needs torch and safetensors, nothing else. What a file holds
   first, without gaps between them; ``<layer>.scale``: one number, or one for each output channel;
 - ``<batch norm>.batch_norm``: (4, C), the rows weight, bias, running mean, running variance;
 - every other parameter and buffer under its own name, activation steps (``<relu>.step``) among them;
-- metadata (JSON under ``"faqd"``): bits and shape of every quantized layer, bits of every quantized ReLU, what network
-  to build, a digest of all tensors, and whatever the user adds.
+- metadata (JSON under ``"faqd"``): bits and shape of every quantized layer, bits of every quantized ReLU, which tensors
+  were channels-last in memory, what network to build, a digest of all tensors, and whatever the user adds.
 """
 
 import json
@@ -26,7 +26,7 @@ from .quantize import join, quantized_weights, replace_modules
 from .quantizers import QuantizedReLU
 
 FORMAT = "faqd-packed-1"
-_HEADER = {"format", "layers", "activations", "architecture", "metadata", "digest"}
+_HEADER = {"format", "layers", "activations", "channels_last", "architecture", "metadata", "digest"}
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -90,11 +90,13 @@ def save_packed(
     done = {join(name, "parametrizations.weight.original") for name in layers}
     done |= {join(name, part) for name in norms for part in (*_BATCH_NORM, "num_batches_tracked")}
     tensors |= {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name not in done}
-    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    channels_last = [name for name, tensor in tensors.items() if _is_channels_last(tensor)]
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     header = {
         "format": FORMAT,
         "layers": described,
         "activations": {name: {"bits": relu.bits, "step_gradient": relu.step_gradient} for name, relu in relus.items()},
+        "channels_last": channels_last,
         "architecture": dict(architecture) if architecture else None,
         "metadata": dict(metadata or {}),
     }
@@ -147,7 +149,11 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     for name in [name for name in tensors if name.split(".")[-1] == "batch_norm"]:
         rows = tensors.pop(name).unbind()
         state |= {f"{name.removesuffix('batch_norm')}{part}": row for part, row in zip(_BATCH_NORM, rows, strict=True)}
-    state |= tensors
+    # A convolution's last bits depend on how its weight lies in memory. (Quantized weights are always contiguous.)
+    state |= {
+        name: tensor.contiguous(memory_format=torch.channels_last) if name in header["channels_last"] else tensor
+        for name, tensor in tensors.items()
+    }
     _check_fit(path, header, state, model)
     modules = dict(model.named_modules(remove_duplicate=False))
     replace_modules(
@@ -178,6 +184,10 @@ def _check_fit(path: Path | str, header: dict[str, Any], state: Mapping[str, tor
         raise PackedFileError(f"{path} does not fit the network: the file has no {missing[0]!r}")
 
 
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
 def _digest(header: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> str:
     """Of everything that a file says: the header, less the digest itself, and all tensors."""
     return tensors_digest(tensors, canonical_json({key: value for key, value in header.items() if key != "digest"}))
@@ -196,7 +206,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             header = json.loads((file.metadata() or {}).get("faqd", "{}"))
             if not isinstance(header, dict) or (header.get("format") == FORMAT and not header.keys() >= _HEADER):
                 raise PackedFileError(f"{path} is damaged: its header is not whole")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies: in the file's own memory tensors begin anywhere, and a product's last bits depend on that, too.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise PackedFileError(f"{path} is damaged, or no safetensors file: {error}") from error
     if header.get("format") != FORMAT:

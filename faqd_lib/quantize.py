@@ -63,7 +63,7 @@ def quantize(
         step_gradient: of the activation steps, ``"lsq"``, ``"coarse"``, or ``"frozen"`` for none.
 
     Returns:
-        ``model`` itself.
+        ``model`` itself. Its ``state_dict`` holds the float weights and the steps, not the bits.
 
     Raises:
         ValueError: bits or policy that are not offered, a pattern that matches nothing, a network that is quantized
@@ -97,7 +97,9 @@ def quantize(
         if bits[name] != FLOAT_BITS:
             parametrize.register_parametrization(layer, "weight", weight_quantizer(bits[name], per_channel))
     replace_modules(model, made)
-    model.register_load_state_dict_pre_hook(_accept_float_network)
+    hooks = model._load_state_dict_pre_hooks.values()
+    if all(getattr(hook, "hook", hook) is not _accept_float_network for hook in hooks):  # once, however often quantized
+        model.register_load_state_dict_pre_hook(_accept_float_network)
     return model
 
 

@@ -38,7 +38,8 @@ class WeightQuantizer(nn.Module):
     """A map from float weights to at most 2^bits values s·q, q integer; its gradient passes straight through.
 
     One scale s for the tensor (the paper), or one for each output channel (the first dimension). Scales are computed
-    in float64 and are no parameters: they follow the weights.
+    in float64 and are no parameters: they follow the weights. Quantized again, quantized weights stay what they are
+    (in float16 and bfloat16 to one unit in the last place).
 
     Subclasses define :meth:`fit`.
     """
@@ -83,7 +84,10 @@ class WeightQuantizer(nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             scale, levels = self.levels(weight)
-            quantized = (scale * levels).to(weight.dtype)
+            quantized = scale * levels
+            if weight.dtype == torch.float16:  # the nearest levels may lie beyond its range
+                quantized.clamp_(torch.finfo(weight.dtype).min, torch.finfo(weight.dtype).max)
+            quantized = quantized.to(weight.dtype)
         return _StraightThrough.apply(weight, quantized)
 
     def extra_repr(self) -> str:
@@ -348,7 +352,10 @@ def _wide(step: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _inside(values: torch.Tensor, x: torch.Tensor, top: torch.Tensor | float, out: torch.Tensor) -> torch.Tensor:
-    """``values`` where 0 < x < top, 0 elsewhere, also where ``values`` is infinite; written to ``out``."""
+    """``values`` where 0 < x < top, 0 elsewhere, also where ``values`` is infinite; written to ``out``.
+
+    Where x is NaN either of the two: the loss is NaN then, and training stops.
+    """
     if isinstance(top, float):
         return torch.ops.aten.hardtanh_backward.grad_input(values, x, 0.0, top, grad_input=out)
     return out.copy_(torch.where((x > 0) & (x < top), values, 0))
@@ -383,7 +390,7 @@ def _quantized_relu_backward(
         _inside(g, source, top, out=target)
         wide = g.to(total.dtype)
         if coarse:
-            inside, above = target.sum(dtype=total.dtype), torch.where(source >= top, wide, 0).sum()
+            inside, above = target.sum(dtype=total.dtype), torch.where(source.to(total.dtype) >= top, wide, 0).sum()
             total += inside * 2.0 ** round(math.log2(highest + 1) - 1) + above * highest
             continue
         if result.dtype != total.dtype:  # it is rounded to fewer digits than the difference below needs

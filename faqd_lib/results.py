@@ -45,7 +45,7 @@ class DamagedRecordError(ResultsError):
 
 
 class DamagedRecordWarning(UserWarning):
-    """A damaged record was set aside; its run counts as not trained."""
+    """A record is damaged; its run counts as not trained."""
 
 
 class RunRecord(Frozen):
@@ -71,7 +71,7 @@ class RunRecord(Frozen):
     dataset_note: str
     weights_digest: str
     finished: str
-    checksum: str = ""  # SHA-256 of all of the above
+    checksum: str  # SHA-256 of all of the above
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class RunStore:
         return self.folder / "runs" / config.run_id
 
     def record(self, config: RunConfig) -> RunRecord | None:
-        """The record of a finished run, or None. A damaged one is set aside with a :class:`DamagedRecordWarning`.
+        """The record of a finished run, or None. A damaged one counts as none, with a :class:`DamagedRecordWarning`.
 
         Raises:
             ResultsError: the record is that of another configuration or of another version of the suite.
@@ -117,12 +117,16 @@ class RunStore:
             configuration=config,
             weights_digest=tensors_digest(tensors),
             finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            checksum="",
             **fields,
         )
         atomic_write(folder / "weights.safetensors", lambda temporary: save_file(tensors, temporary))
         values = json.loads(record.model_dump_json(exclude={"checksum"}))
         record = record.model_copy(update={"checksum": text_digest(canonical_json(values))})
-        atomic_write_text(folder / "record.json", record.model_dump_json(indent=1) + "\n")
+        path = folder / "record.json"
+        if path.exists():  # a damaged one, or this run would not have been trained
+            set_aside(path)
+        atomic_write_text(path, record.model_dump_json(indent=1) + "\n")
         remove_checkpoints(folder)
         return record
 
@@ -163,12 +167,11 @@ class RunStore:
 
 
 def _whole(path: Path) -> RunRecord | None:
-    """A record, or None if it is damaged; it is then set aside with a warning."""
+    """A record, or None with a warning if it is damaged."""
     try:
         return read_record(path)
     except DamagedRecordError as error:
-        moved = set_aside(path)
-        message = f"{error}; it was renamed to {moved.name}, and the run counts as not trained"
+        message = f"{error}: its run counts as not trained. When it is trained again, the damaged file is renamed."
         warnings.warn(message, DamagedRecordWarning, stacklevel=3)
         return None
 
@@ -183,11 +186,13 @@ def read_record(path: Path) -> RunRecord:
     text = path.read_bytes()
     try:
         values = json.loads(text)
-        checksum = values.pop("checksum")
-        if checksum != text_digest(canonical_json(values)):
-            raise ValueError("its checksum does not fit")
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise DamagedRecordError(f"{path} is damaged ({error or type(error).__name__})") from error
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
+    except ValueError as error:
+        raise DamagedRecordError(f"{path} is damaged ({error})") from error
+    checksum = values.pop("checksum", None)
+    if checksum is not None and checksum != text_digest(canonical_json(values)):
+        raise DamagedRecordError(f"{path} is damaged (its checksum does not fit)")
     try:
         return RunRecord.model_validate_json(text)
     except ValidationError as error:

@@ -18,7 +18,14 @@ from torch import nn
 from . import data as datasets
 from . import planning
 from .batches import Batches, Normalizer
-from .checkpoints import CheckpointWarning, Facts, read_checkpoint, write_checkpoint
+from .checkpoints import (
+    CheckpointWarning,
+    Facts,
+    read_checkpoint,
+    remove_checkpoints,
+    remove_unfinished_writes,
+    write_checkpoint,
+)
 from .config import (
     AFFINITY_RECIPE,
     QUANTIZER_RECIPE,
@@ -45,7 +52,7 @@ from .train import Learner, evaluate, precision_that_pays, projection_seed, trai
 
 Method = Literal["labels", "KD", "FAQD", "FFAQD"]
 # What of the environment must be the same for the same bits.
-SAME_BITS = ("torch", "processor", "threads", "device")
+SAME_BITS = ("torch", "processor", "threads", "device", "commit")
 
 
 @dataclass(frozen=True)
@@ -329,6 +336,8 @@ class Suite:
         ordered = planning.waves(wanted)
         missing = [[config for config in wave if self.store.record(config) is None] for wave in ordered]
         count, known = sum(map(len, missing)), sum(map(len, ordered))
+        for config in (config for wave, left in zip(ordered, missing, strict=True) for config in set(wave) - set(left)):
+            remove_checkpoints(self.store.run_folder(config))  # its process died before it had tidied up
         if count < known:
             print(f"  {title}: {known - count} of {known} runs are there", flush=True)
         if count:
@@ -374,8 +383,10 @@ class Suite:
         teacher = None if teacher_config is None else self.model(teacher_config).requires_grad_(False)
         splits = {"test": test} if validation is None else {"validation": validation, "test": test}
         learners = [self._learner(c, batches) for c in cohort]
+        here = environment(self.device)
         for learner in learners:
-            self._resume(learner, progress)
+            remove_unfinished_writes(self.store.run_folder(learner.config))
+            self._resume(learner, here, progress)
 
         def on_epoch(epoch: int, active: list[Learner]) -> None:
             names = ", ".join(sorted({f"{learner.config.bits} {learner.config.method}" for learner in active}))
@@ -386,7 +397,7 @@ class Suite:
 
         result = train(
             learners, batches, teacher, () if teacher is None else teacher.feature_names, splits, on_epoch,
-            _every(self.profile.checkpoint_seconds), self._checkpoint,
+            _every(self.profile.checkpoint_seconds), lambda learner: self._checkpoint(learner, here),
         )  # fmt: skip
         for trained in result.trained:
             self.store.save(
@@ -398,7 +409,7 @@ class Suite:
                 parameters=parameter_count(trained.model),
                 weight_bytes=weight_bytes(trained.model),
                 cost=trained.cost,
-                environment=environment(self.device),
+                environment=here,
                 dataset_note=self.state.note,
             )
         if result.failed:
@@ -407,12 +418,12 @@ class Suite:
                 error.add_note(f"{len(result.trained)} other runs of its cohort were finished and saved")
             raise error
 
-    def _checkpoint(self, learner: Learner) -> None:
+    def _checkpoint(self, learner: Learner, here: dict[str, str | int]) -> None:
         tensors, facts = learner.state()
-        facts |= {"digest": learner.config.digest, "environment": environment(self.device)}
+        facts |= {"digest": learner.config.digest, "environment": here}
         write_checkpoint(self.store.run_folder(learner.config), tensors, Facts(**facts))
 
-    def _resume(self, learner: Learner, progress: Progress) -> None:
+    def _resume(self, learner: Learner, here: dict[str, str | int], progress: Progress) -> None:
         """Go on from the run's checkpoint, if it has one."""
         found = read_checkpoint(self.store.run_folder(learner.config), learner.config.digest)
         if found is None:
@@ -421,12 +432,11 @@ class Suite:
         learner.load_state(tensors, facts.model_dump())
         progress.skip(len(learner.history))
         print(f"  {learner.config.run_id} goes on from its checkpoint after step {learner.steps}", flush=True)
-        here = environment(self.device)
         if changed := [key for key in SAME_BITS if here.get(key) != facts.environment.get(key)]:
             what = ", ".join(f"{key} {facts.environment.get(key)} then, {here.get(key)} now" for key in changed)
             warnings.warn(
-                f"{learner.config.run_id} was begun elsewhere ({what}): its last bits may differ from a run without "
-                "interruption",
+                f"{learner.config.run_id} was begun in another environment ({what}): it may end with other last bits "
+                "than a run without interruption",
                 CheckpointWarning,
                 stacklevel=2,
             )

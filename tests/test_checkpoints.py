@@ -123,6 +123,19 @@ def test_a_malicious_checkpoint_is_not_executed(tmp_path, write):
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_file_that_cannot_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, TENSORS, FACTS)
+
+    def fail(*_, **__):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("faqd_lib.checkpoints.safe_open", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        read_checkpoint(tmp_path, FACTS.digest)
+    monkeypatch.undo()
+    assert equal(read_checkpoint(tmp_path, FACTS.digest))
+
+
 @pytest.mark.parametrize("moment", ["saving", "between the renamings"])
 def test_killed_while_writing_leaves_a_whole_one(tmp_path, monkeypatch, moment):
     for steps in (1, 2):
@@ -176,8 +189,8 @@ def interrupt(monkeypatch, suite: Suite, checkpoints: int) -> None:
     """Run until so many checkpoints have been written, and no further."""
     original, left = Suite._checkpoint, [checkpoints]
 
-    def checkpoint(self, learner):
-        original(self, learner)
+    def checkpoint(self, learner, here):
+        original(self, learner, here)
         left[0] -= 1
         if left[0] == 0:
             raise Killed
@@ -200,10 +213,29 @@ def test_interrupted_anywhere_it_ends_with_the_same_bits(monkeypatch, expected, 
     assert set(left) == {"record.json", "weights.safetensors"}
 
 
-def test_interrupted_again_and_again(monkeypatch, expected, begun):
+def test_what_killed_processes_left_is_removed(monkeypatch, begun):
+    interrupt(monkeypatch, begun, 5)
+    finished, unfinished = wanted(begun)[:2]
+    half = ".checkpoint.safetensors.x.part"
+    for config in (finished, unfinished):
+        (begun.store.run_folder(config) / half).write_bytes(b"half")
+    # Killed between the record and the removal of checkpoints.
+    write_checkpoint(begun.store.run_folder(finished), TENSORS, FACTS)
+    other = begun.student("labels", weight_bits=1)
+    (begun.store.run_folder(other)).mkdir(parents=True)
+    (begun.store.run_folder(other) / half).write_bytes(b"somebody else's, in the middle of it")
+    begun.run(wanted(begun))
+    for config in (finished, unfinished):
+        left = [path.name for path in begun.store.run_folder(config).iterdir()]
+        assert set(left) == {"record.json", "weights.safetensors"}
+    assert (begun.store.run_folder(other) / half).exists()
+
+
+def test_interrupted_again_and_again(monkeypatch, expected, begun, capsys):
     for _ in range(5):
         interrupt(monkeypatch, begun, 3)
     begun.run(wanted(begun))
+    assert capsys.readouterr().out.count("goes on from its checkpoint") >= 5
     assert outcome(begun) == expected
 
 
@@ -247,7 +279,7 @@ def test_progress_and_cost_know_of_what_was_done_before(monkeypatch, begun, caps
 def test_another_environment_is_named(monkeypatch, begun):
     interrupt(monkeypatch, begun, 5)
     monkeypatch.setattr(suite_module, "environment", lambda device: {"torch": "9.9", "threads": 7, "processor": "?"})
-    with pytest.warns(CheckpointWarning, match=r"begun elsewhere.*now.*last bits may differ"):
+    with pytest.warns(CheckpointWarning, match=r"another environment.*now.*other last bits"):
         begun.run(wanted(begun))
 
 

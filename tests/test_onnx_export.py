@@ -220,6 +220,56 @@ def test_a_layer_called_twice_and_a_norm_behind_three_dimensions(tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def settle(model: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Statistics and factors of batch normalisations that are not those of their birth."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(images * 2 + 1)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.copy_(torch.rand(module.weight.shape, generator=generator) + 0.5)
+                module.bias.copy_(torch.rand(module.bias.shape, generator=generator) - 0.5)
+    return model.eval()
+
+
+class Shared(nn.Module):
+    """One convolution, called twice, with a normalisation of its own behind each call or behind one of them."""
+
+    def __init__(self, first: bool, second: bool) -> None:
+        super().__init__()
+        self.conv, self.line = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.Linear(3 * 64, 4)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) if there else nn.Identity() for there in (first, second))
+        self.relu, self.flatten = nn.ReLU(), nn.Flatten()
+
+    def forward(self, x):
+        for norm in self.norms:
+            x = self.relu(norm(self.conv(x)))
+        return self.line(self.flatten(x))
+
+
+@pytest.mark.parametrize("bits", [1, 4, 32])
+@pytest.mark.parametrize("norms", [(True, True), (True, False), (False, True)])
+def test_a_shared_layer_has_the_normalisation_of_each_call(tmp_path, bits, norms):
+    images = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    model = settle(Shared(*norms) if bits == 32 else quantize(Shared(*norms), bits), images)
+    with torch.no_grad():
+        expected = model(images)
+    path = export_onnx(model, tmp_path / "net.onnx", (3, 8, 8))
+    torch.testing.assert_close(run(path, images), expected, rtol=1e-4, atol=1e-5)
+    levels = [tensor.name for tensor in onnx.load(path).graph.initializer if tensor.name.endswith("levels")]
+    assert len(levels) == len(set(levels)) == (0 if bits == 32 else 1)  # the integers are stored once
+
+
+def test_a_norm_of_images_behind_a_linear_layer_is_not_folded(tmp_path):
+    images = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(2))
+    model = settle(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm2d(3)), images)
+    with torch.no_grad():
+        expected = model(images)
+    found = run(export_onnx(model, tmp_path / "net.onnx", (3, 3, 3)), images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_network_is_left_as_it_was(tmp_path):
     model = quantize(build_model("resnet8", 10), 1, 4).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -388,10 +388,11 @@ def test_one_step_is_blended_coarse_gradient_descent(images):
     assert torch.allclose(latent, 0.9 * before + 0.1 * quantizer(before) - 0.1 * gradient, atol=1e-6)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="DataParallel replicates between GPUs: it needs two")
 def test_data_parallel_wrappers(images):
     model = calibrate(quantize(small_network(), 2, 4), images)
-    expected = copy.deepcopy(model).train()(images)
-    assert torch.equal(nn.DataParallel(model).train()(images), expected)
+    model, images = model.cuda().eval(), images.cuda()
+    torch.testing.assert_close(nn.DataParallel(model)(images), model(images))
 
 
 def test_distributed_data_parallel(images, tmp_path):

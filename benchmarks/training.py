@@ -1,0 +1,291 @@
+"""Steps and images a second of training, alone and side by side, and against a plain implementation, in one run.
+
+    python benchmarks/training.py                          # about 20 minutes on 2 slow cores
+    python benchmarks/training.py --parts steps cohorts --teachers resnet20
+    python benchmarks/training.py --device cuda --batch 128
+
+Parts: ``steps`` (what a ResNet-20 student's step is made of: float; + quantization; + KD; + FA; + FFA; and what share
+of it data takes), ``cohorts`` (1, 2, 4, 8 students with one teacher's pass) and ``plain``: one FAQD student against an
+implementation that follows the authors' released code: NCHW float32, transforms image by image through a DataLoader,
+N×N affinity matrices with the L1 norm, weights swapped for quantized ones at every step, batches of 100.
+
+Images are scikit-learn's digits, enlarged; networks have random weights: time does not depend on what they know. Prints
+tables; writes ``training.json`` and ``training.png`` to ``--out`` (``results/benchmarks`` if left out).
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from faqd_lib import FeatureTap, build_model, plots
+from faqd_lib._torchvision import torchvision
+from faqd_lib.batches import Batch, Batches
+from faqd_lib.config import RunConfig
+from faqd_lib.files import atomic_write_text
+from faqd_lib.measure import Stopwatch, environment, peak_bytes, take_turns
+from faqd_lib.settings import Profile, default_results
+from faqd_lib.suite import Suite
+from faqd_lib.train import _Teacher as TeacherPass
+
+STAGES = ("layer1", "layer2", "layer3")
+COHORTS = (1, 2, 4, 8)
+# Of one FAQD student's images a second with a ResNet-110 teacher, of eight students' together.
+LEAST_AGAINST_PLAIN = {1: 9, 8: 18}
+MOST_OF_SEPARATE = {"resnet110": 0.58, "resnet20": 0.9}
+MOST_FOR_DATA = 0.05
+
+
+def suite_in(folder: Path, batch: int, device: str) -> Suite:
+    schedule = {"epochs": 1000, "batch_size": batch}
+    profile = Profile.parse(
+        {"name": "benchmark", "shows_results": False, "teachers": ["resnet20", "resnet56", "resnet110"],
+         "student": "resnet20", "image_size": 32, "teacher_schedule": schedule, "student_schedule": schedule,
+         "fine_tuning_schedule": schedule},
+        "benchmark",
+    )  # fmt: skip
+    return Suite.open(profile, "digits", results=folder, device=device)
+
+
+def endless(batches: Batches) -> Iterator[Batch]:
+    return itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
+
+
+def cohort_step(suite: Suite, configs: Sequence[RunConfig], teacher: str | None) -> Callable[[], None]:
+    """One step of the suite's own training loop for these students: data, the teacher's pass, every student's step."""
+    training = suite.splits[0]
+    images = training.unlabelled() if configs[0].label_free else training
+    batches = Batches(images, configs[0].optimization.batch_size, 1, suite.normalizer)
+    learners = [suite._learner(config, batches) for config in configs]
+    model = None
+    if teacher is not None:
+        model = build_model(teacher, 10, image_size=32, seed=0)
+        model = model.to(suite.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    wants_maps = any(learner.objective.affinity_weight > 0 for learner in learners)
+    teaches = TeacherPass(model, STAGES if wants_maps else (), suite.precision)
+    source = endless(batches)
+    for learner in learners:
+        learner.model.train()
+
+    def step() -> None:
+        batch = next(source)
+        logits, maps = teaches(batch.images)
+        for learner in learners:
+            labels = None if learner.config.label_free else batch.labels
+            learner.step(0, batch.images, labels, logits, maps)
+
+    return step
+
+
+def row(times: list[float], images: int, **labels) -> dict:
+    quartiles = statistics.quantiles(times, n=4)
+    median = statistics.median(times)
+    return {**labels, "n": len(times), "median_ms": 1e3 * median, "iqr_ms": 1e3 * (quartiles[2] - quartiles[0]),
+            "images_per_second": images / median}  # fmt: skip
+
+
+def steps(suite: Suite, batch: int, rounds: int, teacher: str) -> pd.DataFrame:
+    """What a student's step is made of."""
+    faqd = {"weight_bits": 1, "activation_bits": 4}
+    kinds = {
+        "float, labels": (suite.float_student(), None),
+        "+ quantization (1W4A)": (suite.student("labels", **faqd), None),
+        "+ KD": (suite.student("KD", teacher=teacher, **faqd), teacher),
+        "+ FA": (suite.student("FAQD", teacher=teacher, **faqd), teacher),
+        "+ FFA, k = 6, in place of FA": (suite.student("FFAQD", k=6, teacher=teacher, **faqd), teacher),
+    }
+    calls = {name: cohort_step(suite, [config], model) for name, (config, model) in kinds.items()}
+    times = take_turns(calls, rounds, suite.device)
+    rows = [
+        row(times[name], batch, step=name, teacher=teacher if kinds[name][1] else "", batch=batch,
+            peak_MiB=peak_bytes(call, suite.device) / 2**20)
+        for name, call in calls.items()
+    ]  # fmt: skip
+    for each in rows:
+        each["time / float"] = each["median_ms"] / rows[0]["median_ms"]
+    source, watch = endless(Batches(suite.splits[0].unlabelled(), batch, 1, suite.normalizer)), Stopwatch(suite.device)
+    for _ in range(rounds + 1):
+        watch.start()
+        next(source)
+        watch.stop()
+    data = row(watch.read()[1:], batch, step="data alone", teacher="", batch=batch)
+    data["time / float"] = data["median_ms"] / rows[0]["median_ms"]
+    data |= {"wanted": f"≤ {MOST_FOR_DATA}", "met": data["time / float"] <= MOST_FOR_DATA}
+    return pd.DataFrame([*rows, data])
+
+
+def cohorts(suite: Suite, batch: int, rounds: int, teachers: Sequence[str]) -> pd.DataFrame:
+    """FAQD students side by side: student-images a second, and the time against that of separate runs."""
+    rows = []
+    for teacher in teachers:
+        configs = [
+            suite.student(method, weight_bits=bits, teacher=teacher, affinity_weight=weight)
+            for method, weight in (("FAQD", 30.0), ("FAQD", 10.0))
+            for bits in (1, 2, 4, 32)
+        ]
+        calls = {f"{count}": cohort_step(suite, configs[:count], teacher) for count in COHORTS}
+        times = take_turns(calls, rounds, suite.device)
+        alone = statistics.median(times["1"])
+        for count in COHORTS:
+            found = row(times[f"{count}"], batch * count, teacher=teacher, students=count, batch=batch)
+            found["time / separate runs"] = found["median_ms"] / (1e3 * alone * count)
+            if count == COHORTS[-1] and teacher in MOST_OF_SEPARATE:
+                most = MOST_OF_SEPARATE[teacher]
+                found |= {"wanted": f"≤ {most}", "met": found["time / separate runs"] <= most}
+            rows.append(found)
+    return pd.DataFrame(rows)
+
+
+# ---- the plain implementation
+
+
+class PlainImages(Dataset):
+    """Images one at a time, as PIL pictures through torchvision's transforms."""
+
+    def __init__(self, pixels: torch.Tensor) -> None:
+        transforms = torchvision.transforms
+        self.pictures = [transforms.functional.to_pil_image(image) for image in pixels]
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(32, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize((0.5,) * 3, (0.25,) * 3),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.transform(self.pictures[index])
+
+
+def plain_affinity(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Whole N×N matrices and the L1 norm."""
+
+    def matrix(features: torch.Tensor) -> torch.Tensor:
+        pixels = F.normalize(features.flatten(2), dim=1)
+        return pixels.transpose(1, 2) @ pixels
+
+    return (matrix(student) - matrix(teacher)).abs().mean()
+
+
+def plain_step(suite: Suite, teacher_name: str, workers: int) -> Callable[[], None]:
+    """One step of a 1-bit student, written the plain way."""
+    device, batch = suite.device, 100
+    student = build_model("resnet20", 10, image_size=32, seed=1).to(device).train()
+    teacher = build_model(teacher_name, 10, image_size=32, seed=0).to(device).eval()
+    adapters = nn.ModuleList(nn.Sequential(nn.Conv2d(c, c, 1), nn.ReLU()) for c in (16, 32, 64)).to(device)
+    parameters = [*student.parameters(), *adapters.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    quantized = [module.weight for module in student.modules() if isinstance(module, nn.Conv2d)]
+    loader = DataLoader(
+        PlainImages(suite.splits[0].pixels), batch, shuffle=True, drop_last=True, num_workers=workers,
+        persistent_workers=workers > 0,
+    )  # fmt: skip
+    source = itertools.chain.from_iterable(loader for _ in itertools.count())
+
+    def step() -> None:
+        images = next(source).to(device)
+        latent = [weight.detach().clone() for weight in quantized]
+        for weight in quantized:
+            weight.data = weight.data.sign() * weight.data.abs().mean()
+        with FeatureTap(teacher, STAGES) as t, FeatureTap(student, STAGES) as s:
+            with torch.no_grad():
+                target = teacher(images)
+            loss = F.mse_loss(student(images), target)
+            for adapter, own, other in zip(adapters, s.features, t.features, strict=True):
+                loss = loss + 0.1 * plain_affinity(adapter(own), other)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 20)
+        for weight, kept in zip(quantized, latent, strict=True):
+            weight.data = kept
+        optimizer.step()
+
+    return step
+
+
+def against_plain(suite: Suite, batch: int, rounds: int, workers: int) -> pd.DataFrame:
+    """One FAQD student and eight, taught by a ResNet-110, against the plain implementation."""
+    teacher = "resnet110"
+    configs = [
+        suite.student("FAQD", weight_bits=bits, teacher=teacher, affinity_weight=weight)
+        for weight in (30.0, 10.0)
+        for bits in (1, 2, 4, 32)
+    ]
+    calls = {
+        "plain": plain_step(suite, teacher, workers),
+        "suite, 1 student": cohort_step(suite, configs[:1], teacher),
+        "suite, 8 students": cohort_step(suite, configs, teacher),
+    }
+    images = {"plain": 100, "suite, 1 student": batch, "suite, 8 students": 8 * batch}
+    times = take_turns(calls, rounds, suite.device)
+    rows = [
+        row(times[name], images[name], implementation=name, teacher=teacher,
+            peak_MiB=peak_bytes(call, suite.device) / 2**20)
+        for name, call in calls.items()
+    ]  # fmt: skip
+    for students, found in zip((0, 1, 8), rows, strict=True):
+        found["times the plain images/s"] = found["images_per_second"] / rows[0]["images_per_second"]
+        if students:
+            least = LEAST_AGAINST_PLAIN[students]
+            found |= {"wanted": f"≥ {least}", "met": found["times the plain images/s"] >= least}
+    return pd.DataFrame(rows)
+
+
+def figure_of(frame: pd.DataFrame):
+    """Student-images a second against the size of the cohort."""
+    shown = frame.assign(x=frame["students"], y=frame["images_per_second"], series=frame["teacher"], kind="measured")
+    return plots.scaling(shown.assign(panel="cohorts"), "students side by side", "student-images a second")
+
+
+PARTS = ("steps", "cohorts", "plain")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which parts (all)")
+    parser.add_argument("--teachers", nargs="+", default=["resnet20", "resnet56", "resnet110"], help="of the cohorts")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--batch", type=int, default=128, help="images a step of the suite's own loop (128)")
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each, in turns (7)")
+    parser.add_argument("--workers", type=int, default=0, help="of the plain implementation's DataLoader (0)")
+    parser.add_argument(
+        "--out", type=Path, default=default_results() / "benchmarks", help="folder to write to (results/benchmarks)"
+    )
+    arguments = parser.parse_args()
+    if arguments.rounds < 2 or arguments.batch < 2:
+        parser.error(f"--rounds and --batch must be at least 2, got {arguments.rounds} and {arguments.batch}")
+    machine = environment(arguments.device)
+    print(", ".join(f"{key} {value}" for key, value in machine.items()), "\n")
+    batch, rounds = arguments.batch, arguments.rounds
+    with tempfile.TemporaryDirectory() as scratch:
+        suite = suite_in(Path(scratch), batch, arguments.device)
+        parts = {
+            "steps": lambda: steps(suite, batch, rounds, arguments.teachers[0]),
+            "cohorts": lambda: cohorts(suite, batch, rounds, arguments.teachers),
+            "plain": lambda: against_plain(suite, batch, rounds, arguments.workers),
+        }
+        result = {"environment": machine, "precision": suite.precision}
+        for name in arguments.parts:
+            frame = parts[name]()
+            print(f"{name}, {suite.precision}\n{frame.round(3).to_markdown(index=False)}\n", flush=True)
+            result[name] = json.loads(frame.to_json(orient="records"))
+            if name == "cohorts":
+                print(*plots.save(figure_of(frame), arguments.out, "training"))
+            print(atomic_write_text(arguments.out / "training.json", json.dumps(result, indent=1) + "\n"), "\n")
+
+
+if __name__ == "__main__":
+    main()

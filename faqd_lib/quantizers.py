@@ -367,7 +367,7 @@ def _quantized_relu(x: torch.Tensor, step: torch.Tensor, highest: int, coarse: b
     step = _wide(step, x)
     for source, target in _chunks(_flat(x, y), _flat(y, y)):
         levels = (source / step).clamp_(0, highest).round_()
-        target.copy_(levels.mul_(step)) if target.dtype != step.dtype else torch.mul(levels, step, out=target)
+        torch.mul(levels, step, out=target)
     return y
 
 

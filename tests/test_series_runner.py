@@ -79,11 +79,11 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path, capsys):
     profile.write_text(shipped)
     results = ["--results", str(tmp_path / "results"), "--dataset", "digits", "--only", "09"]
     assert series.main([str(profile), *results]) == 1  # begins the folder, then misses the runs
-    profile.write_text(shipped.replace("batch_size = 64", "batch_size = 32"))
+    profile.write_text(shipped.replace("batch_size = 32", "batch_size = 16"))
     assert series.main([str(profile), *results]) == 1
     message = capsys.readouterr().err
     assert "begun with another configuration" in message
-    assert "batch_size: 64 there, 32 now" in message
+    assert "batch_size: 32 there, 16 now" in message
     assert "--fresh" in message
 
 

@@ -102,14 +102,14 @@ def main() -> int:
         while kills < arguments.kills:
             trials += 1
             folder, lines = Path(scratch) / str(trials), []
-            while len(lines) < 4 and kills + len(lines) < arguments.kills:
-                seconds, mid_write = moments.uniform(0.0, whole_seconds), moments.random() < 0.5
-                moment, _, _ = killed_once(folder, seconds, mid_write)
+            while True:
+                last = len(lines) == 4 or kills + len(lines) == arguments.kills
+                seconds = float("inf") if last else moments.uniform(0.0, whole_seconds)
+                had_one = checkpoints(folder)
+                moment, said, _ = killed_once(folder, seconds, mid_write=moments.random() < 0.5)
                 if moment is None:
                     break
                 lines.append(moment)
-            had_one = checkpoints(folder)
-            _, said, _ = killed_once(folder, float("inf"), False)
             # From the beginning it would end with the same bits, too: it must also have read what was there.
             verdict = "the same bits" if outcome(folder) == expected else "OTHER BITS"
             if lines and had_one:

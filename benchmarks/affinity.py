@@ -15,19 +15,15 @@ bandwidth. Prints tables; writes ``affinity.json`` and ``affinity.png`` to ``--o
 out).
 """
 
-import argparse
-import json
 import statistics
-from pathlib import Path
 
 import pandas as pd
 import torch
+from reporting import announce, options, parse, show, spread, write
 
 from faqd_lib import DistillationObjective, FeatureTap, build_model, feature_affinity_loss, plots, quantize
 from faqd_lib.affinity import draw_projections
-from faqd_lib.files import atomic_write_text
 from faqd_lib.measure import copy_bandwidth, environment, peak_bytes, take_turns
-from faqd_lib.settings import default_results
 
 MiB = 2**20
 # (batch, C, H): (times faster than direct, at least; share of plain FFA's time, at most)
@@ -84,11 +80,7 @@ def measure(calls: dict, rounds: int, device: str, **labels) -> list[dict]:
     times = take_turns(calls, rounds, device)
     rows = []
     for name, call in calls.items():
-        quartiles = statistics.quantiles(times[name], n=4) if rounds > 1 else times[name] * 3
-        rows.append(
-            {**labels, "loss": name, "n": rounds, "median_ms": 1e3 * statistics.median(times[name]),
-             "iqr_ms": 1e3 * (quartiles[2] - quartiles[0]), "peak_MiB": peak_bytes(call, device) / MiB}
-        )  # fmt: skip
+        rows.append({**labels, "loss": name, **spread(times[name]), "peak_MiB": peak_bytes(call, device) / MiB})
     return rows
 
 
@@ -238,21 +230,13 @@ PARTS = ("targets", "ffa", "memory", "step", "sweep")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=15)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which parts (all)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--rounds", type=int, default=15, help="calls of each candidate, in turns (15)")
-    parser.add_argument(
-        "--out", type=Path, default=default_results() / "benchmarks", help="folder to write to (results/benchmarks)"
-    )
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     device, rounds = arguments.device, arguments.rounds
-    if rounds < 2:
-        parser.error(f"--rounds must be at least 2, got {rounds}")
     machine = environment(device)
     bandwidth = copy_bandwidth(device)
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s\n")
+    announce(machine | {"copy bandwidth (GB/s)": f"{bandwidth / 1e9:.1f}"})
     parts = {
         "targets": lambda: targets(device, rounds),
         "ffa": lambda: ffa_backward(device, rounds),
@@ -263,11 +247,10 @@ def main() -> None:
     result = {"environment": machine, "copy_bandwidth": bandwidth}
     for name in arguments.parts:
         frame = parts[name]()
-        print(f"{name}\n{frame.round(3).to_markdown(index=False)}\n", flush=True)
-        result[name] = json.loads(frame.to_json(orient="records"))
+        result[name] = show(name, frame)
         if name == "sweep":
             print(*plots.save(figure_of(frame), arguments.out, "affinity"))
-        print(atomic_write_text(arguments.out / "affinity.json", json.dumps(result, indent=1) + "\n"), "\n")
+        write(arguments.out, "affinity", result)
 
 
 if __name__ == "__main__":

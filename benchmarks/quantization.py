@@ -9,23 +9,19 @@ with a fixed scale, 4-bit activations with a learned one. Prints a table; writes
 (``results/benchmarks`` if left out).
 """
 
-import argparse
 import importlib.util
-import json
 import statistics
 from importlib.metadata import version
-from pathlib import Path
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from reporting import announce, options, parse, show, spread, write
 from torch import nn
 
 from faqd_lib import build_model, calibrate, quantize
-from faqd_lib.files import atomic_write_text
 from faqd_lib.measure import environment, peak_bytes, take_turns
 from faqd_lib.quantize import replace_modules
-from faqd_lib.settings import default_results
 
 WANTED = {"1W32A": ("≤ 1.08", 1.08), "1W4A": ("≤ 1.25", 1.25)}
 
@@ -88,13 +84,11 @@ def steps(device: str, batch: int, precision: str, rounds: int) -> pd.DataFrame:
     times = take_turns(calls, rounds, device)
     rows = []
     for name, call in calls.items():
-        quartiles = statistics.quantiles(times[name], n=4)
         # Of each round's pair: what slows the machine for a while slows both.
         ratio = statistics.median(own / base for own, base in zip(times[name], times["float"], strict=True))
         wanted, limit = WANTED.get(name, ("", None))
         rows.append(
-            {"precision": precision, "batch": batch, "network": name, "n": rounds,
-             "median_ms": 1e3 * statistics.median(times[name]), "iqr_ms": 1e3 * (quartiles[2] - quartiles[0]),
+            {"precision": precision, "batch": batch, "network": name, **spread(times[name]),
              "peak_MiB": peak_bytes(call, device) / 2**20, "time / float": ratio, "wanted": wanted,
              "met": None if limit is None else ratio <= limit}
         )  # fmt: skip
@@ -107,26 +101,17 @@ def steps(device: str, batch: int, precision: str, rounds: int) -> pd.DataFrame:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each network, in turns (15)")
+    parser = options(__doc__, rounds=15)
+    parser.add_argument("--batch", type=int, default=128, help="images a step (128)")
     parser.add_argument("--precisions", nargs="+", choices=("float32", "bf16"), default=("float32", "bf16"))
-    parser.add_argument(
-        "--out", type=Path, default=default_results() / "benchmarks", help="folder to write to (results/benchmarks)"
-    )
-    arguments = parser.parse_args()
-    if arguments.rounds < 2 or arguments.batch < 2:
-        parser.error(f"--rounds and --batch must be at least 2, got {arguments.rounds} and {arguments.batch}")
+    arguments = parse(parser)
     machine = environment(arguments.device)
     machine["brevitas"] = version("brevitas") if importlib.util.find_spec("brevitas") else "not installed"
-    print(", ".join(f"{key} {value}" for key, value in machine.items()), "\n")
-    frames = []
+    announce(machine)
+    rows = []
     for precision in arguments.precisions:
-        frames.append(steps(arguments.device, arguments.batch, precision, arguments.rounds))
-        print(frames[-1].round(3).to_markdown(index=False), "\n", flush=True)
-    result = {"environment": machine, "steps": json.loads(pd.concat(frames).to_json(orient="records"))}
-    print(atomic_write_text(arguments.out / "quantization.json", json.dumps(result, indent=1) + "\n"))
+        rows += show(precision, steps(arguments.device, arguments.batch, precision, arguments.rounds))
+    write(arguments.out, "quantization", {"environment": machine, "steps": rows})
 
 
 if __name__ == "__main__":

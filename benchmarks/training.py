@@ -13,9 +13,7 @@ Images are scikit-learn's digits, enlarged; networks have random weights: time d
 tables; writes ``training.json`` and ``training.png`` to ``--out`` (``results/benchmarks`` if left out).
 """
 
-import argparse
 import itertools
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +22,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from reporting import announce, options, parse, show, spread, write
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -31,9 +30,8 @@ from faqd_lib import FeatureTap, build_model, plots
 from faqd_lib._torchvision import torchvision
 from faqd_lib.batches import Batch, Batches
 from faqd_lib.config import RunConfig
-from faqd_lib.files import atomic_write_text
 from faqd_lib.measure import Stopwatch, environment, peak_bytes, take_turns
-from faqd_lib.settings import Profile, default_results
+from faqd_lib.settings import Profile
 from faqd_lib.suite import Suite
 from faqd_lib.train import _Teacher as TeacherPass
 
@@ -87,10 +85,7 @@ def cohort_step(suite: Suite, configs: Sequence[RunConfig], teacher: str | None)
 
 
 def row(times: list[float], images: int, **labels) -> dict:
-    quartiles = statistics.quantiles(times, n=4)
-    median = statistics.median(times)
-    return {**labels, "n": len(times), "median_ms": 1e3 * median, "iqr_ms": 1e3 * (quartiles[2] - quartiles[0]),
-            "images_per_second": images / median}  # fmt: skip
+    return {**labels, **spread(times), "images_per_second": images / statistics.median(times)}
 
 
 def steps(suite: Suite, batch: int, rounds: int, teacher: str) -> pd.DataFrame:
@@ -254,21 +249,14 @@ PARTS = ("steps", "cohorts", "plain")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=7)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which parts (all)")
     parser.add_argument("--teachers", nargs="+", default=["resnet20", "resnet56", "resnet110"], help="of the cohorts")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--batch", type=int, default=128, help="images a step of the suite's own loop (128)")
-    parser.add_argument("--rounds", type=int, default=7, help="steps of each, in turns (7)")
     parser.add_argument("--workers", type=int, default=0, help="of the plain implementation's DataLoader (0)")
-    parser.add_argument(
-        "--out", type=Path, default=default_results() / "benchmarks", help="folder to write to (results/benchmarks)"
-    )
-    arguments = parser.parse_args()
-    if arguments.rounds < 2 or arguments.batch < 2:
-        parser.error(f"--rounds and --batch must be at least 2, got {arguments.rounds} and {arguments.batch}")
+    arguments = parse(parser)
     machine = environment(arguments.device)
-    print(", ".join(f"{key} {value}" for key, value in machine.items()), "\n")
+    announce(machine)
     batch, rounds = arguments.batch, arguments.rounds
     with tempfile.TemporaryDirectory() as scratch:
         suite = suite_in(Path(scratch), batch, arguments.device)
@@ -280,11 +268,10 @@ def main() -> None:
         result = {"environment": machine, "precision": suite.precision}
         for name in arguments.parts:
             frame = parts[name]()
-            print(f"{name}, {suite.precision}\n{frame.round(3).to_markdown(index=False)}\n", flush=True)
-            result[name] = json.loads(frame.to_json(orient="records"))
+            result[name] = show(f"{name}, {suite.precision}", frame)
             if name == "cohorts":
                 print(*plots.save(figure_of(frame), arguments.out, "training"))
-            print(atomic_write_text(arguments.out / "training.json", json.dumps(result, indent=1) + "\n"), "\n")
+            write(arguments.out, "training", result)
 
 
 if __name__ == "__main__":

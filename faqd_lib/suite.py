@@ -271,23 +271,25 @@ class Suite:
         *,
         seed: int = 1,
         quantization: Mapping[str, object] | None = None,
+        student: RunConfig | None = None,
     ) -> RunConfig:
-        """The float student quantized after training: weights rounded, activation steps calibrated, nothing trained.
+        """A float student quantized after training: weights rounded, activation steps calibrated, nothing trained.
 
-        What the tables compare with, to show what training with quantizers buys.
+        What the tables compare with, to show what training with quantizers buys. ``student``: its run; None for the one
+        trained on labels.
         """
-        student = self.float_student(seed)
+        student = self.float_student(seed) if student is None else student
         return RunConfig(
             data=self.state.data,
             model=student.model,
             optimization=OptimizationConfig(
                 epochs=0, warmup_epochs=0.0, batch_size=student.optimization.batch_size, precision=self.precision
             ),
-            objective=student.objective,
+            objective=ObjectiveConfig(label_weight=1.0),  # of no use: nothing is trained
             quantization=QuantizationConfig(
                 weight_bits=weight_bits, activation_bits=activation_bits, **(quantization or {})
             ),
-            seed=seed,
+            seed=student.seed,
             initial=student,
         )
 

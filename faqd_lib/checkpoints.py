@@ -8,7 +8,9 @@ and text only; reading a checkpoint executes nothing.
 """
 
 import os
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,21 @@ def _read(path: Path, digest: str) -> tuple[dict[str, torch.Tensor], Facts]:
     if facts.digest != digest:
         raise ValueError(f"it is of another configuration: {facts.digest[:12]}, not {digest[:12]}")
     return tensors, facts
+
+
+def every(seconds: float) -> Callable[[], bool]:
+    """A function that says True when it is asked again so many seconds after it last did, or after now."""
+    last = time.monotonic()  # which no change of the clock sets back
+
+    def due() -> bool:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < seconds:
+            return False
+        last = now
+        return True
+
+    return due
 
 
 def remove_checkpoints(folder: Path) -> None:

@@ -4,9 +4,8 @@ suite = Suite.open(profile="quick")
 records = suite.run([suite.student("FAQD", weight_bits=1)])
 """
 
-import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from .batches import Batches, Normalizer
 from .checkpoints import (
     CheckpointWarning,
     Facts,
+    every,
     read_checkpoint,
     remove_checkpoints,
     remove_unfinished_writes,
@@ -399,7 +399,7 @@ class Suite:
 
         result = train(
             learners, batches, teacher, () if teacher is None else teacher.feature_names, splits, on_epoch,
-            _every(self.profile.checkpoint_seconds), lambda learner: self._checkpoint(learner, here),
+            every(self.profile.checkpoint_seconds), lambda learner: self._checkpoint(learner, here),
         )  # fmt: skip
         for trained in result.trained:
             self.store.save(
@@ -455,21 +455,6 @@ def _limit(count: int | None, available: int) -> int | None:
 def _units(config: RunConfig) -> int:
     """Of progress: an epoch of one network."""
     return max(1, config.optimization.epochs)
-
-
-def _every(seconds: float) -> Callable[[], bool]:
-    """A function that says True when it is asked again so many seconds after it last did, or after now."""
-    last = time.monotonic()  # which no change of the clock sets back
-
-    def due() -> bool:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < seconds:
-            return False
-        last = now
-        return True
-
-    return due
 
 
 def _span(done: int, count: int) -> str:

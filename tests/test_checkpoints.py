@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from faqd_lib import suite as suite_module
-from faqd_lib.checkpoints import NAMES, CheckpointWarning, Facts, read_checkpoint, write_checkpoint
+from faqd_lib.checkpoints import NAMES, CheckpointWarning, Facts, every, read_checkpoint, write_checkpoint
 from faqd_lib.config import RunConfig
 from faqd_lib.files import project_root
 from faqd_lib.results import RunStore
@@ -286,7 +286,7 @@ def test_checkpoints_are_written_at_intervals_whatever_the_clock_says(monkeypatc
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "time", lambda: -1e9)
-    due = suite_module._every(10)
+    due = every(10)
     asked = []
     for step in range(35):
         now[0] = 100.0 + step

@@ -12,7 +12,7 @@ from .files import canonical_json, text_digest
 RECIPE = 1
 # The same for the affinity losses alone: part of the objectives that have one, so that other runs keep their names.
 AFFINITY_RECIPE = 3
-QUANTIZER_RECIPE = 3  # and for the quantizers
+QUANTIZER_RECIPE = 4  # and for the quantizers
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]

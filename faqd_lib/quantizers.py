@@ -236,7 +236,7 @@ def _scanned_steps(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
     grid = torch.arange(-12.0, 1.0, spacing, device=values.device, dtype=values.dtype)
     coarse = scan(peak.to(values.dtype) / highest * grid.exp2(), best=4)
     fine = torch.linspace(-spacing, spacing, 33, device=values.device, dtype=values.dtype)
-    return scan((coarse.unsqueeze(2) * fine.exp2()).flatten(1), best=4)
+    return scan((coarse.unsqueeze(2) * fine.exp2()).flatten(1), best=1)
 
 
 def _bin(values: torch.Tensor, peak: torch.Tensor, bins: int) -> torch.Tensor:
@@ -272,14 +272,15 @@ class QuantizedReLU(nn.Module):
     Forward: ``α·round(clip(x/α, 0, Q))`` (nearest, not up: rounding up would add half a step on average).
     Backward to x: straight through inside (0, Qα), 0 outside. Backward to α, summed over all elements:
 
-    - ``"lsq"`` (Esser et al. 2020): 0 below the range, round(x/α) − x/α inside, Q above; times 1/√(numel·Q), so that
-      the step learns at the pace of a weight;
+    - ``"lsq"`` (Esser et al. 2020): 0 below the range, round(x/α) − x/α inside, Q above; times 1/√(F·Q), F the number
+      of features (elements of one image: all dimensions but the first), so that the step learns at the pace of a
+      weight. The images of a batch do not count in F: a loss is their mean, its gradient does not grow with them;
     - ``"coarse"`` (Yin et al. 2019, blended coarse gradient descent; the paper's line of work): three values,
       0 below, 2^(bits−1) inside, Q above; with the same scale;
     - ``"frozen"``: none. The step stays what :meth:`fit` made it (what the released code comes to).
 
-    Example, 4 bits, α = 0.1: (−1, 0.26, 9) → (0, 0.3, 1.5); LSQ's gradients to α (0, 0.4, 15), coarse (0, 8, 15), each
-    times 1/√45.
+    Example, 4 bits, α = 0.1, one image: (−1, 0.26, 9) → (0, 0.3, 1.5); LSQ's gradients to α (0, 0.4, 15), coarse
+    (0, 8, 15), each times 1/√45.
 
     ``step`` starts at the least-squares optimum for standard normal input; :meth:`fit` takes it from data. In a
     network it stands in the place of ``replaces``, which comes back when the network is dequantized.
@@ -331,6 +332,11 @@ def sample(x: torch.Tensor, most: int = 65536) -> torch.Tensor:
         chosen = torch.randint(values.numel(), (most,), generator=torch.Generator().manual_seed(0))
         values = values[chosen.to(x.device)]
     return values.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def features(x: torch.Tensor) -> int:
+    """Number of elements for one image of a batch (N, …); all elements of a tensor that has no other dimension."""
+    return x[0].numel() if x.ndim > 1 and len(x) else x.numel()
 
 
 def _flat(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -398,7 +404,7 @@ def _quantized_relu_backward(
         # α·(round(x/α) − x/α) = y − x inside, α·Q = y above, 0 = y below
         kept = _inside(source, source, top, out=torch.empty_like(source))
         total += torch.dot(wide, result - kept)
-    total /= math.sqrt(max(1, x.numel()) * highest)
+    total /= math.sqrt(max(1, features(x)) * highest)
     return to_x, (total if coarse else total / guarded.squeeze()).to(step.dtype)
 
 

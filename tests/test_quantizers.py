@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faqd_lib import quantizers
-from faqd_lib.quantizers import QuantizedReLU, UniformWeight, best_step, weight_quantizer
+from faqd_lib.quantizers import QuantizedReLU, UniformWeight, best_step, features, weight_quantizer
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 HIGHEST = {1: 1, 2: 1} | {bits: 2 ** (bits - 1) - 1 for bits in BITS[2:]}
@@ -377,6 +377,22 @@ def test_coarse_gradient_is_three_valued():
     one_bit = quantized_relu(1.0, 1, "coarse")
     one_bit(torch.tensor([0.4, 2.0])).sum().backward()
     assert one_bit.step.grad.item() == pytest.approx((1 + 1) / math.sqrt(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("step_gradient", ["lsq", "coarse"])
+def test_pace_of_a_step_does_not_depend_on_the_batch_size(step_gradient):
+    x = 2 * torch.randn(4, 3, 5, 5, generator=generator(21))
+    gradients = []
+    for copies in (1, 32):
+        relu = quantized_relu(0.1, 4, step_gradient)
+        relu(x.repeat(copies, 1, 1, 1)).square().sum((1, 2, 3)).mean().backward()  # as losses are: a mean over images
+        gradients.append(relu.step.grad.item())
+    assert gradients[1] == pytest.approx(gradients[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "count"), [((8, 3, 5, 5), 75), ((8, 7), 7), ((9,), 9), ((), 1), ((0, 3), 0)])
+def test_features_are_counted_for_one_image(shape, count):
+    assert features(torch.zeros(shape)) == count
 
 
 def test_frozen_step_has_no_gradient():

@@ -63,7 +63,7 @@ def cohort_step(suite: Suite, configs: Sequence[RunConfig], teacher: str | None)
     training = suite.splits[0]
     images = training.unlabelled() if configs[0].label_free else training
     batches = Batches(images, configs[0].optimization.batch_size, 1, suite.normalizer)
-    learners = [suite._learner(config, batches) for config in configs]
+    learners = [suite.learner(config, batches) for config in configs]
     model = None
     if teacher is not None:
         model = build_model(teacher, 10, image_size=32, seed=0)

@@ -2,31 +2,43 @@
 
 Rule. The runs of both sides are paired: same bits, regime, teacher and seed (so the same batches). Pairs of one seed
 share their batches, their teacher and the test images, so they are not independent: their differences of last-epoch
-test accuracy (percentage points) are averaged, and each seed counts once. d is the mean over n seeds, with Student's
-95 % confidence interval. With the claim's margin m (0 for "better", 0.5 for "as good as"):
+test accuracy (percentage points) are averaged, and each seed counts once. d is the mean over n seeds.
+
+Its 95 % confidence interval is for other seeds and other test images of the same kind. The variance of d is
+s²/n + v²/N: s² the variance of the seeds' differences, v² that of an image's difference (right on one side, wrong on
+the other, averaged over pairs and seeds; both sides saw the same N images), with Student's t at the degrees of freedom
+of Welch and Satterthwaite. Runs of a version that did not keep its predictions are compared without the second term,
+and the caption says so. With the claim's margin m (0 for "better", 0.5 for "as good as"):
 
     reproduced       if the whole interval lies above −m
     not reproduced   if the whole interval lies below −m
     inconclusive     otherwise, and always with fewer than 3 seeds
 
+"Seeds to settle" is asked of inconclusive claims: the fewest seeds with which, if d and the variances are as measured,
+the interval would lie on one side of −m with a probability of 80 %; "never" if the test images alone leave it open.
+It is itself an estimate from n seeds, and a rough one.
+
 How many of the pairs lie above −m is shown beside it. Only the profile's own runs are looked at. A profile whose
 numbers mean nothing (smoke) gets no verdict.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
+import torch
 from scipy import stats
 
 from . import experiments
 from .quantizers import FLOAT_BITS
+from .results import RunRecord
 from .suite import Suite
-from .tables import NOT_A_RESULT, NOT_RUN, Table, runs_frame
+from .tables import NOT_A_RESULT, NOT_RUN, RUNS, Table, runs_frame
 
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not reproduced", "inconclusive at this scale"
 MARGIN_AS_GOOD = 0.5
 FEWEST_SEEDS = 3
+MEASURED = ("difference", "95 % interval", "pairs above −margin", "seeds to settle", "verdict")
 PAIRING = ["model", "weight_bits", "activation_bits", "regime", "seed"]
 
 
@@ -118,33 +130,103 @@ CLAIMS = (
 )
 
 
-def verdict(differences: list[float], margin: float = 0.0) -> tuple[str, float, float]:
-    """(verdict, lower and upper end of the 95 % interval of the mean), from one difference a seed; see the rule above.
+@dataclass(frozen=True)
+class Effect:
+    """A mean difference in percentage points over n seeds and N images, with its two parts of variance.
 
-    The interval is (NaN, NaN) with fewer than two differences.
+    Args:
+        mean: d.
+        seeds: n.
+        seed_variance: s², NaN with one seed.
+        image_variance: v²/N, what other test images would add; 0 if unknown.
+        images: N, for its degrees of freedom; 0 if unknown.
     """
-    series = pd.Series(differences, dtype=float)
-    if len(series) < 2:
-        return INCONCLUSIVE, float("nan"), float("nan")
-    half = stats.t.ppf(0.975, len(series) - 1) * series.std(ddof=1) / len(series) ** 0.5
-    low, high = series.mean() - half, series.mean() + half
-    if len(series) >= FEWEST_SEEDS and low > -margin:
-        return REPRODUCED, low, high
-    if len(series) >= FEWEST_SEEDS and high < -margin:
-        return NOT_REPRODUCED, low, high
-    return INCONCLUSIVE, low, high
+
+    mean: float
+    seeds: int
+    seed_variance: float
+    image_variance: float = 0.0
+    images: int = 0
+
+    @classmethod
+    def of(cls, by_seed: Sequence[float], by_image: torch.Tensor | None = None) -> "Effect":
+        """From one difference a seed (percentage points) and one an image (N,), between −1 and 1."""
+        series = pd.Series(by_seed, dtype=float)
+        if by_image is None:
+            return cls(float(series.mean()), len(series), float(series.var(ddof=1)))
+        variance = 100**2 * float(by_image.double().var()) / len(by_image)
+        return cls(float(series.mean()), len(series), float(series.var(ddof=1)), variance, len(by_image))
+
+    def _error(self, seeds: int) -> tuple[float, float]:
+        """(standard error, degrees of freedom) with that many seeds."""
+        of_seeds = self.seed_variance / seeds
+        total = of_seeds + self.image_variance
+        parts = of_seeds**2 / (seeds - 1)
+        if self.images > 1:
+            parts += self.image_variance**2 / (self.images - 1)
+        return total**0.5, total**2 / parts if parts else float(seeds - 1)
+
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval; (NaN, NaN) with fewer than two seeds."""
+        if self.seeds < 2:
+            return float("nan"), float("nan")
+        error, freedom = self._error(self.seeds)
+        half = float(stats.t.ppf(0.975, freedom)) * error
+        return self.mean - half, self.mean + half
+
+    def verdict(self, margin: float = 0.0) -> str:
+        """By the rule at the head of this module."""
+        low, high = self.interval()
+        if self.seeds >= FEWEST_SEEDS and low > -margin:
+            return REPRODUCED
+        if self.seeds >= FEWEST_SEEDS and high < -margin:
+            return NOT_REPRODUCED
+        return INCONCLUSIVE
+
+    def seeds_to_settle(self, margin: float = 0.0, power: float = 0.8, most: int = 1000) -> str:
+        """How many seeds an inconclusive claim would need; empty where the variance is unknown."""
+        if self.seeds < 2:
+            return ""
+        distance = abs(self.mean + margin)
+        for seeds in range(FEWEST_SEEDS, most + 1):
+            error, freedom = self._error(seeds)
+            if error == 0:
+                return str(FEWEST_SEEDS) if distance else "never"
+            reach = stats.nct.sf(stats.t.ppf(0.975, freedom), freedom, distance / error)
+            if reach >= power:
+                return str(seeds)
+        return f"more than {most}" if distance > 2.8 * self.image_variance**0.5 else "never"
 
 
-def paired_differences(frame: pd.DataFrame, claim: Claim) -> pd.DataFrame:
-    """One row a pair: seed and difference of last-epoch accuracy. Runs without a partner are left out."""
+def paired(frame: pd.DataFrame, claim: Claim) -> pd.DataFrame:
+    """One row a pair: seed, difference of last-epoch accuracy, both runs. Runs without a partner are left out."""
     if frame.empty:
-        return pd.DataFrame({"seed": [], "difference": []})
+        return pd.DataFrame({"seed": [], "difference": [], "run": [], "other": []})
     keys, quantized = list(claim.pairing), frame["weight_bits"] < FLOAT_BITS
     better = frame[claim.better(frame) & quantized]
     worse = frame[claim.worse(frame) & quantized]
     # A run on labels alone has no teacher: it meets the students of every teacher.
     joined = better.merge(worse, on=keys, suffixes=("", "_other"), validate="many_to_one")
-    return pd.DataFrame({"seed": joined["seed"], "difference": joined["last"] - joined["last_other"]})
+    return pd.DataFrame(
+        {
+            "seed": joined["seed"],
+            "difference": joined["last"] - joined["last_other"],
+            "run": joined["run"],
+            "other": joined["run_other"],
+        }
+    )
+
+
+def effect(pairs: pd.DataFrame, right: Mapping[str, torch.Tensor | None]) -> Effect:
+    """The effect over pairs. ``right``: by run which test images it got right (N,), or None where nobody kept that."""
+    by_seed = pairs.groupby("seed")["difference"].mean().tolist()
+    if any(right[run] is None for run in {*pairs["run"], *pairs["other"]}):
+        return Effect.of(by_seed)
+    of_seed = [
+        torch.stack([right[row.run].double() - right[row.other].double() for row in group.itertuples()]).mean(0)
+        for _, group in pairs.groupby("seed")
+    ]
+    return Effect.of(by_seed, torch.stack(of_seed).mean(0))
 
 
 def table(suite: Suite) -> Table:
@@ -156,30 +238,44 @@ def table(suite: Suite) -> Table:
         losses = suite.profile.losses
         default = {"end-to-end": losses.end_to_end_logit_loss, "fine-tuning": losses.fine_tuning_logit_loss}
         frame["default_loss"] = (frame["logit_loss"] == frame["regime"].map(default)) | (frame["method"] == "labels")
+    right = _right(suite, records)
     rows = []
     for claim in CLAIMS:
-        pairs = paired_differences(frame, claim)
-        by_seed = pairs.groupby("seed")["difference"].mean().tolist()
-        word, low, high = verdict(by_seed, claim.margin)
+        pairs = paired(frame, claim)
         row = {"claim": claim.statement, "compared": claim.compared, "margin": f"{claim.margin:g}"}
-        if not by_seed:
-            row |= {"difference": NOT_RUN, "95 % interval": "", "pairs above −margin": "", "verdict": NOT_RUN}
+        if pairs.empty:
+            found = dict.fromkeys(MEASURED, "") | {"difference": NOT_RUN, "verdict": NOT_RUN}
         elif not suite.profile.shows_results:
-            row |= dict.fromkeys(("difference", "95 % interval", "pairs above −margin", "verdict"), NOT_A_RESULT)
+            found = dict.fromkeys(MEASURED, NOT_A_RESULT)
         else:
-            above = int((pairs["difference"] > -claim.margin).sum())
-            row |= {
-                "difference": f"{sum(by_seed) / len(by_seed):+.2f}",
-                "95 % interval": "" if len(by_seed) < 2 else f"{low:+.2f} to {high:+.2f}",
-                "pairs above −margin": f"{above} of {len(pairs)}",
+            measured = effect(pairs, right)
+            low, high = measured.interval()
+            word = measured.verdict(claim.margin)
+            found = {
+                "difference": f"{measured.mean:+.2f}",
+                "95 % interval": "" if measured.seeds < 2 else f"{low:+.2f} to {high:+.2f}",
+                "pairs above −margin": f"{int((pairs['difference'] > -claim.margin).sum())} of {len(pairs)}",
+                "seeds to settle": measured.seeds_to_settle(claim.margin) if word == INCONCLUSIVE else "",
                 "verdict": word,
             }
-        rows.append({**row, "n (seeds)": str(len(by_seed))})
+        behind = " ".join(sorted({*pairs["run"], *pairs["other"]}))
+        rows.append({**row, **found, "n (seeds)": str(pairs["seed"].nunique()), RUNS: behind})
+    unknown = sum(value is None for value in right.values())
     caption = (
         f"Claims of the paper on {suite.caption}; {suite.profile.seeds} seed(s). Difference of last-epoch test "
         "accuracy in percentage points over pairs of runs (same bits, regime, teacher, seed), averaged within a seed; "
-        "Student's 95 % interval over n seeds. Reproduced: interval above −margin; not reproduced: below; else, or "
-        f"with n < {FEWEST_SEEDS}, inconclusive. All runs share one teacher of each kind and the same "
-        f"{suite.state.test_count:,} test images: the interval speaks of these."
+        f"95 % interval for other seeds and other test images (n seeds, {suite.state.test_count:,} images). "
+        "Reproduced: interval above −margin; not reproduced: below; else, or with n < "
+        f"{FEWEST_SEEDS}, inconclusive. All runs share one teacher of each kind: the interval speaks of these."
+        + (f" {unknown} runs kept no predictions: intervals with them are for other seeds only." if unknown else "")
     )
     return Table("claims", f"Claims, {suite.dataset}", caption, pd.DataFrame(rows))
+
+
+def _right(suite: Suite, records: Iterable[RunRecord]) -> dict[str, torch.Tensor | None]:
+    """By run: which test images it got right (N,)."""
+    found: dict[str, torch.Tensor | None] = {}
+    for record in records:
+        kept = suite.store.predictions(record)
+        found[record.run_id] = None if kept is None else kept["predicted"] == kept["label"]
+    return found

@@ -7,7 +7,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -21,6 +21,7 @@ from .files import atomic_write
 
 WIDTH = 9.0  # inches: the text width of a notebook
 PALETTE = "colorblind"
+RUNS_KEY = "Runs"  # of a figure's metadata
 # How a series is drawn, by its kind: what was measured as points on a line, what was derived as a line alone.
 KINDS = {"measured": ("-", "o", 1.6), "theory": ("--", "", 1.8), "bound": (":", "", 2.2)}
 BITS_NAMES = {1: "1 bit", 2: "2 bits\n(ternary)", 4: "4 bits", 32: "32 bits\n(float)"}
@@ -54,12 +55,22 @@ def _figure(rows: int = 1, columns: int = 1, height: float = 3.6, **options) -> 
             plt.close(figure)
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write ``<folder>/<name>.png`` and ``.pdf``, each whole or not at all; returns both paths."""
-    written = []
+class Run(Protocol):
+    """A run's configuration or record."""
+
+    @property
+    def run_id(self) -> str: ...
+
+
+def save(figure: Figure, folder: Path, name: str, runs: Iterable[Run] = ()) -> list[Path]:
+    """Write ``<folder>/<name>.png`` and ``.pdf``, each whole or not at all; returns both paths.
+
+    Both files name the runs behind the figure: as the PNG's text ``Runs``, as the PDF's keywords.
+    """
+    written, names = [], " ".join(dict.fromkeys(run.run_id for run in runs))
     for kind in ("png", "pdf"):
         # Without dates the same figure is the same file.
-        metadata = {"CreationDate": None} if kind == "pdf" else None
+        metadata = {"CreationDate": None, "Keywords": names} if kind == "pdf" else {RUNS_KEY: names}
 
         def write(temporary: Path, kind: str = kind, metadata: dict | None = metadata) -> None:
             with style():

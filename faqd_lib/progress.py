@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from typing import Protocol, Self
 
 from tqdm.auto import tqdm
 
@@ -23,12 +24,41 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-class Progress:
-    """Counts units of work (one network, one epoch) up to ``total`` and estimates the time left from their pace."""
+class Reports(Protocol):
+    """What training says of itself on its way, wherever that is shown."""
 
-    def __init__(self, total: float, title: str) -> None:
-        self.total, self.title, self.done, self._started = total, title, 0.0, time.monotonic()
+    def number(self, runs: int) -> str:
+        """A label for the next so many runs: ``run 3-5 of 12``."""
+
+    def advance(self, units: float, text: str) -> None:
+        """Units of work (one network, one epoch) are done."""
+
+    def skip(self, units: float) -> None:
+        """Units turned out to be done already."""
+
+    def say(self, text: str) -> None:
+        """A line that is no progress."""
+
+
+class Progress:
+    """Counts units of work up to ``total`` and estimates the time left from their pace."""
+
+    def __init__(self, total: float, title: str, runs: int = 1) -> None:
+        self.total, self.title, self.runs = total, title, runs
+        self.done, self._numbered, self._started = 0.0, 0, time.monotonic()
         self._bar = None if headless() else tqdm(total=total, desc=title, bar_format="{l_bar}{bar}| {postfix}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def number(self, runs: int) -> str:
+        first, last = self._numbered + 1, self._numbered + runs
+        self._numbered = last
+        return f"run {first if runs == 1 else f'{first}-{last}'} of {self.runs}"
 
     def advance(self, units: float, text: str) -> None:
         self.done += units
@@ -42,12 +72,10 @@ class Progress:
             self._bar.set_postfix_str(line)
 
     def skip(self, units: float) -> None:
-        """Leave out units that turn out to be done already."""
         self.total -= units
         if self._bar is not None:
             self._bar.total = self.total
             self._bar.refresh()
 
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    def say(self, text: str) -> None:
+        print(f"  {text}", flush=True)

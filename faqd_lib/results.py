@@ -1,7 +1,7 @@
 """Finished runs on disk: a JSON record and safetensors weights in a folder named after the run's configuration.
 
     <suite folder>/runs/<readable name>-<digest>/record.json      configuration, history, accuracies, cost, environment
-                                                 weights.safetensors
+                                                 weights.safetensors, predictions.safetensors
                    .locks/<readable name>-<digest>                held by the process that trains the run
 
 The record is written last and atomically: a folder with a record is a finished run, any other is none. A lock is of the
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import torch
 from pydantic import ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -70,6 +71,7 @@ class RunRecord(Frozen):
     environment: dict[str, str | int]
     dataset_note: str
     weights_digest: str
+    predictions_digest: str | None = None  # None: of a version that did not keep them
     finished: str
     checksum: str  # SHA-256 of all of the above
 
@@ -107,20 +109,34 @@ class RunStore:
         found = map(_whole, sorted((self.folder / "runs").glob("*/record.json")))
         return [record for record in found if record is not None]
 
-    def save(self, config: RunConfig, model: nn.Module, **fields: Any) -> RunRecord:
-        """Write weights, then the record. ``fields`` are the record's, less those that follow from config and model."""
+    def save(
+        self, config: RunConfig, model: nn.Module, *, predictions: torch.Tensor, labels: torch.Tensor, **fields: Any
+    ) -> RunRecord:
+        """Write weights and predictions, then the record.
+
+        Args:
+            predictions: the class (N,) that each test image was taken for after the last epoch.
+            labels: the class (N,) that it is.
+            fields: the record's, less those that follow from config, model and predictions.
+        """
         folder = require_writable(self.run_folder(config))
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        predicted = {  # no dataset here has more classes than int16 holds
+            "predicted": predictions.to("cpu", torch.int16).contiguous(),
+            "label": labels.to("cpu", torch.int16).contiguous(),
+        }
         record = RunRecord(
             run_id=config.run_id,
             digest=config.digest,
             configuration=config,
             weights_digest=tensors_digest(tensors),
+            predictions_digest=tensors_digest(predicted),
             finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             checksum="",
             **fields,
         )
         atomic_write(folder / "weights.safetensors", lambda temporary: save_file(tensors, temporary))
+        atomic_write(folder / "predictions.safetensors", lambda temporary: save_file(predicted, temporary))
         values = json.loads(record.model_dump_json(exclude={"checksum"}))
         record = record.model_copy(update={"checksum": text_digest(canonical_json(values))})
         path = folder / "record.json"
@@ -152,18 +168,33 @@ class RunStore:
             ResultsError: the run is not finished, or its weights are missing, damaged or not those of the record.
         """
         record = self.record(config)
-        path = self.run_folder(config) / "weights.safetensors"
         if record is None:
             raise ResultsError(f"{config.run_id} has not been trained in {self.folder}")
-        remedy = f"remove the folder {path.parent} to train the run again"
-        try:
-            tensors = load_file(path)
-        except (SafetensorError, FileNotFoundError) as error:
-            raise ResultsError(f"{path} is missing or damaged ({error}): {remedy}") from error
-        if tensors_digest(tensors) != record.weights_digest:
-            raise ResultsError(f"{path} does not hold the weights of its record: {remedy}")
-        model.load_state_dict(tensors)
+        path = self.run_folder(config) / "weights.safetensors"
+        model.load_state_dict(_tensors(path, record.weights_digest))
         return model
+
+    def predictions(self, record: RunRecord) -> dict[str, torch.Tensor] | None:
+        """The classes (N,) int16 of the test images, ``predicted`` and ``label``; None if the record has none.
+
+        Raises:
+            ResultsError: the file is missing, damaged or not that of the record.
+        """
+        if record.predictions_digest is None:
+            return None
+        path = self.folder / "runs" / record.run_id / "predictions.safetensors"
+        return _tensors(path, record.predictions_digest)
+
+
+def _tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
+    remedy = f"remove the folder {path.parent} to train the run again"
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ResultsError(f"{path} is missing or damaged ({error}): {remedy}") from error
+    if tensors_digest(tensors) != digest:
+        raise ResultsError(f"{path} does not hold what its record says: {remedy}")
+    return tensors
 
 
 def _whole(path: Path) -> RunRecord | None:

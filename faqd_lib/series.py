@@ -22,9 +22,11 @@ from papermill.exceptions import PapermillExecutionError
 
 from .config import ConfigurationError
 from .data import DatasetError
+from .engines import ENGINES, EngineError, RayEngine, chosen_engine
 from .experiments import everything
 from .files import project_root, require_writable
 from .progress import clock
+from .report import write_report
 from .results import ResultsError
 from .settings import PROFILES, Profile, suite_folder
 from .suite import Suite
@@ -196,7 +198,9 @@ def run_series(arguments: argparse.Namespace, dataset: str, only: Sequence[str])
                 f"\n--- notebook {index} of {len(selected)}: {notebook.stem} ({clock(time.monotonic() - started)} gone)"
             )
             outcomes.append(execute(notebook, copies / notebook.name, parameters))
+        report = write_report(suite)
     summarise(folder, outcomes)
+    print(f"     {'report:':<20} {report}")
     return outcomes
 
 
@@ -235,8 +239,46 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers of the notebooks to run")
     parser.add_argument("--seeds", type=int, default=0, help="number of seeds (left out: the profile's own)")
     parser.add_argument("--results", type=Path, help="where results go (default: results/)")
+    parser.add_argument("--engine", choices=ENGINES, help="where runs are trained (default: local, in this process)")
+    parser.add_argument("--address", help="with --engine ray: a cluster that runs already; left out: this machine")
+    parser.add_argument("--cpus-per-run", type=int, metavar="N", help="with --engine ray: threads of a worker (1)")
+    parser.add_argument(
+        "--gpus-per-run",
+        type=float,
+        metavar="X",
+        help="with --engine ray: the part of a GPU it has (0.25 if there is one)",
+    )
     parser.add_argument("--fresh", action="store_true", help="begin again; the old results are moved aside")
     return parser
+
+
+def choose_engine(arguments: argparse.Namespace) -> None:
+    """Tell the kernels, by the environment, where runs are trained; start Ray if it is asked for and has no address.
+
+    Raises:
+        EngineError: Ray is not installed or not to be reached, or an option needs it.
+    """
+    options = {
+        "FAQD_RAY_ADDRESS": arguments.address,
+        "FAQD_RAY_CPUS": arguments.cpus_per_run,
+        "FAQD_RAY_GPUS": arguments.gpus_per_run,
+    }
+    given = {name: str(value) for name, value in options.items() if value is not None}
+    if arguments.engine:
+        os.environ["FAQD_ENGINE"] = arguments.engine
+    os.environ.update(given)
+    engine = chosen_engine()
+    if not isinstance(engine, RayEngine):
+        if given:
+            raise EngineError("--address, --cpus-per-run and --gpus-per-run belong to --engine ray")
+        return
+    ray = engine.connect()  # this process keeps it running for all the kernels
+    os.environ["FAQD_RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    there = ray.cluster_resources()
+    print(
+        f"Ray at {os.environ['FAQD_RAY_ADDRESS']}: {there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs; "
+        f"{engine.cpus} and {engine.gpus:g} for each run"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -256,6 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Kernels inherit these: text instead of progress bars, and this checkout's kernel before a user's own.
     os.environ.update(FAQD_PROGRESS="text", JUPYTER_PREFER_ENV_PATH="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
     try:
+        choose_engine(arguments)
         profile = Profile.load(arguments.profile)
         datasets = [arguments.dataset] if arguments.dataset else profile.series_datasets
         for dataset in datasets:
@@ -264,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.fresh = False
             for dataset in datasets:  # only now are there runs on all of them for the tables to show
                 run_series(arguments, dataset, ["09"])
-    except (SeriesError, ConfigurationError, DatasetError, ResultsError, PermissionError) as error:
+    except (SeriesError, ConfigurationError, DatasetError, EngineError, ResultsError, PermissionError) as error:
         print(f"\nstopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -4,9 +4,8 @@ suite = Suite.open(profile="quick")
 records = suite.run([suite.student("FAQD", weight_bits=1)])
 """
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
@@ -15,17 +14,9 @@ import torch
 from torch import nn
 
 from . import data as datasets
-from . import planning
+from . import execution, planning
 from .batches import Batches, Normalizer
-from .checkpoints import (
-    CheckpointWarning,
-    Facts,
-    every,
-    read_checkpoint,
-    remove_checkpoints,
-    remove_unfinished_writes,
-    write_checkpoint,
-)
+from .checkpoints import remove_checkpoints
 from .config import (
     AFFINITY_RECIPE,
     QUANTIZER_RECIPE,
@@ -40,19 +31,17 @@ from .config import (
     Schedule,
 )
 from .distill import DistillationObjective
+from .engines import chosen_engine
 from .files import require_writable
-from .measure import environment
-from .models import FeatureTap, build_model, parameter_count
+from .models import FeatureTap, build_model
 from .progress import Progress
-from .quantize import calibrate, quantize, weight_bytes
+from .quantize import calibrate, quantize
 from .quantizers import FLOAT_BITS
-from .results import ResultsError, RunRecord, RunStore, accuracies
+from .results import ResultsError, RunRecord, RunStore
 from .settings import Profile, SuiteState, claim, read_state, suite_folder
-from .train import Learner, evaluate, precision_that_pays, projection_seed, train
+from .train import Learner, evaluate, precision_that_pays, projection_seed
 
 Method = Literal["labels", "KD", "FAQD", "FFAQD"]
-# What of the environment must be the same for the same bits.
-SAME_BITS = ("torch", "processor", "threads", "device", "commit")
 
 
 @dataclass(frozen=True)
@@ -96,7 +85,7 @@ class Suite:
         name, reason = chosen.resolve_dataset(dataset, data_root)
         chosen = chosen.for_dataset(name)
         chosen = chosen.model_copy(update={"seeds": seeds or chosen.seeds})
-        folder = require_writable(suite_folder(chosen, name, results))
+        folder = require_writable(suite_folder(chosen, name, results)).resolve()
         where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         images = datasets.load(name, data_root or None, image_size=chosen.image_size, download=chosen.download)
         rest = len(images.train) - chosen.validation_images
@@ -120,7 +109,9 @@ class Suite:
             affinity_recipe=AFFINITY_RECIPE,
             quantizer_recipe=QUANTIZER_RECIPE,
         )
-        suite = cls(claim(folder, state, seeds), RunStore(folder), where, str(data_root) if data_root else None)
+        suite = cls(
+            claim(folder, state, seeds), RunStore(folder), where, str(Path(data_root).resolve()) if data_root else None
+        )
         suite.__dict__["data"] = images  # loaded already; `data` is a cached property
         return suite
 
@@ -132,6 +123,10 @@ class Suite:
             ResultsError: no suite was begun there, or its ``suite.json`` is damaged.
         """
         return cls(read_state(folder), RunStore(folder), torch.device("cpu"))
+
+    def __getstate__(self) -> dict[str, object]:
+        """For another process: without the images and what else is found again there."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def profile(self) -> Profile:
@@ -308,7 +303,8 @@ class Suite:
         """The trained network of a finished run, in evaluation mode."""
         return self.store.load_weights(config, self.build(config, initial_weights=False)).eval()
 
-    def _learner(self, config: RunConfig, batches: Batches) -> Learner:
+    def learner(self, config: RunConfig, batches: Batches) -> Learner:
+        """A run's network before its first step: quantized, steps calibrated on the first batch, with its objective."""
         model = self.build(config)
         calibrate(model, next(batches.epoch(0)).images)
         o = config.objective
@@ -333,6 +329,7 @@ class Suite:
 
         Raises:
             NonFiniteLossError: a loss stopped being finite; all other runs of its cohort are finished and saved.
+            EngineError: the engine cannot work, or a worker died again and again.
         """
         wanted = list(dict.fromkeys(configs))
         ordered = planning.waves(wanted)
@@ -343,119 +340,17 @@ class Suite:
         if count < known:
             print(f"  {title}: {known - count} of {known} runs are there", flush=True)
         if count:
-            progress, done = Progress(sum(_units(config) for wave in missing for config in wave), title), 0
-            try:
-                for wave in missing:
-                    done = self._run_wave(wave, progress, done, count)
-            finally:
-                progress.close()
+            engine = chosen_engine()
+            units = sum(execution.units(config) for wave in missing for config in wave)
+            with Progress(units, title, count) as progress:
+                for wave in filter(None, missing):
+                    engine(self, wave, progress)
         return [self.store.record(config) for config in wanted]
-
-    def _run_wave(self, wave: Sequence[RunConfig], progress: Progress, done: int, count: int) -> int:
-        """Train the runs of a wave, wait for those that another process is at. Returns ``done`` plus their number."""
-        left = planning.cohorts(wave, self.profile.cohort)
-        while left:
-            elsewhere = []
-            for cohort in left:
-                with self.store.claim(cohort) as ours:
-                    todo = [config for config in ours if self.store.record(config) is None]
-                    progress.skip(sum(_units(config) for config in ours if config not in todo))
-                    if todo:
-                        self._run_cohort(todo, f"run {_span(done, len(todo))} of {count}", progress)
-                    done += len(ours)
-                if others := [config for config in cohort if config not in ours]:
-                    elsewhere.append(others)
-            if elsewhere:
-                print(f"  another process trains {elsewhere[0][0].run_id}: waiting for it", flush=True)
-                with self.store.lock(elsewhere[0][0]):
-                    pass
-            left = elsewhere
-        return done
-
-    def _run_cohort(self, cohort: Sequence[RunConfig], label: str, progress: Progress) -> None:
-        config = cohort[0]
-        training, validation, test = self.splits
-        # Label-free students are trained from images that have no labels: there is nothing to look at.
-        images = training.unlabelled() if config.label_free else training
-        batches = Batches(
-            images, config.optimization.batch_size, config.seed, self.normalizer, flip=self.data.flip,
-            device=self.device,
-        )  # fmt: skip
-        teacher_config = next((c.teacher for c in cohort if c.teacher is not None), None)
-        teacher = None if teacher_config is None else self.model(teacher_config).requires_grad_(False)
-        splits = {"test": test} if validation is None else {"validation": validation, "test": test}
-        learners = [self._learner(c, batches) for c in cohort]
-        here = environment(self.device)
-        for learner in learners:
-            remove_unfinished_writes(self.store.run_folder(learner.config))
-            self._resume(learner, here, progress)
-
-        def on_epoch(epoch: int, active: list[Learner]) -> None:
-            names = ", ".join(sorted({f"{learner.config.bits} {learner.config.method}" for learner in active}))
-            accuracy = " ".join(f"{learner.history[-1]['test_accuracy']:.1f}" for learner in active)
-            epochs = config.optimization.epochs
-            what = f"epoch {epoch + 1} of {epochs}" if epochs else "quantized after training"
-            progress.advance(len(active), f"{label} ({names}), {what}: test {accuracy} %")
-
-        result = train(
-            learners, batches, teacher, () if teacher is None else teacher.feature_names, splits, on_epoch,
-            every(self.profile.checkpoint_seconds), lambda learner: self._checkpoint(learner, here),
-        )  # fmt: skip
-        for trained in result.trained:
-            self.store.save(
-                trained.config,
-                trained.model,
-                history=trained.history,
-                **accuracies(trained.history),
-                test_images=len(test),
-                parameters=parameter_count(trained.model),
-                weight_bytes=weight_bytes(trained.model),
-                cost=trained.cost,
-                environment=here,
-                dataset_note=self.state.note,
-            )
-        if result.failed:
-            error = next(iter(result.failed.values()))
-            if result.trained:
-                error.add_note(f"{len(result.trained)} other runs of its cohort were finished and saved")
-            raise error
-
-    def _checkpoint(self, learner: Learner, here: dict[str, str | int]) -> None:
-        tensors, facts = learner.state()
-        facts |= {"digest": learner.config.digest, "environment": here}
-        write_checkpoint(self.store.run_folder(learner.config), tensors, Facts(**facts))
-
-    def _resume(self, learner: Learner, here: dict[str, str | int], progress: Progress) -> None:
-        """Go on from the run's checkpoint, if it has one."""
-        found = read_checkpoint(self.store.run_folder(learner.config), learner.config.digest)
-        if found is None:
-            return
-        tensors, facts = found
-        learner.load_state(tensors, facts.model_dump())
-        progress.skip(len(learner.history))
-        print(f"  {learner.config.run_id} goes on from its checkpoint after step {learner.steps}", flush=True)
-        if changed := [key for key in SAME_BITS if here.get(key) != facts.environment.get(key)]:
-            what = ", ".join(f"{key} {facts.environment.get(key)} then, {here.get(key)} now" for key in changed)
-            warnings.warn(
-                f"{learner.config.run_id} was begun in another environment ({what}): it may end with other last bits "
-                "than a run without interruption",
-                CheckpointWarning,
-                stacklevel=2,
-            )
 
     def evaluate(self, model: nn.Module) -> tuple[float, float]:
         """(top-1 accuracy in percent, cross-entropy) on the suite's test images."""
-        return evaluate(model, self.splits[2], self.normalizer)
+        return evaluate(model, self.splits[2], self.normalizer)[:2]
 
 
 def _limit(count: int | None, available: int) -> int | None:
     return None if count is None or count >= available else count
-
-
-def _units(config: RunConfig) -> int:
-    """Of progress: an epoch of one network."""
-    return max(1, config.optimization.epochs)
-
-
-def _span(done: int, count: int) -> str:
-    return str(done + 1) if count == 1 else f"{done + 1}-{done + count}"

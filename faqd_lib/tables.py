@@ -20,6 +20,7 @@ from .suite import Suite
 
 NOT_RUN = "not run"
 NOT_A_RESULT = "not a result"
+RUNS = "runs"  # the column of records behind a row, their names separated by spaces
 PAPER_DATASETS = ("cifar10", "cifar100", "tiny-imagenet")
 REFERENCE_COLUMNS = (
     "table", "dataset", "teacher", "student", "weight_bits", "activation_bits", "regime", "method", "labels",
@@ -40,7 +41,8 @@ REFERENCE_VALUES = {
 
 @dataclass(frozen=True)
 class Table:
-    """``frame`` holds one row a cell of the experiment; ``overview``, if there is one, the same as a grid to read."""
+    """``frame`` holds one row a cell of the experiment, its column ``runs`` the records behind it; ``overview``, if
+    there is one, the same as a grid to read."""
 
     name: str
     title: str
@@ -48,17 +50,29 @@ class Table:
     frame: pd.DataFrame
     overview: pd.DataFrame | None = None
 
+    @property
+    def runs(self) -> list[str]:
+        """The names of all run records behind the table."""
+        return sorted({run for cell in self.frame.get(RUNS, ()) for run in cell.split()})
+
+    @property
+    def readable(self) -> pd.DataFrame:
+        """All rows, without the long column of records."""
+        return self.frame.drop(columns=RUNS, errors="ignore")
+
     def markdown(self) -> str:
         """Title, caption, overview and all rows."""
         parts = [f"## {self.title}", self.caption]
         if self.overview is not None:
             parts.append(self.overview.to_markdown(index=False, disable_numparse=True))
-        parts.append(self.frame.to_markdown(index=False, disable_numparse=True))
+        parts.append(self.readable.to_markdown(index=False, disable_numparse=True))
+        if self.runs:
+            parts.append(f"From {len(self.runs)} run records; `tables/{self.name}.csv` names those behind each row.")
         return "\n\n".join(parts) + "\n"
 
     def latex(self) -> str:
         """The overview, or all rows, as a LaTeX table with caption and label."""
-        shown = self.frame if self.overview is None else self.overview
+        shown = self.readable if self.overview is None else self.overview
         safe = shown.map(_latex_text) if len(shown) else shown
         safe.columns = [_latex_text(column) for column in safe.columns]
         body = safe.to_latex(index=False, escape=False, caption=_latex_text(self.caption), label=f"tab:{self.name}")
@@ -175,6 +189,7 @@ class _Cells:
             "ours, best epoch": self.text(configs, lambda record: record.best_accuracy),
             "difference": difference,
             "n": str(len(records)),
+            RUNS: " ".join(record.run_id for record in records),
         }
 
     def _paper(self, table: str, config: RunConfig) -> float | None:
@@ -410,6 +425,7 @@ def cost(suite: Suite) -> Table:
     if len(frame):
         shown = frame[list(columns)].rename(columns=columns)
         digits = {"training s": 1, "ms a step": 1, "images/s": 0, "peak MB a step": 1, "weights kB": 1}
+        shown[RUNS] = shown["run"]
         for column, places in digits.items():
             shown[column] = shown[column].map(lambda value, places=places: f"{value:.{places}f}")
     total = frame["training_seconds"].sum() if len(frame) else 0.0

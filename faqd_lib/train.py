@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,7 @@ class Learner:
             weight_decay=o.weight_decay,
         )
         self.history: list[dict[str, float]] = []
+        self.predictions: torch.Tensor | None = None  # of the last test; a checkpoint does not hold them
         self.steps = 0
         device = next(model.parameters()).device
         self.watch, self.loss_watch = Stopwatch(device), Stopwatch(device)
@@ -136,13 +137,13 @@ class Learner:
                 )
         self._checked = len(self._terms)
 
-    def end_epoch(self, epoch: int, evaluations: dict[str, tuple[float, float]]) -> None:
-        """Append the epoch's mean loss terms and its evaluations (accuracy in percent, cross-entropy)."""
+    def end_epoch(self, epoch: int, evaluations: "dict[str, Evaluation]") -> None:
+        """Append the epoch's mean loss terms and its evaluations."""
         self._check(epoch)
         row: dict[str, float] = {"epoch": epoch + 1}
         for name in self._terms[0] if self._terms else ():
             row[name if name != "total" else "loss"] = float(torch.stack([t[name] for t in self._terms]).mean())
-        for split, (accuracy, cross_entropy) in evaluations.items():
+        for split, (accuracy, cross_entropy, _) in evaluations.items():
             if not math.isfinite(cross_entropy):
                 raise NonFiniteLossError(
                     f"{self.config.run_id}: the {split} cross-entropy after epoch {epoch + 1} is {cross_entropy}, "
@@ -150,6 +151,7 @@ class Learner:
                 )
             row[f"{split}_accuracy"], row[f"{split}_cross_entropy"] = accuracy, cross_entropy
         self.history.append(row)
+        self.predictions = evaluations["test"].predictions
         self.watch.read(), self.loss_watch.read()  # once an epoch the host waits for the device anyway
         self._terms.clear()
         self._checked = 0
@@ -200,32 +202,44 @@ class Learner:
         return None if len(self.history) > max(0, epoch) else self.steps - epoch * self.steps_per_epoch
 
 
+class Evaluation(NamedTuple):
+    """Top-1 accuracy in percent, mean cross-entropy, and the class (N,) int64 that each image was taken for."""
+
+    accuracy: float
+    cross_entropy: float
+    predictions: torch.Tensor
+
+
 @exact_kernels()
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Images, normalizer: Normalizer, batch_size: int = 500) -> tuple[float, float]:
-    """(top-1 accuracy in percent, mean cross-entropy) in float32, with the weights as they are now."""
+def evaluate(model: nn.Module, images: Images, normalizer: Normalizer, batch_size: int = 500) -> Evaluation:
+    """Look at labelled images, in float32, with the weights as they are now."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    correct, loss = 0, 0.0
+    loss, predictions = 0.0, []
     for start in range(0, len(images), batch_size):
         pixels = images.pixels[start : start + batch_size].to(device)
         labels = images.labels[start : start + batch_size].to(device)
         logits = model(normalizer(pixels)).float()
-        correct += int((logits.argmax(1) == labels).sum())
+        predictions.append(logits.argmax(1).cpu())
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
     model.train(was_training)
-    return 100 * correct / len(images), loss / len(images)
+    predicted = torch.cat(predictions)
+    correct = int((predicted == images.labels.cpu()).sum())
+    return Evaluation(100 * correct / len(images), loss / len(images), predicted)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run: the network in evaluation mode, its history and what it cost."""
+    """A finished run: the network in evaluation mode, its history, what it cost, and which class it took every test
+    image for."""
 
     config: RunConfig
     model: nn.Module
     history: list[dict[str, float]]
     cost: dict[str, float]
+    predictions: torch.Tensor
 
 
 @dataclass
@@ -255,7 +269,7 @@ def train(
         batches: the training batches that all of them see.
         teacher: in evaluation mode and frozen; None if no learner needs one.
         feature_names: modules of the teacher to tap; the students' own were given to them.
-        splits: what to evaluate after each epoch, by name; labelled.
+        splits: what to evaluate after each epoch, by name; labelled. One of them is ``"test"``.
         on_epoch: called after every epoch with its number (from 0) and the learners that have just finished it.
         checkpoint_due: asked after every batch whether ``checkpoint`` is to be called, for each learner in training.
 
@@ -313,6 +327,9 @@ def train(
             break
         end_epoch(epoch)
     teaches.close()
+    for learner in active:
+        if learner.predictions is None:  # its checkpoint was that of a finished training
+            learner.predictions = evaluate(learner.model, splits["test"], batches.normalizer).predictions
     result.trained = [_finish(learner, batches.batch_size, len(learners)) for learner in active]
     return result
 
@@ -371,7 +388,7 @@ def _finish(learner: Learner, batch_size: int, cohort: int) -> Trained:
         "peak_step_bytes": learner.peak_bytes,
         "cohort": cohort,
     }
-    return Trained(learner.config, learner.model.eval(), learner.history, cost)
+    return Trained(learner.config, learner.model.eval(), learner.history, cost, learner.predictions)
 
 
 def projection_seed(seed: int) -> int:

@@ -14,6 +14,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from faqd_lib import execution
 from faqd_lib import suite as suite_module
 from faqd_lib.checkpoints import NAMES, CheckpointWarning, Facts, every, read_checkpoint, write_checkpoint
 from faqd_lib.config import RunConfig
@@ -187,18 +188,18 @@ def begun(tiny_suite):
 
 def interrupt(monkeypatch, suite: Suite, checkpoints: int) -> None:
     """Run until so many checkpoints have been written, and no further."""
-    original, left = Suite._checkpoint, [checkpoints]
+    original, left = execution.save_checkpoint, [checkpoints]
 
-    def checkpoint(self, learner, here):
-        original(self, learner, here)
+    def checkpoint(*arguments):
+        original(*arguments)
         left[0] -= 1
         if left[0] == 0:
             raise Killed
 
-    monkeypatch.setattr(Suite, "_checkpoint", checkpoint)
+    monkeypatch.setattr(execution, "save_checkpoint", checkpoint)
     with pytest.raises(Killed):
         suite.run(wanted(suite))
-    monkeypatch.setattr(Suite, "_checkpoint", original)
+    monkeypatch.setattr(execution, "save_checkpoint", original)
 
 
 # The teacher takes 3 steps; then two students side by side take 6, in two epochs of 3: 3 + 12 checkpoints.
@@ -340,7 +341,7 @@ def test_what_was_finished_elsewhere_meanwhile_is_not_trained_again(tiny_suite, 
     def late(store, configs):
         if store is suite.store:  # it looked for the record before; now somebody else finishes
             trained.extend(other.run(configs))
-            monkeypatch.setattr(Suite, "_run_cohort", lambda *_: pytest.fail("trained twice"))
+            monkeypatch.setattr(execution, "_train_cohort", lambda *_: pytest.fail("trained twice"))
         return claim(store, configs)
 
     monkeypatch.setattr(RunStore, "claim", late)

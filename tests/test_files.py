@@ -114,11 +114,14 @@ def test_cache_dir(monkeypatch, tmp_path):
 
 
 def test_progress_as_text(capsys):
-    line = progress.Progress(4, "students")
-    line.advance(1, "run 1 of 4")
-    line.close()
+    with progress.Progress(4, "students", runs=4) as line:
+        assert line.number(1) == "run 1 of 4"
+        label = line.number(3)
+        line.advance(1, label)
+        line.say("something else")
     out = capsys.readouterr().out
-    assert "students: run 1 of 4" in out
+    assert "students: run 2-4 of 4" in out
+    assert "something else" in out
     assert "left" in out
 
 

@@ -13,7 +13,7 @@ from faqd_lib.suite import Suite
 
 
 def no_training(monkeypatch):
-    monkeypatch.setattr("faqd_lib.suite.train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("faqd_lib.execution.train", lambda *_, **__: pytest.fail("trained again"))
 
 
 def test_finished_runs_are_not_repeated(tiny_suite, monkeypatch, capsys):

@@ -1,13 +1,17 @@
 """Tables and claims from records, without training."""
 
+import json
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 from faqd_lib import claims, experiments, tables
+from faqd_lib.files import canonical_json, text_digest
 from faqd_lib.results import ResultsError
 from faqd_lib.suite import Suite
 
@@ -17,7 +21,12 @@ def suite(tmp_path):
     return Suite.open("quick", "digits", results=tmp_path)
 
 
+IMAGES = 1000
+
+
 def save(suite, config, accuracy, best=None):
+    labels = torch.arange(IMAGES) % 10
+    wrong = torch.arange(IMAGES) >= round(accuracy / 100 * IMAGES)
     suite.store.save(
         config,
         nn.Linear(2, 2),
@@ -25,7 +34,7 @@ def save(suite, config, accuracy, best=None):
         last_accuracy=accuracy,
         best_accuracy=accuracy if best is None else best,
         selected_accuracy=None,
-        test_images=10,
+        test_images=IMAGES,
         parameters=6,
         weight_bytes=24.0,
         cost={
@@ -34,6 +43,8 @@ def save(suite, config, accuracy, best=None):
         },
         environment={"torch": torch.__version__},
         dataset_note="",
+        predictions=torch.where(wrong, (labels + 1) % 10, labels),
+        labels=labels,
     )  # fmt: skip
 
 
@@ -147,22 +158,97 @@ def test_bad_paper_reference_is_refused(tmp_path, text, message):
 # ---- claims
 
 
+def verdict(by_seed, margin=0.0, by_image=None):
+    return claims.Effect.of(by_seed, by_image).verdict(margin)
+
+
 def test_verdict_follows_the_rule():
-    assert claims.verdict([1.0, 1.2, 0.9])[0] == claims.REPRODUCED
-    assert claims.verdict([-1.0, -1.2, -0.9])[0] == claims.NOT_REPRODUCED
-    assert claims.verdict([1.0, -1.2, 0.1])[0] == claims.INCONCLUSIVE
-    assert claims.verdict([5.0, 5.1])[0] == claims.INCONCLUSIVE
-    assert claims.verdict([])[0] == claims.INCONCLUSIVE
-    assert claims.verdict([-0.1, -0.2, -0.1], 0.5)[0] == claims.REPRODUCED
-    assert claims.verdict([-0.1, -0.12, -0.11], 0.0)[0] == claims.NOT_REPRODUCED
+    assert verdict([1.0, 1.2, 0.9]) == claims.REPRODUCED
+    assert verdict([-1.0, -1.2, -0.9]) == claims.NOT_REPRODUCED
+    assert verdict([1.0, -1.2, 0.1]) == claims.INCONCLUSIVE
+    assert verdict([5.0, 5.1]) == claims.INCONCLUSIVE
+    assert verdict([5.0]) == claims.INCONCLUSIVE
+    assert verdict([-0.1, -0.2, -0.1], 0.5) == claims.REPRODUCED
+    assert verdict([-0.1, -0.12, -0.11], 0.0) == claims.NOT_REPRODUCED
 
 
 def test_interval_is_students():
     # mean 2, standard deviation 1, n = 4: half width 3.1824 · 1 / 2
-    _, low, high = claims.verdict([1.0, 2.0, 2.0, 3.0])
+    low, high = claims.Effect.of([1.0, 2.0, 2.0, 3.0]).interval()
     deviation = (2 / 3) ** 0.5
     assert (high + low) / 2 == pytest.approx(2.0)
     assert (high - low) / 2 == pytest.approx(3.182446 * deviation / 2, rel=1e-5)
+
+
+def test_interval_without_seeds_is_that_of_paired_images():
+    by_image = torch.tensor([1.0] * 30 + [-1.0] * 20 + [0.0] * 950)
+    measured = claims.Effect.of([1.0, 1.0, 1.0], by_image)
+    expected = stats.ttest_1samp(100 * by_image.numpy(), 0).confidence_interval(0.95)
+    assert measured.interval() == pytest.approx((expected.low, expected.high))
+    assert verdict([1.0, 1.0, 1.0], 0.0, by_image) == claims.INCONCLUSIVE
+
+
+def test_interval_covers_new_seeds_and_new_images():
+    """Simulated: an effect that differs between seeds and between images, measured on samples of both."""
+    random = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1000):
+        of_seed, of_image = random.normal(0, 0.8, 4), random.normal(0, 0.2, 400)
+        measured = claims.Effect.of(
+            [1.0 + s + 100 * of_image.mean() for s in of_seed], torch.from_numpy(0.01 + of_image)
+        )
+        low, high = measured.interval()
+        covered += low <= 1.0 <= high
+    assert 935 <= covered <= 985
+
+
+def test_seeds_to_settle_are_those_of_a_power_analysis():
+    # One-sample t-test, two-sided 5 %, effect of one standard deviation: 10 observations for a power of 80 %.
+    assert claims.Effect(1.0, 3, 1.0).seeds_to_settle() == "10"
+    assert claims.Effect(0.5, 3, 1.0).seeds_to_settle(margin=0.5) == "10"
+    assert claims.Effect(-1.5, 3, 1.0).seeds_to_settle(margin=0.5) == "10"
+    assert claims.Effect(1.0, 1, float("nan")).seeds_to_settle() == ""
+    assert claims.Effect(0.001, 3, 1.0).seeds_to_settle() == "more than 1000"
+    assert claims.Effect(1.0, 3, 1.0, image_variance=1.0, images=1000).seeds_to_settle() == "never"
+    assert int(claims.Effect(1.0, 3, 1.0, image_variance=0.05, images=1000).seeds_to_settle()) > 10
+
+
+def test_every_cell_names_the_records_behind_it(suite):
+    config = suite.student("FAQD", weight_bits=1)
+    save(suite, config, 80.0)
+    save(suite, suite.student("KD", weight_bits=1), 70.0)
+    before = {table.name: table.frame for table in (claims.table(suite), *tables.all_tables(suite, EMPTY))}
+    behind = [
+        name for name, frame in before.items() if frame.get("runs", pd.Series([""])).str.contains(config.run_id).any()
+    ]
+    assert [name.split("_")[0] for name in behind] == ["claims", "T1", "T3", "T4", "T5"]
+    (suite.store.run_folder(config) / "record.json").unlink()
+    for table in (claims.table(suite), *tables.all_tables(suite, EMPTY)):
+        old, new = before[table.name], table.frame
+        assert config.run_id not in new.to_csv()
+        if table.name.startswith("T5"):
+            assert new.equals(old[old["run"] != config.run_id].reset_index(drop=True))
+            continue
+        touched = old["runs"].str.contains(config.run_id) if "runs" in old else pd.Series(False, index=old.index)
+        assert new[~touched].equals(old[~touched])
+        for column in {"ours, last epoch", "verdict"} & set(new.columns):
+            assert set(new.loc[touched, column]) <= {tables.NOT_RUN}
+
+
+def test_runs_of_a_version_without_predictions_are_compared_by_seeds(tmp_path):
+    suite = Suite.open("quick", "digits", results=tmp_path, seeds=3)
+    for seed in (1, 2, 3):
+        for method, accuracy in (("KD", 70.0), ("FAQD", 75.0)):
+            save(suite, suite.student(method, weight_bits=1, seed=seed), accuracy + seed / 10)
+    record = suite.store.records()[0]
+    path = suite.folder / "runs" / record.run_id / "record.json"
+    content = json.loads(path.read_text())
+    del content["predictions_digest"], content["checksum"]
+    path.write_text(json.dumps(content | {"checksum": text_digest(canonical_json(content))}))
+    assert suite.store.predictions(suite.store.records()[0]) is None
+    table = claims.table(suite)
+    assert "1 runs kept no predictions" in table.caption
+    assert table.frame.iloc[0]["verdict"] == claims.REPRODUCED
 
 
 def test_pairs_are_same_bits_regime_and_seed_and_a_seed_counts_once(tmp_path):

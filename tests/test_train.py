@@ -174,7 +174,7 @@ def test_label_free_runs_are_given_images_without_labels(tiny_suite, monkeypatch
         given.append((learners[0].config.label_free, next(batches.epoch(0)).labels is None))
         return train(learners, batches, *arguments, **options)
 
-    monkeypatch.setattr("faqd_lib.suite.train", watch)
+    monkeypatch.setattr("faqd_lib.execution.train", watch)
     suite = tiny_suite()
     suite.run([suite.student("KD", weight_bits=1), suite.student("KD", labels=True, weight_bits=1)])
     assert sorted(given) == [(False, False), (False, False), (True, True)]
@@ -207,7 +207,7 @@ def test_not_finite_images_of_a_broken_teacher_are_caught(tiny_suite):
     batches = Batches(suite.splits[0].unlabelled(), 16, 0, suite.normalizer)
     teacher = suite.build(suite.teacher()).requires_grad_(False).eval()
     teacher.fc.weight.fill_(math.nan)
-    result = train([suite._learner(config, batches)], batches, teacher, (), {"test": suite.splits[2]})
+    result = train([suite.learner(config, batches)], batches, teacher, (), {"test": suite.splits[2]})
     assert not result.trained
     assert "step 1 of 3" in str(result.failed[config.run_id])
     assert "nan" in str(result.failed[config.run_id])
@@ -243,7 +243,7 @@ def test_activation_steps_are_calibrated_before_and_learned_in_training(tiny_sui
     config = suite.student("KD", weight_bits=1, activation_bits=4, quantization=settings)
     size = config.optimization.batch_size
     batches = Batches(suite.splits[0].unlabelled(), size, config.seed, suite.normalizer, flip=suite.data.flip)
-    started = suite._learner(config, batches).model.state_dict()
+    started = suite.learner(config, batches).model.state_dict()
     fresh = suite.build(config).state_dict()
     suite.run([config])
     steps = [name for name in started if name.endswith("step")]
@@ -294,7 +294,7 @@ def test_adapters_are_trained(tiny_suite):
     config = suite.student("FAQD", weight_bits=1)
     assert config.objective.adapters
     batches = Batches(suite.splits[0].unlabelled(), 16, 0, suite.normalizer)
-    learner = suite._learner(config, batches)
+    learner = suite.learner(config, batches)
     before = copy.deepcopy(learner.objective.state_dict())
     assert [before[f"adapters.{i}.0.weight"].shape[0] for i in range(3)] == [16, 32, 64]
     teacher = suite.build(suite.teacher()).requires_grad_(False).eval()
@@ -314,7 +314,7 @@ def test_the_teacher_is_left_as_it_was(tiny_suite):
     batches = Batches(suite.splits[0].unlabelled(), 16, 0, suite.normalizer)
     teacher = suite.build(suite.teacher()).requires_grad_(False).eval()
     before = copy.deepcopy(teacher.state_dict())
-    learner = suite._learner(suite.student("FAQD", weight_bits=1), batches)
+    learner = suite.learner(suite.student("FAQD", weight_bits=1), batches)
     train([learner], batches, teacher, teacher.feature_names, {"test": suite.splits[2]})
     assert same_bits(teacher.state_dict(), before)
     assert not any(module._forward_hooks for module in (*teacher.modules(), *learner.model.modules()))
@@ -336,6 +336,6 @@ def test_a_label_free_learner_is_kept_blind_among_labelled_batches(tiny_suite):
     digests = []
     for images in (suite.splits[0], suite.splits[0].unlabelled()):
         batches = Batches(images, 16, 0, suite.normalizer)
-        (trained,) = train([suite._learner(config, batches)], batches, teacher, (), {"test": suite.splits[2]}).trained
+        (trained,) = train([suite.learner(config, batches)], batches, teacher, (), {"test": suite.splits[2]}).trained
         digests.append(tensors_digest(trained.model.state_dict()))
     assert digests[0] == digests[1]

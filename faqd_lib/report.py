@@ -1,0 +1,182 @@
+"""The report: tables, figures, verdicts and executed notebooks of a suite as web pages that need no network.
+
+    <suite folder>/report/index.html        everything on one page, figures within it
+                          notebooks/*.html  the executed notebooks
+
+Formulas are MathML, which browsers show by themselves; there are no scripts.
+"""
+
+import base64
+import datetime
+import html
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+import nbformat
+import pandas as pd
+from latex2mathml.converter import convert
+from latex2mathml.exceptions import NoAvailableTokensError
+from markupsafe import Markup
+from nbconvert import HTMLExporter
+from PIL import Image
+from pygments.formatters import HtmlFormatter
+
+from . import claims, tables
+from .files import atomic_write_text, require_writable
+from .plots import RUNS_KEY
+from .progress import clock
+from .results import RunRecord
+from .suite import Suite
+
+# Display formulas first: their dollars come in pairs. Code spans and blocks are left alone.
+_MATHS = re.compile(r"(?P<code>```.*?```|`[^`\n]+`)|\$\$(?P<display>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the report: its file's name without suffix, its bytes as a data address, the runs behind it."""
+
+    name: str
+    address: str
+    width: int
+    runs: list[str]
+
+    @property
+    def title(self) -> str:
+        """``Notebook 02: mean squared error`` for ``02_mean_squared_error``."""
+        number, _, rest = self.name.partition("_")
+        return f"Notebook {number}: {rest.replace('_', ' ')}" if number.isdigit() and rest else self.name
+
+    @classmethod
+    def read(cls, path: Path) -> "Picture":
+        """Read a PNG that :func:`faqd_lib.plots.save` wrote."""
+        with Image.open(path) as image:
+            runs, width = image.info.get(RUNS_KEY, ""), image.width
+        data = base64.b64encode(path.read_bytes()).decode("ascii")
+        return cls(path.stem, f"data:image/png;base64,{data}", width, runs.split())
+
+
+def write_report(suite: Suite) -> Path:
+    """Write the report of everything that lies in the suite's folder; returns the path of ``index.html``.
+
+    Raises:
+        ResultsError: a record or the file of the paper's values is damaged; see :mod:`faqd_lib.tables`.
+    """
+    folder = require_writable(suite.folder / "report")
+    environment = _templates()
+    pages = []
+    for copy in sorted((suite.folder / "notebooks").glob("*.ipynb")):
+        page = environment.get_template("notebook.html").render(
+            title=copy.stem.replace("_", " "), body=notebook_html(copy), code_style=Markup(_code_style())
+        )
+        pages.append(atomic_write_text(folder / "notebooks" / f"{copy.stem}.html", page))
+    records = suite.store.records()
+    verdicts = claims.table(suite)
+    shown = [_shown(table) for table in tables.all_tables(suite)]
+    text = environment.get_template("report.html").render(
+        suite=suite,
+        written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        finished=_span(record.finished[:10] for record in records),
+        claims=_shown(verdicts),
+        verdicts=verdicts.frame.to_dict("records"),
+        rule=claims.__doc__.partition("\n\n")[2],
+        tables=shown,
+        pictures=[Picture.read(path) for path in sorted((suite.folder / "figures").glob("*.png"))],
+        environments=_environments(records),
+        seconds=clock(sum(record.cost["training_seconds"] for record in records)),
+        runs=len(records),
+        notebooks=[(page.stem.replace("_", " "), f"notebooks/{page.name}") for page in pages],
+    )
+    return atomic_write_text(folder / "index.html", text)
+
+
+def _template(name: str) -> str:
+    return (resources.files(__package__) / "templates" / name).read_text("utf-8")
+
+
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_template),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.globals["style"] = Markup(_template("style.css"))
+    return environment
+
+
+def _span(dates: Iterable[str]) -> str:
+    found = sorted(set(dates))
+    return "" if not found else found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def _environments(records: Sequence[RunRecord]) -> list[dict[str, object]]:
+    """What the runs were trained with: each setting once, with its values."""
+    frame = pd.DataFrame([record.environment for record in records])
+    return [
+        {"what": column, "values": ", ".join(sorted(map(str, frame[column].dropna().unique())))} for column in frame
+    ]
+
+
+# ---- tables
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A table as HTML: what to read first, all rows, and the runs behind it."""
+
+    name: str
+    title: str
+    caption: str
+    overview: Markup | None
+    rows: Markup
+    runs: list[str]
+
+
+def _shown(table: tables.Table) -> Shown:
+    overview = None if table.overview is None else _html(table.overview)
+    return Shown(table.name, table.title, table.caption, overview, _html(table.readable), table.runs)
+
+
+def _html(frame: pd.DataFrame) -> Markup:
+    return Markup(frame.to_html(index=False, border=0, escape=True, na_rep=""))
+
+
+# ---- notebooks
+
+
+def mathml(latex: str, display: bool) -> str:
+    """A formula as MathML; what cannot be converted stays as it was written, in a code span."""
+    try:
+        return convert(latex.strip(), display="block" if display else "inline")
+    except (NoAvailableTokensError, IndexError, ValueError):
+        return f"<code>{html.escape(latex)}</code>"
+
+
+def notebook_html(path: Path) -> Markup:
+    """An executed notebook's cells and outputs as HTML."""
+    notebook = nbformat.read(path, as_version=4)
+    formulas: list[str] = []
+
+    def keep(match: re.Match) -> str:
+        if match["code"]:
+            return match["code"]
+        formulas.append(mathml(match["display"] or match["inline"], display=bool(match["display"])))
+        return f"FORMULA{len(formulas) - 1}E"  # no Markdown in it; the formula comes back below
+
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _MATHS.sub(keep, cell.source)
+    exporter = HTMLExporter(template_name="basic", embed_images=True, exclude_output_prompt=True)
+    exporter.exclude_anchor_links = True
+    body, _ = exporter.from_notebook_node(notebook)
+    return Markup(re.sub(r"FORMULA(\d+)E", lambda match: formulas[int(match[1])], body))
+
+
+def _code_style() -> str:
+    return HtmlFormatter(style="friendly").get_style_defs(".highlight")

@@ -7,10 +7,14 @@ cell after it calls :func:`start` with all of them.
 import ast
 import difflib
 import os
+from collections.abc import Callable
 
+import ipywidgets
 from IPython import get_ipython
+from matplotlib.figure import Figure
 
 from .config import ConfigurationError
+from .progress import headless
 from .suite import Suite
 
 INJECTED_HEAD = "# Parameters"  # the first line of the cell that papermill injects
@@ -71,3 +75,30 @@ def check_injected(known: set[str]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ConfigurationError(f"unknown parameter {name!r}{hint} This notebook has: {', '.join(sorted(known))}")
+
+
+def explore(draw: Callable[..., Figure], **controls: ipywidgets.ValueWidget) -> ipywidgets.Widget | Figure:
+    """A figure under controls that redraw it; where nobody watches (run headless), the figure alone, as they stand.
+
+    Args:
+        draw: makes the figure from the controls' values, given by name.
+        controls: widgets; see :func:`slider` and :func:`choice`.
+    """
+    if headless():
+        return draw(**{name: control.value for name, control in controls.items()})
+    shown = ipywidgets.interactive(draw, **controls)
+    shown.children = (ipywidgets.HBox(shown.children[:-1], layout={"flex_flow": "row wrap"}), shown.children[-1])
+    return shown
+
+
+def slider(label: str, low: float, high: float, start: float, step: float | None = None) -> ipywidgets.ValueWidget:
+    """A slider over whole numbers, or with ``step`` over others; it acts when it is let go."""
+    look = {"description": label, "continuous_update": False, "style": {"description_width": "initial"}}
+    if step is None:
+        return ipywidgets.IntSlider(start, low, high, **look)
+    return ipywidgets.FloatSlider(start, min=low, max=high, step=step, **look)
+
+
+def choice(label: str, options: list[str]) -> ipywidgets.ValueWidget:
+    """A menu; the first option is chosen at first."""
+    return ipywidgets.Dropdown(options=options, description=label, style={"description_width": "initial"})

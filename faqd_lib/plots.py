@@ -283,6 +283,30 @@ def scaling(
 # Quantizers
 
 
+def convergence(frame: pd.DataFrame, exact: float, deviation: float) -> Figure:
+    """Running means of independent estimates against how many there are, around the exact value.
+
+    Args:
+        frame: columns ``k``, ``estimate`` and ``draw``, one line for each value of the last.
+        exact: what is estimated.
+        deviation: standard deviation of one estimate; the band is the exact value ± deviation/√k.
+    """
+    _require(frame, "k", "estimate", "draw")
+    colours = sns.color_palette(PALETTE)
+    with _figure(height=3.8) as (figure, (axis,)):
+        k = frame["k"].drop_duplicates().sort_values()
+        half = deviation / k**0.5
+        axis.fill_between(k, exact - half, exact + half, color="0.85", label="± one standard deviation, theory")
+        for index, (_, line) in enumerate(frame.groupby("draw", sort=False)):
+            axis.plot(line["k"], line["estimate"], linewidth=1.3, color=colours[index % len(colours)])
+        axis.axhline(exact, color="black", linewidth=1.4, linestyle="--", label="exact affinity loss")
+        axis.set(xscale="log", xlabel="projections $k$", ylabel="mean of $k$ estimates", xlim=(k.min(), k.max()))
+        axis.set_ylim(max(0.0, exact - 2.5 * deviation), exact + 2.5 * deviation)
+        _readable_decades(axis.xaxis, k)
+        axis.legend(fontsize="small", loc="upper right")
+        return figure
+
+
 def _bits_title(bits: int | str) -> str:
     return bits if isinstance(bits, str) else BITS_NAMES.get(bits, f"{bits} bits").replace("\n", " ")
 

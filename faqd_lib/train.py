@@ -85,8 +85,11 @@ class Learner:
         self.watch, self.loss_watch = Stopwatch(device), Stopwatch(device)
         self.data_seconds = self.teacher_seconds = 0.0  # its share of what the cohort has in common
         self.peak_bytes = 0
-        self._terms: list[dict[str, torch.Tensor]] = []
-        self._checked = 0
+        # The epoch's loss terms, a row a term and a column a step, in one piece of memory: a few small tensors kept at
+        # every step would lie between the large ones and keep the heap from using their room again.
+        self._names: list[str] = []
+        self._terms = torch.empty(0, steps_per_epoch, device=device)
+        self._filled = self._checked = 0
 
     def step(
         self,
@@ -119,30 +122,39 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         terms["total"].backward()
         terms["gradient_norm"] = nn.utils.clip_grad_norm_(self.parameters, o.clip_norm)
-        self._terms.append({name: term.detach() for name, term in terms.items()})
-        if len(self._terms) - self._checked >= CHECK_EVERY.get(images.device.type, CHECK_EVERY_ELSEWHERE):
+        self._note(terms)
+        if self._filled - self._checked >= CHECK_EVERY.get(images.device.type, CHECK_EVERY_ELSEWHERE):
             self._check(epoch)
         blend(self.model, self.config.quantization.blending)
         self.optimizer.step()
         self.tap.clear()
 
+    def _note(self, terms: Mapping[str, torch.Tensor]) -> None:
+        new = not self._names
+        self._names = self._names or list(terms)
+        values = torch.stack([terms[name].detach() for name in self._names])
+        if new:
+            self._terms = values.new_empty(len(values), self.steps_per_epoch)
+        self._terms[:, self._filled] = values
+        self._filled += 1
+
     def _check(self, epoch: int) -> None:
-        for offset, terms in enumerate(self._terms[self._checked :], start=self._checked):
-            values = {name: float(term) for name, term in terms.items()}
-            if not all(map(math.isfinite, values.values())):
-                listed = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
+        columns = self._terms[:, self._checked : self._filled].T.tolist()
+        for offset, values in enumerate(columns, start=self._checked):
+            if not all(map(math.isfinite, values)):
+                listed = ", ".join(f"{name} {value:.6g}" for name, value in zip(self._names, values, strict=True))
                 raise NonFiniteLossError(
                     f"{self.config.run_id}: the loss is not finite in epoch {epoch + 1}, step {offset + 1} of "
                     f"{self.steps_per_epoch} ({listed}). Lower the learning rate or the weight of the largest term."
                 )
-        self._checked = len(self._terms)
+        self._checked = self._filled
 
     def end_epoch(self, epoch: int, evaluations: "dict[str, Evaluation]") -> None:
         """Append the epoch's mean loss terms and its evaluations."""
         self._check(epoch)
         row: dict[str, float] = {"epoch": epoch + 1}
-        for name in self._terms[0] if self._terms else ():
-            row[name if name != "total" else "loss"] = float(torch.stack([t[name] for t in self._terms]).mean())
+        for name, values in self._epoch_terms().items():
+            row[name if name != "total" else "loss"] = float(values.mean())
         for split, (accuracy, cross_entropy, _) in evaluations.items():
             if not math.isfinite(cross_entropy):
                 raise NonFiniteLossError(
@@ -153,8 +165,11 @@ class Learner:
         self.history.append(row)
         self.predictions = evaluations["test"].predictions
         self.watch.read(), self.loss_watch.read()  # once an epoch the host waits for the device anyway
-        self._terms.clear()
-        self._checked = 0
+        self._filled = self._checked = 0
+
+    def _epoch_terms(self) -> dict[str, torch.Tensor]:
+        """Loss terms of the steps of this epoch so far, by name."""
+        return dict(zip(self._names, self._terms[:, : self._filled].unbind(), strict=True)) if self._filled else {}
 
     def _momentum(self) -> dict[str, torch.Tensor]:
         buffers = (self.optimizer.state[parameter].get("momentum_buffer") for parameter in self.parameters)
@@ -168,8 +183,7 @@ class Learner:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
         tensors |= self._momentum()
-        for name in self._terms[0] if self._terms else ():
-            tensors[f"terms.{name}"] = torch.stack([terms[name] for terms in self._terms])
+        tensors |= {f"terms.{name}": values for name, values in self._epoch_terms().items()}
         for name, watch in (("step", self.watch), ("loss", self.loss_watch)):
             tensors[f"seconds.{name}"] = torch.tensor(watch.read(), dtype=torch.float64)
         facts = {
@@ -190,8 +204,10 @@ class Learner:
             parameter = self.parameters[int(index)]
             self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
         device = next(self.model.parameters()).device
-        terms = {name: values.to(device).unbind() for name, values in parts.get("terms", {}).items()}
-        self._terms = [dict(zip(terms, values, strict=True)) for values in zip(*terms.values(), strict=True)]
+        self._names, self._filled = [], 0
+        kept = {name: values.to(device) for name, values in parts.get("terms", {}).items()}
+        for step in range(max(map(len, kept.values()), default=0)):
+            self._note({name: values[step] for name, values in kept.items()})
         self.watch.seconds, self.loss_watch.seconds = (parts["seconds"][name].tolist() for name in ("step", "loss"))
         self.steps, self._checked, self.peak_bytes = facts["steps"], facts["checked"], facts["peak_bytes"]
         self.history = [dict(row) for row in facts["history"]]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import os
 import pickle
 import shutil
@@ -253,6 +254,44 @@ def test_truncated_archive_is_named(root, write_cifar, monkeypatch):
     assert str(path) in told
     assert "truncated" in told
     assert "fetch it again" in told
+
+
+class Malice:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+def test_a_malicious_batch_is_not_unpickled(root, write_cifar, tmp_path):
+    victim = write_cifar(root, "cifar10") / "data_batch_1"
+    victim.write_bytes(pickle.dumps(Malice(tmp_path / "executed")))
+    assert str(victim) in message(lambda: load("cifar10", root))
+    assert not (tmp_path / "executed").exists()
+    pickle.loads(victim.read_bytes())  # noqa: S301 - what would have happened
+    assert (tmp_path / "executed").exists()
+
+
+def test_an_archive_with_paths_outside_its_folder_is_not_unpacked(root, write_cifar, monkeypatch, tmp_path):
+    path = archive(root, write_cifar(root, "cifar10"), monkeypatch)
+    with tarfile.open(path, "w:gz") as tar:
+        member = tarfile.TarInfo("../../escaped")
+        member.size = 4
+        tar.addfile(member, io.BytesIO(b"evil"))
+    assert str(path) in message(lambda: load("cifar10", root))
+    assert not list(tmp_path.rglob("escaped"))
+
+
+def test_a_tiny_imagenet_archive_is_only_read(root, tmp_path):
+    path = root / "tiny-imagenet-200.zip"
+    with zipfile.ZipFile(path, "w") as target:
+        target.writestr("tiny-imagenet-200/../../escaped", b"evil")
+        target.writestr("tiny-imagenet-200/wnids.txt", "n1")
+    assert str(path) in message(lambda: load("tiny-imagenet", root))
+    assert not list(tmp_path.rglob("escaped"))
 
 
 def test_cifar_has_one_size(root, write_cifar):

@@ -230,3 +230,16 @@ def test_record_is_readable_without_its_weights(store, run_config, saved):
     record = store.record(run_config)
     assert isinstance(record.configuration, RunConfig)
     assert record.finished.endswith("+00:00")
+
+
+def test_record_of_200_epochs_is_small(store, run_config, saved):
+    row = {
+        name: 1.2345678901234567
+        for name in ("loss", "logit", "affinity", "label", "gradient_norm", "test_accuracy", "test_cross_entropy",
+                     "validation_accuracy", "validation_cross_entropy")
+    }  # fmt: skip
+    history = [{"epoch": epoch, **row} for epoch in range(1, 201)]
+    path = store.run_folder(run_config) / "record.json"
+    path.unlink()
+    store.save(run_config, saved[1], **fields(history=history, **accuracies(history)))
+    assert path.stat().st_size < 200_000

@@ -9,6 +9,7 @@ import time
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 from series_runs import NOTEBOOKS, digests, environment, has_accuracy, run
 
@@ -107,3 +108,35 @@ def test_killed_in_the_middle_it_continues_to_the_same_weights_and_tables(whole_
     for interrupted, whole in zip(*found, strict=True):
         pd.testing.assert_frame_equal(interrupted, whole)
     assert sum(map(has_accuracy, found[0][0].astype(str).to_numpy().flat)) >= 6
+
+
+def test_an_interrupted_kernel_is_reported_and_the_next_call_completes(whole_series, tmp_path):
+    _, suite, _ = whole_series
+    command = [sys.executable, "-m", "faqd_lib.series", "smoke", "--dataset", "digits", "--only", "08"]
+    command += ["--results", str(tmp_path / "results")]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(tmp_path / "cache"), stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 900
+    while not digests(tmp_path / "results") and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    kernels = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "ipykernel_launcher" in child.cmdline()
+    ]
+    assert len(kernels) == 1
+    kernels[0].send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode == 1
+    assert "08_fa_against_ffa.ipynb, cell" in errors
+    assert "KeyboardInterrupt" in errors
+    kept = digests(tmp_path / "results")
+    assert kept
+    done = run(command[3:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    finished = digests(tmp_path / "results")
+    assert len(finished) > len(kept)
+    assert kept.items() <= finished.items()
+    assert finished.items() <= digests(suite.parent).items()

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import math
 
 import pytest
@@ -318,6 +319,25 @@ def test_the_teacher_is_left_as_it_was(tiny_suite):
     train([learner], batches, teacher, teacher.feature_names, {"test": suite.splits[2]})
     assert same_bits(teacher.state_dict(), before)
     assert not any(module._forward_hooks for module in (*teacher.modules(), *learner.model.modules()))
+
+
+def test_a_step_leaves_no_tensor_behind(tiny_suite):
+    """Small tensors kept at every step pinned the heap: 100 MB more every 40 steps."""
+    suite = tiny_suite()
+    batches = Batches(suite.splits[0].unlabelled(), 16, 0, suite.normalizer)
+    teacher = suite.build(suite.teacher()).requires_grad_(False).eval()
+    learner = suite.learner(suite.student("FAQD", weight_bits=1), batches)
+    alive = []
+
+    def count() -> bool:
+        gc.collect()
+        alive.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+        return False
+
+    train([learner], batches, teacher, teacher.feature_names, {"test": suite.splits[2]}, checkpoint_due=count)
+    assert len(alive) == 6
+    assert alive[1] == alive[2]  # within an epoch
+    assert alive[4] == alive[5]
 
 
 def test_cost_is_measured(tiny_suite):

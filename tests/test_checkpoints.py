@@ -15,13 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from faqd_lib import execution
-from faqd_lib import suite as suite_module
 from faqd_lib.checkpoints import NAMES, CheckpointWarning, Facts, every, read_checkpoint, write_checkpoint
 from faqd_lib.config import RunConfig
 from faqd_lib.files import project_root
 from faqd_lib.results import RunStore
 from faqd_lib.suite import Suite
 
+FINISHED = {"record.json", "weights.safetensors", "predictions.safetensors"}
 FACTS = Facts(
     digest="a" * 64, steps=3, checked=1, history=[{"epoch": 1, "loss": 0.1}], peak_bytes=5, data_seconds=0.25,
     teacher_seconds=0.5, environment={"torch": "2", "threads": 1},
@@ -211,7 +211,7 @@ def test_interrupted_anywhere_it_ends_with_the_same_bits(monkeypatch, expected, 
     assert "goes on from its checkpoint after step" in capsys.readouterr().out
     assert outcome(begun) == expected
     left = [path.name for path in begun.folder.glob("runs/*/*")]
-    assert set(left) == {"record.json", "weights.safetensors"}
+    assert set(left) == FINISHED
 
 
 def test_what_killed_processes_left_is_removed(monkeypatch, begun):
@@ -228,7 +228,7 @@ def test_what_killed_processes_left_is_removed(monkeypatch, begun):
     begun.run(wanted(begun))
     for config in (finished, unfinished):
         left = [path.name for path in begun.store.run_folder(config).iterdir()]
-        assert set(left) == {"record.json", "weights.safetensors"}
+        assert set(left) == FINISHED
     assert (begun.store.run_folder(other) / half).exists()
 
 
@@ -278,7 +278,7 @@ def test_progress_and_cost_know_of_what_was_done_before(monkeypatch, begun, caps
 
 def test_another_environment_is_named(monkeypatch, begun):
     interrupt(monkeypatch, begun, 5)
-    monkeypatch.setattr(suite_module, "environment", lambda device: {"torch": "9.9", "threads": 7, "processor": "?"})
+    monkeypatch.setattr(execution, "environment", lambda device: {"torch": "9.9", "threads": 7, "processor": "?"})
     with pytest.warns(CheckpointWarning, match=r"another environment.*now.*other last bits"):
         begun.run(wanted(begun))
 

@@ -67,7 +67,11 @@ def test_record_and_weights_come_back_the_same(store, run_config, saved):
     again = store.load_weights(run_config, quantize(build_model("resnet8", 3, seed=6), 2))
     state = model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
-    assert sorted(p.name for p in store.run_folder(run_config).iterdir()) == ["record.json", "weights.safetensors"]
+    kept = store.predictions(record)
+    assert kept["predicted"].tolist() == [i % 5 for i in range(24)]
+    assert kept["label"].tolist() == [i % 4 for i in range(24)]
+    names = sorted(p.name for p in store.run_folder(run_config).iterdir())
+    assert names == ["predictions.safetensors", "record.json", "weights.safetensors"]
     # JSON that any other program reads, too: no NaN, no pickle.
     content = json.loads((store.run_folder(run_config) / "record.json").read_text("utf-8"))
     assert content["last_accuracy"] == 45.0
@@ -196,7 +200,7 @@ def test_a_failing_save_leaves_the_finished_run(store, run_config, saved, monkey
     monkeypatch.undo()
     assert store.record(run_config) == saved[0]
     store.load_weights(run_config, quantize(build_model("resnet8", 3), 2))
-    assert len(list(store.run_folder(run_config).iterdir())) == 2
+    assert len(list(store.run_folder(run_config).iterdir())) == 3
 
 
 def test_unwritable_results_are_named(tmp_path, run_config, saved):

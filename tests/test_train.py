@@ -17,7 +17,15 @@ from faqd_lib.quantize import dequantize
 from faqd_lib.results import RunRecord
 from faqd_lib.suite import Suite
 from faqd_lib.tables import runs_frame
-from faqd_lib.train import NonFiniteLossError, evaluate, learning_rate, precision_that_pays, projection_seed, train
+from faqd_lib.train import (
+    Evaluation,
+    NonFiniteLossError,
+    evaluate,
+    learning_rate,
+    precision_that_pays,
+    projection_seed,
+    train,
+)
 
 
 def weights(suite: Suite, config: RunConfig) -> dict[str, torch.Tensor]:
@@ -65,10 +73,11 @@ def test_evaluate_by_hand(tiny_suite):
     suite = tiny_suite()
     model = suite.build(suite.float_student()).train()
     images = suite.splits[2]
-    accuracy, cross_entropy = evaluate(model, images, suite.normalizer, batch_size=7)
+    accuracy, cross_entropy, predictions = evaluate(model, images, suite.normalizer, batch_size=7)
     assert model.training
     with torch.no_grad():
         logits = model.eval()(suite.normalizer(images.pixels))
+    assert torch.equal(predictions, logits.argmax(1))
     assert accuracy == pytest.approx(100 * (logits.argmax(1) == images.labels).double().mean().item())
     assert cross_entropy == pytest.approx(F.cross_entropy(logits, images.labels).item(), rel=1e-5)
 
@@ -215,7 +224,7 @@ def test_not_finite_images_of_a_broken_teacher_are_caught(tiny_suite):
 
 
 def test_not_finite_evaluation_does_not_pass_for_a_result(tiny_suite, monkeypatch):
-    monkeypatch.setattr("faqd_lib.train.evaluate", lambda *_: (10.0, math.nan))
+    monkeypatch.setattr("faqd_lib.train.evaluate", lambda *_: Evaluation(10.0, math.nan, torch.zeros(1)))
     suite = tiny_suite()
     with pytest.raises(ArithmeticError):
         suite.run([suite.float_student()])

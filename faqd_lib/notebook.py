@@ -86,7 +86,7 @@ def explore(draw: Callable[..., Figure], **controls: ipywidgets.ValueWidget) -> 
     """
     if headless():
         return draw(**{name: control.value for name, control in controls.items()})
-    shown = ipywidgets.interactive(draw, **controls)
+    shown = ipywidgets.interactive(draw, {"auto_display": True}, **controls)
     shown.children = (ipywidgets.HBox(shown.children[:-1], layout={"flex_flow": "row wrap"}), shown.children[-1])
     return shown
 

@@ -25,7 +25,12 @@ pytestmark = [
 ]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
-SMOKE = ("smoke", "digits")
+# All cells are kept in the page, and nothing is asked of the network.
+SETTINGS = {
+    "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": '{"windowingMode": "none"}',
+    "@jupyterlab/apputils-extension/notification.jupyterlab-settings":
+        '{"fetchNews": "false", "checkForUpdates": false}',
+}  # fmt: skip
 PATIENCE = 900  # seconds for a notebook: only to catch one that hangs
 
 
@@ -52,7 +57,12 @@ def lab(tmp_path_factory):
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ServerApp.port=0",
                f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder / 'work'}"]  # fmt: skip
     settings = environment(folder / "cache") | {"FAQD_RESULTS": str(folder / "results"), "JUPYTER_PREFER_ENV_PATH": "1"}
-    settings |= {"JUPYTER_CONFIG_DIR": str(folder / "config"), "JUPYTER_RUNTIME_DIR": str(folder / "runtime")}
+    settings |= {
+        name: str(folder / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR")
+    }
+    for place, text in SETTINGS.items():
+        (folder / "JUPYTERLAB_SETTINGS_DIR" / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "JUPYTERLAB_SETTINGS_DIR" / place).write_text(text)
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=folder, env=settings, stdout=out, stderr=subprocess.STDOUT)
     try:
@@ -81,13 +91,11 @@ def picture(page, name: str) -> None:
 def open_and_run(browser, lab, path: Path):
     address, folder, token = lab
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
-    page.goto(f"{address}lab/tree/{path.name}?token={token}")
+    page.goto(f"{address}lab/workspaces/{path.stem}/tree/{path.name}?token={token}")  # no other one open in it
     page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=120_000)
-    page.locator(
-        ".jp-NotebookPanel-toolbar [data-status='idle'], .jp-Notebook-ExecutionIndicator[data-status='idle']"
-    ).first.wait_for(timeout=120_000)
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=120_000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    page.locator('li[data-command="runmenu:run-all"]').click()
 
     def done():
         page.keyboard.press("Control+s")

@@ -5,10 +5,12 @@ share their batches, their teacher and the test images, so they are not independ
 test accuracy (percentage points) are averaged, and each seed counts once. d is the mean over n seeds.
 
 Its 95 % confidence interval is for other seeds and other test images of the same kind. The variance of d is
-s²/n + v²/N: s² the variance of the seeds' differences, v² that of an image's difference (right on one side, wrong on
-the other, averaged over pairs and seeds; both sides saw the same N images), with Student's t at the degrees of freedom
-of Welch and Satterthwaite. Runs of a version that did not keep its predictions are compared without the second term,
-and the caption says so. With the claim's margin m (0 for "better", 0.5 for "as good as"):
+s²/n + v²/N: s² the variance of the seeds' differences, v² the part of the variance between images that all seeds share
+(an image's difference: right on one side, wrong on the other, averaged over pairs; both sides saw the same N images).
+v² is estimated as in a two-way analysis of variance, seeds × images, from the mean squares of images less that of the
+interaction, which s² holds already; Student's t has the degrees of freedom of Welch and Satterthwaite. Runs of a
+version that did not keep its predictions are compared without the second term, and the caption says so. With the
+claim's margin m (0 for "better", 0.5 for "as good as"):
 
     reproduced       if the whole interval lies above −m
     not reproduced   if the whole interval lies below −m
@@ -150,12 +152,17 @@ class Effect:
 
     @classmethod
     def of(cls, by_seed: Sequence[float], by_image: torch.Tensor | None = None) -> "Effect":
-        """From one difference a seed (percentage points) and one an image (N,), between −1 and 1."""
+        """From one difference a seed (percentage points) and one a seed and image (n, N), between −1 and 1."""
         series = pd.Series(by_seed, dtype=float)
-        if by_image is None:
-            return cls(float(series.mean()), len(series), float(series.var(ddof=1)))
-        variance = 100**2 * float(by_image.double().var()) / len(by_image)
-        return cls(float(series.mean()), len(series), float(series.var(ddof=1)), variance, len(by_image))
+        mean, variance = float(series.mean()), float(series.var(ddof=1))
+        if by_image is None or len(series) < 2:
+            return cls(mean, len(series), variance)
+        cells, (n, count) = 100 * by_image.double(), by_image.shape
+        of_images = cells.mean(0)
+        rest = cells - cells.mean(1, keepdim=True) - of_images + cells.mean()
+        interaction = rest.square().sum() / ((n - 1) * (count - 1))
+        shared = float((of_images.var() - interaction / n).clamp_min(0))
+        return cls(mean, n, variance, shared / count, count)
 
     def _error(self, seeds: int) -> tuple[float, float]:
         """(standard error, degrees of freedom) with that many seeds."""
@@ -226,7 +233,7 @@ def effect(pairs: pd.DataFrame, right: Mapping[str, torch.Tensor | None]) -> Eff
         torch.stack([right[row.run].double() - right[row.other].double() for row in group.itertuples()]).mean(0)
         for _, group in pairs.groupby("seed")
     ]
-    return Effect.of(by_seed, torch.stack(of_seed).mean(0))
+    return Effect.of(by_seed, torch.stack(of_seed))
 
 
 def table(suite: Suite) -> Table:

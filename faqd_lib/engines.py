@@ -10,9 +10,10 @@ A run's bits depend on its configuration, the machine and the number of threads,
 import math
 import os
 import socket
+import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 
 from . import planning
 from .config import RunConfig
-from .execution import Workplace, train_here, units
+from .execution import Workplace, train_here
 from .progress import Reports
 
 ENGINES = ("local", "ray")
@@ -48,15 +49,21 @@ def chosen_engine() -> Engine:
     if name == "local":
         return train_here
     gpus = _number("FAQD_RAY_GPUS", 0.25 if torch.cuda.is_available() else 0.0)
-    return RayEngine(os.environ.get("FAQD_RAY_ADDRESS") or None, round(_number("FAQD_RAY_CPUS", 1)), gpus)
+    cpus = _number("FAQD_RAY_CPUS", 1)
+    if cpus != int(cpus):
+        raise EngineError(f"FAQD_RAY_CPUS must be a whole number, got {cpus:g}")
+    return RayEngine(os.environ.get("FAQD_RAY_ADDRESS") or None, int(cpus), gpus)
 
 
 def _number(variable: str, default: float) -> float:
     text = os.environ.get(variable) or str(default)
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise EngineError(f"{variable} must be a number, got {text!r}") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise EngineError(f"{variable} must be a number, got {text!r}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,8 @@ class RayEngine:
             raise EngineError("the engine ray needs Ray: pip install 'faqd[ray]' in this environment") from error
         if ray.is_initialized():
             return ray
+        # Ray counts workers that it stopped for want of memory apart, and would try them again without end.
+        os.environ.setdefault("RAY_task_oom_retries", str(_RETRIES))
         own = {} if self.address else {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
         try:
             ray.init(self.address or "local", log_to_driver=False, logging_level="error", **own)
@@ -109,7 +118,8 @@ class RayEngine:
 
         Raises:
             EngineError: there is no room for a worker, a worker cannot work, or one died too often.
-            Exception: what a worker raised; all other cohorts are finished and saved by then.
+            Exception: what a worker raised; all other cohorts are finished and saved by then, but for those that a
+                note of the exception names.
         """
         if (suite.device.type == "cuda") != (self.gpus > 0):
             raise EngineError(
@@ -119,7 +129,7 @@ class RayEngine:
         ray = self.connect()
         from ray.util.queue import Queue
 
-        cohorts = planning.cohorts(wave, self._cohort_size(ray.cluster_resources(), suite.profile.cohort, len(wave)))
+        cohorts = planning.cohorts(wave, self._cohort_size(ray.nodes(), suite.profile.cohort, len(wave)))
         work = ray.remote(_train_there).options(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=_RETRIES)
         passed_on = {n: str(Path(os.environ[n]).expanduser().resolve()) for n in _PASSED_ON if os.environ.get(n)}
         queue = Queue(actor_options={"num_cpus": 0})
@@ -133,43 +143,80 @@ class RayEngine:
             for task in tasks:
                 ray.cancel(task, force=True)  # no more than a word if it is done
             queue.shutdown(force=True)
-        for cohort, error in failures:
+        for cohort, error in failures[:1]:
+            for other, what in failures[1:]:
+                error.add_note(f"{other[0].run_id} failed, too: {_first_line(what)}")
             cause = getattr(error, "cause", None)
             if isinstance(cause, Exception):  # raised by the work itself
+                for note in getattr(error, "__notes__", ()):
+                    cause.add_note(note)
                 raise cause from error
             raise EngineError(
                 f"the worker that trained {cohort[0].run_id} died, and so did {_RETRIES} after it, most likely for "
                 "want of memory. Finished runs are kept: call again to go on, with fewer workers at a time "
-                f"(--cpus-per-run) or a smaller cohort. Ray says: {str(error).strip().partition(chr(10))[0]}"
+                f"(--cpus-per-run) or a smaller cohort. Ray says: {_first_line(error)}"
             ) from error
+        _wait_for_records(suite, wave)
 
-    def _cohort_size(self, resources: dict[str, float], largest: int, runs: int) -> int:
+    def _cohort_size(self, nodes: list[dict[str, Any]], largest: int, runs: int) -> int:
         """As large as the suite allows, but so that every worker has something to do."""
-        slots = int(resources.get("CPU", 0) // self.cpus)
-        if self.gpus:
-            slots = min(slots, int(resources.get("GPU", 0) // self.gpus))
+        machines = [node["Resources"] for node in nodes if node["Alive"]]
+        slots = sum(self._slots(machine.get("CPU", 0), machine.get("GPU", 0)) for machine in machines)
         if slots < 1:
+            there = ", ".join(
+                f"{machine.get('CPU', 0):g} CPUs and {machine.get('GPU', 0):g} GPUs" for machine in machines
+            )
             raise EngineError(
-                f"the cluster has {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs: no room for a "
-                f"worker with {self.cpus} and {self.gpus:g}"
+                f"no room for a worker with {self.cpus} CPUs and {self.gpus:g} GPUs: machines have {there}"
             )
         return max(1, min(largest, math.ceil(runs / slots)))
+
+    def _slots(self, cpus: float, gpus: float) -> int:
+        """How many workers one machine has room for."""
+        slots = int(cpus // self.cpus)
+        if self.gpus >= 1:
+            return min(slots, int(gpus // self.gpus))
+        if self.gpus > 0:
+            return min(slots, int(gpus) * int(1 / self.gpus + 1e-9))  # a part is a part of one GPU
+        return slots
 
 
 def _follow(ray: Any, tasks: dict, queue: Any, progress: Reports) -> list[tuple[list[RunConfig], Exception]]:
     """Wait for all tasks, show what they report; give what failed."""
     pending, failures = list(tasks), []
+    reported: dict[str, float] = {}  # units, by the label of a cohort
     while pending:
         done, pending = ray.wait(pending, timeout=_POLL)
+        for label, method, *arguments in queue.get_nowait_batch(queue.size()):
+            if method == "begin":  # its worker died before: what is skipped and advanced again must not count twice
+                progress.skip(-reported.get(label, 0))
+                reported[label] = 0
+                continue
+            if method in ("advance", "skip"):
+                reported[label] += arguments[0]
+            getattr(progress, method)(*arguments)
         for task in done:
             try:
                 ray.get(task)
             except ray.exceptions.RayError as error:
                 failures.append((tasks[task], error))
-                progress.skip(sum(map(units, tasks[task])))
-        for method, *arguments in queue.get_nowait_batch(queue.size()):
-            getattr(progress, method)(*arguments)
     return failures
+
+
+def _wait_for_records(suite: Workplace, wave: Sequence[RunConfig], seconds: float = 60) -> None:
+    """File systems of networks show new files late."""
+    deadline = time.monotonic() + seconds
+    while missing := [config for config in wave if suite.store.record(config) is None]:
+        if time.monotonic() > deadline:
+            raise EngineError(
+                f"a worker finished {missing[0].run_id}, but its record does not appear in {suite.folder}: with Ray on "
+                "several machines that folder must be on a file system that all of them share (--results)"
+            )
+        time.sleep(_POLL)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 # ---- in the worker
@@ -186,13 +233,13 @@ class _Wire:
         return self.label
 
     def advance(self, units: float, text: str) -> None:
-        self.queue.put(("advance", units, text))
+        self.queue.put((self.label, "advance", units, text))
 
     def skip(self, units: float) -> None:
-        self.queue.put(("skip", units))
+        self.queue.put((self.label, "skip", units))
 
     def say(self, text: str) -> None:
-        self.queue.put(("say", text))
+        self.queue.put((self.label, "say", text))
 
 
 def _train_there(
@@ -208,7 +255,10 @@ def _train_there(
         )
     if suite.device.type == "cuda" and not torch.cuda.is_available():
         raise EngineError(f"the worker on {socket.gethostname()} has no CUDA device that torch can use")
+    if suite.device.type == "cuda":
+        suite = replace(suite, device=torch.device("cuda"))  # a worker sees its own GPUs only, counted from 0
     wire = _Wire(queue, label)
+    queue.put((label, "begin"))
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, category, *_, **__: wire.say(f"{category.__name__}: {message}")

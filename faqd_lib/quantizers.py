@@ -212,7 +212,7 @@ def _exact_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
 
 
 def _scanned_steps(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
-    """The best four (rows, 4) of fine grids of steps around the best four of a coarse grid over thirteen octaves."""
+    """The best (rows, 1) of fine grids of steps around the best four of a coarse grid over thirteen octaves."""
     # Many rows are channels, each of which costs as much: coarser grids do for them.
     bins, spacing = (2**15, 1 / 96) if len(magnitudes) == 1 else (2**13, 1 / 32)
     peak = magnitudes.amax(1, keepdim=True)

@@ -18,8 +18,8 @@ from pathlib import Path
 import jinja2
 import nbformat
 import pandas as pd
+from latex2mathml import exceptions
 from latex2mathml.converter import convert
-from latex2mathml.exceptions import NoAvailableTokensError
 from markupsafe import Markup
 from nbconvert import HTMLExporter
 from PIL import Image
@@ -32,6 +32,8 @@ from .progress import clock
 from .results import RunRecord
 from .suite import Suite
 
+# The package's exceptions have no ancestor of their own.
+_NO_FORMULA = (IndexError, *(e for e in vars(exceptions).values() if isinstance(e, type) and issubclass(e, Exception)))
 # Display formulas first: their dollars come in pairs. Code spans and blocks are left alone.
 _MATHS = re.compile(r"(?P<code>```.*?```|`[^`\n]+`)|\$\$(?P<display>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
 
@@ -154,7 +156,7 @@ def mathml(latex: str, display: bool) -> str:
     """A formula as MathML; what cannot be converted stays as it was written, in a code span."""
     try:
         return convert(latex.strip(), display="block" if display else "inline")
-    except (NoAvailableTokensError, IndexError, ValueError):
+    except _NO_FORMULA:
         return f"<code>{html.escape(latex)}</code>"
 
 

@@ -198,9 +198,8 @@ def run_series(arguments: argparse.Namespace, dataset: str, only: Sequence[str])
                 f"\n--- notebook {index} of {len(selected)}: {notebook.stem} ({clock(time.monotonic() - started)} gone)"
             )
             outcomes.append(execute(notebook, copies / notebook.name, parameters))
-        report = write_report(suite)
-    summarise(folder, outcomes)
-    print(f"     {'report:':<20} {report}")
+        summarise(folder, outcomes)
+    print(f"     {'report:':<20} {write_report(suite)}")
     return outcomes
 
 

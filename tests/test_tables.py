@@ -181,25 +181,35 @@ def test_interval_is_students():
 
 
 def test_interval_without_seeds_is_that_of_paired_images():
-    by_image = torch.tensor([1.0] * 30 + [-1.0] * 20 + [0.0] * 950)
+    of_images = torch.tensor([1.0] * 30 + [-1.0] * 20 + [0.0] * 950)
+    by_image = of_images.repeat(3, 1)  # every seed the same
     measured = claims.Effect.of([1.0, 1.0, 1.0], by_image)
-    expected = stats.ttest_1samp(100 * by_image.numpy(), 0).confidence_interval(0.95)
+    expected = stats.ttest_1samp(100 * of_images.numpy(), 0).confidence_interval(0.95)
     assert measured.interval() == pytest.approx((expected.low, expected.high))
     assert verdict([1.0, 1.0, 1.0], 0.0, by_image) == claims.INCONCLUSIVE
 
 
-def test_interval_covers_new_seeds_and_new_images():
-    """Simulated: an effect that differs between seeds and between images, measured on samples of both."""
+@pytest.mark.parametrize(
+    ("of_seeds", "of_images", "of_both"), [(0.008, 0.2, 0.2), (0.0, 0.0, 0.4), (0.01, 0.0, 0.1), (0.0, 0.3, 0.1)]
+)
+def test_interval_covers_new_seeds_and_new_images(of_seeds, of_images, of_both):
+    """Simulated: an effect that differs between seeds, between images and for each pair, measured on samples."""
     random = np.random.default_rng(0)
     covered = 0
     for _ in range(1000):
-        of_seed, of_image = random.normal(0, 0.8, 4), random.normal(0, 0.2, 400)
-        measured = claims.Effect.of(
-            [1.0 + s + 100 * of_image.mean() for s in of_seed], torch.from_numpy(0.01 + of_image)
-        )
-        low, high = measured.interval()
+        cells = 0.01 + random.normal(0, of_seeds, (4, 1)) + random.normal(0, of_images, (1, 400))
+        cells = torch.from_numpy(cells + random.normal(0, of_both, (4, 400)))
+        low, high = claims.Effect.of((100 * cells.mean(1)).tolist(), cells).interval()
         covered += low <= 1.0 <= high
-    assert 935 <= covered <= 985
+    assert 930 <= covered <= 985
+
+
+def test_noise_of_single_runs_is_not_taken_for_that_of_images():
+    random = np.random.default_rng(1)
+    cells = torch.from_numpy(0.003 + random.normal(0, 0.4, (3, 10_000)))  # images differ by chance only
+    measured = claims.Effect.of((100 * cells.mean(1)).tolist(), cells)
+    naive = 100**2 * float(cells.mean(0).var()) / 10_000
+    assert measured.image_variance < 0.1 * naive
 
 
 def test_seeds_to_settle_are_those_of_a_power_analysis():

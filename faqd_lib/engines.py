@@ -143,20 +143,23 @@ class RayEngine:
             for task in tasks:
                 ray.cancel(task, force=True)  # no more than a word if it is done
             queue.shutdown(force=True)
-        for cohort, error in failures[:1]:
-            for other, what in failures[1:]:
-                error.add_note(f"{other[0].run_id} failed, too: {_first_line(what)}")
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, Exception):  # raised by the work itself
-                for note in getattr(error, "__notes__", ()):
-                    cause.add_note(note)
-                raise cause from error
-            raise EngineError(
-                f"the worker that trained {cohort[0].run_id} died, and so did {_RETRIES} after it, most likely for "
-                "want of memory. Finished runs are kept: call again to go on, with fewer workers at a time "
-                f"(--cpus-per-run) or a smaller cohort. Ray says: {_first_line(error)}"
-            ) from error
+        if failures:
+            (cohort, error), *others = failures
+            raised = self._what_to_raise(cohort, error)
+            for other, what in others:
+                raised.add_note(f"{other[0].run_id} failed, too: {_first_line(what)}")
+            raise raised from error
         _wait_for_records(suite, wave)
+
+    def _what_to_raise(self, cohort: Sequence[RunConfig], error: Exception) -> Exception:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, Exception):  # raised by the work itself
+            return cause
+        return EngineError(
+            f"the worker that trained {cohort[0].run_id} died, and so did {_RETRIES} after it, most likely for want of "
+            "memory. Finished runs are kept: call again to go on, with fewer workers at a time (--cpus-per-run) or a "
+            f"smaller cohort. Ray says: {_first_line(error)}"
+        )
 
     def _cohort_size(self, nodes: list[dict[str, Any]], largest: int, runs: int) -> int:
         """As large as the suite allows, but so that every worker has something to do."""

@@ -75,6 +75,18 @@ def test_an_empty_suite_has_a_report_too(suite):
     assert "0 runs" in page.text
 
 
+def test_a_notebook_that_was_cut_short_is_named_and_left_out(suite, capsys):
+    write_notebook(suite, new_markdown_cell("# Fast"))
+    path = suite.folder / "notebooks" / "03_quantizers.ipynb"
+    path.write_text('{"cells": [{"cell_')
+    links = Page(report.write_report(suite).read_text()).links
+    assert "notebooks/02_fast_feature_affinity.html" in links
+    assert "notebooks/03_quantizers.html" not in links
+    out = capsys.readouterr().out
+    assert str(path) in out
+    assert "--only 03" in out
+
+
 def test_smoke_numbers_are_not_shown(tmp_path):
     suite = Suite.open("smoke", "digits", results=tmp_path)
     for config in experiments.everything(suite):

@@ -50,7 +50,7 @@ def weight_quantization(suite: Suite) -> list[RunConfig]:
         suite.student(
             column.method, labels=column.labels, weight_bits=bits, regime=regime, teacher=teacher, seed=seed
         )
-        for teacher in suite.profile.teachers
+        for teacher in grid.weight_teachers or suite.profile.teachers
         for regime in grid.weight_regimes
         for bits in grid.weight_bits
         for column in COLUMNS
@@ -107,11 +107,13 @@ def logit_losses(suite: Suite) -> list[RunConfig]:
 
 
 def affinity_losses(suite: Suite) -> list[RunConfig]:
-    """T4: label-free students without affinity loss, with the exact one, and with k projections × seed."""
-    bits = suite.profile.grid.affinity_bits
+    """T4: label-free students without affinity loss, with the exact one, and with k projections × bits × seed."""
     variants = [("KD", None), ("FAQD", None), *(("FFAQD", k) for k in suite.profile.grid.projections)]
     return _unique(
-        suite.student(method, weight_bits=bits, k=k, seed=seed) for method, k in variants for seed in seeds(suite)
+        suite.student(method, weight_bits=bits, k=k, seed=seed)
+        for bits in suite.profile.grid.affinity_bits
+        for method, k in variants
+        for seed in seeds(suite)
     )
 
 

@@ -1,4 +1,4 @@
-"""Figures in one style: a DataFrame (or tensors, for pictures) in, a matplotlib Figure out.
+"""Charts, a DataFrame in and a matplotlib Figure out; and the one style of all figures.
 
 The figures are closed for pyplot, so that a notebook shows each once, where it is the value of a cell.
 """
@@ -12,7 +12,6 @@ from typing import Literal, Protocol
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
@@ -43,7 +42,7 @@ def style() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _figure(rows: int = 1, columns: int = 1, height: float = 3.6, **options) -> Iterator[tuple[Figure, list[Axes]]]:
+def new_figure(rows: int = 1, columns: int = 1, height: float = 3.6, **options) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure of the project's width and its axes in reading order."""
     with style():
         figure, axes = plt.subplots(
@@ -113,118 +112,6 @@ def _readable_decades(axis, values: pd.Series) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _cosine_colours(matrices: Iterable[torch.Tensor]) -> dict:
-    """Cosines between maps taken after a ReLU are never negative: half of a diverging scale would lie idle."""
-    if min(float(matrix.min()) for matrix in matrices) >= 0:
-        return {"vmin": 0, "vmax": 1, "cmap": "viridis"}
-    return {"vmin": -1, "vmax": 1, "cmap": "RdBu_r"}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-
-def _picture(image: torch.Tensor) -> torch.Tensor:
-    """(3, height, width), uint8 or float in [0, 1], as matplotlib wants it: (height, width, 3) in [0, 1]."""
-    image = image.detach().cpu()
-    return (image / 255 if image.dtype == torch.uint8 else image.float().clamp(0, 1)).permute(1, 2, 0)
-
-
-def image_grid(rows: Sequence[torch.Tensor], row_names: Sequence[str]) -> Figure:
-    """Pictures in rows: each entry of ``rows`` is (count, 3, height, width), uint8 or float in [0, 1]."""
-    if len(rows) != len(row_names) or not rows:
-        raise ValueError(f"{len(rows)} rows of pictures but {len(row_names)} names: give each row a name")
-    columns, (height, width) = max(len(row) for row in rows), rows[0].shape[2:]
-    gap = max(1, height // 16)
-    # One canvas instead of an axis for each picture: a hundred axes take seconds to draw.
-    canvas = torch.ones(len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3)
-    for row, pictures in enumerate(rows):
-        for column, picture in enumerate(pictures):
-            top, left = row * (height + gap), column * (width + gap)
-            canvas[top : top + height, left : left + width] = _picture(picture)
-    size = min(0.78, (WIDTH - 1.2) / columns)
-    with _figure(width=columns * size + 1.2, height=len(rows) * size + 0.1) as (figure, (axis,)):
-        axis.imshow(canvas.numpy(), interpolation="nearest")
-        axis.set_yticks([row * (height + gap) + height / 2 for row in range(len(rows))], row_names)
-        axis.set_xticks([])
-        axis.tick_params(left=False)
-        axis.grid(visible=False)
-        sns.despine(ax=axis, left=True, bottom=True)
-        return figure
-
-
-def classified(
-    images: torch.Tensor, predicted: Sequence[str], true: Sequence[str], confidence: Sequence[float]
-) -> Figure:
-    """Pictures, five a row, each under what a network took it for; where it is wrong, what it is stands below.
-
-    Args:
-        images: (n, 3, height, width), uint8.
-        predicted, true: n names of classes each.
-        confidence: n probabilities of the predictions.
-    """
-    columns = 5
-    with _figure(math.ceil(len(images) / columns), columns, height=2.1 * math.ceil(len(images) / columns)) as (
-        figure,
-        axes,
-    ):
-        for axis in axes:
-            axis.set_axis_off()
-        for axis, image, guess, name, share in zip(axes, images, predicted, true, confidence, strict=False):
-            axis.imshow(_picture(image))
-            right = guess == name
-            title = f"{guess} {share:.0%}" if right else f"{guess} {share:.0%}\n({name})"
-            axis.set_title(title, fontsize="small", fontweight="normal", color="0.15" if right else "#b2182b")
-        return figure
-
-
-def affinity_matrices(matrices: Mapping[str, torch.Tensor], difference: torch.Tensor) -> Figure:
-    """Affinity matrices (N×N) by name on one scale, and a difference matrix on a scale of its own."""
-    colours = _cosine_colours(matrices.values())
-    with _figure(1, len(matrices) + 1, height=3.1) as (figure, axes):
-        for axis, (name, matrix) in zip(axes, matrices.items(), strict=False):
-            shown = axis.imshow(matrix.detach().cpu(), interpolation="nearest", **colours)
-            axis.set(title=name, xlabel="pixel $j$")
-        axes[0].set_ylabel("pixel $i$")
-        figure.colorbar(shown, ax=axes[: len(matrices)], label="cosine", shrink=0.85, pad=0.02)
-        extent = max(float(difference.abs().max()), 1e-12)
-        drawn = difference.detach().cpu()
-        shown = axes[-1].imshow(drawn, vmin=-extent, vmax=extent, cmap="PuOr_r", interpolation="nearest")
-        axes[-1].set(title="difference $D$", xlabel="pixel $j$")
-        figure.colorbar(shown, ax=axes[-1], label="difference of cosines", shrink=0.85, pad=0.03)
-        for axis in axes:
-            axis.grid(visible=False)
-        return figure
-
-
-def pixel_affinity(images: torch.Tensor, points: Sequence[tuple[int, int]], maps: Mapping[str, torch.Tensor]) -> Figure:
-    """Cosine of one chosen pixel with all others, drawn over the image; a row an image.
-
-    Args:
-        images: (count, 3, height, width), uint8 or float in [0, 1].
-        points: (row, column) of the chosen pixel, in pixels of the map, one an image.
-        maps: by name, (count, h, w): the cosines of the chosen pixel with every pixel.
-    """
-    count, colours = len(images), _cosine_colours(maps.values())
-    with _figure(count, len(maps) + 1, width=2.35 * (len(maps) + 1) + 0.6, height=2.2 * count + 0.3) as (figure, axes):
-        for index in range(count):
-            row = axes[index * (len(maps) + 1) : (index + 1) * (len(maps) + 1)]
-            height, width = images.shape[2:]
-            row[0].imshow(_picture(images[index]), extent=(0, width, height, 0))
-            for axis, (name, cosines) in zip(row[1:], maps.items(), strict=True):
-                shown = axis.imshow(cosines[index].detach().cpu(), extent=(0, width, height, 0), **colours)
-                axis.set_title(name if index == 0 else "")
-            row[0].set_title("image" if index == 0 else "")
-            h, w = next(iter(maps.values())).shape[1:]
-            y, x = (points[index][0] + 0.5) * height / h, (points[index][1] + 0.5) * width / w
-            for axis in row:
-                axis.plot(x, y, "o", markersize=9, markerfacecolor="none", markeredgecolor="white", markeredgewidth=3.5)
-                axis.plot(x, y, "o", markersize=9, markerfacecolor="none", markeredgecolor="black", markeredgewidth=1.5)
-                axis.axis("off")
-        figure.colorbar(shown, ax=axes, label="cosine with the circled pixel", shrink=0.8, pad=0.02)
-        return figure
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Scaling laws
 
@@ -253,7 +140,7 @@ def scaling(
     colours = dict(zip(frame["series"].unique(), sns.color_palette(PALETTE, frame["series"].nunique()), strict=True))
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    with _figure(rows, columns, height=3.9 if rows == 1 else 3.2 * rows + 0.6) as (figure, axes):
+    with new_figure(rows, columns, height=3.9 if rows == 1 else 3.2 * rows + 0.6) as (figure, axes):
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
         for axis, panel in zip(axes[: len(panels)], panels, strict=True):
@@ -293,7 +180,7 @@ def convergence(frame: pd.DataFrame, exact: float, deviation: float) -> Figure:
     """
     _require(frame, "k", "estimate", "draw")
     colours = sns.color_palette(PALETTE)
-    with _figure(height=3.8) as (figure, (axis,)):
+    with new_figure(height=3.8) as (figure, (axis,)):
         k = frame["k"].drop_duplicates().sort_values()
         half = deviation / k**0.5
         axis.fill_between(k, exact - half, exact + half, color="0.85", label="± one standard deviation, theory")
@@ -319,7 +206,7 @@ def staircases(frame: pd.DataFrame) -> Figure:
     _require(frame, "quantizer", "input", "output", "gradient")
     names = list(frame["quantizer"].unique())
     colour = sns.color_palette(PALETTE)
-    with _figure(2, len(names), height=4.4, sharex="col", sharey="row") as (figure, axes):
+    with new_figure(2, len(names), height=4.4, sharex="col", sharey="row") as (figure, axes):
         for index, name in enumerate(names):
             part = frame[frame["quantizer"] == name].sort_values("input")
             above, below = axes[index], axes[len(names) + index]
@@ -342,7 +229,7 @@ def weight_histograms(frame: pd.DataFrame) -> Figure:
     grid = list(frame["bits"].unique())
     colour = sns.color_palette(PALETTE)
     extent = 1.05 * float(frame["weight"].abs().quantile(0.999))
-    with _figure(1, len(grid), height=3.0, sharey=True) as (figure, axes):
+    with new_figure(1, len(grid), height=3.0, sharey=True) as (figure, axes):
         for axis, bits in zip(axes, grid, strict=True):
             part = frame[frame["bits"] == bits]
             axis.hist(
@@ -372,7 +259,7 @@ def scale_scan(frame: pd.DataFrame, chosen: pd.DataFrame) -> Figure:
     grid = list(frame["bits"].unique())
     colours = dict(zip(chosen["rule"].unique(), sns.color_palette(PALETTE)[1:], strict=False))
     markers = dict(zip(colours, "osD^v", strict=False))
-    with _figure(1, len(grid), height=3.2, sharey=True) as (figure, axes):
+    with new_figure(1, len(grid), height=3.2, sharey=True) as (figure, axes):
         for axis, bits in zip(axes, grid, strict=True):
             part = frame[frame["bits"] == bits]
             axis.plot(part["scale"], part["error"], color="0.35", label="scan")
@@ -403,7 +290,7 @@ def learning_curves(frame: pd.DataFrame) -> Figure:
     columns = min(2, len(measures))
     rows = -(-len(measures) // columns)
     epochs = frame["epoch"].nunique()
-    with _figure(rows, columns, height=3.3 * rows + 0.3 + 0.2 * (len(runs) // 3)) as (figure, axes):
+    with new_figure(rows, columns, height=3.3 * rows + 0.3 + 0.2 * (len(runs) // 3)) as (figure, axes):
         for axis, measure in zip(axes, measures, strict=False):
             sns.lineplot(
                 frame[frame["measure"] == measure], x="epoch", y="value", hue="run", style="run", hue_order=runs,
@@ -431,7 +318,7 @@ def accuracy_by_bits(frame: pd.DataFrame, references: Mapping[str, float] | None
     grid, methods = list(dict.fromkeys(frame["bits"])), list(frame["method"].unique())
     colours, markers = sns.color_palette(PALETTE, len(methods)), "osD^vPX*<>"
     step = 0.8 / len(methods)
-    with _figure(height=4.2) as (figure, (axis,)):
+    with new_figure(height=4.2) as (figure, (axis,)):
         for index, (method, colour) in enumerate(zip(methods, colours, strict=True)):
             for column, bits in enumerate(grid):
                 values = frame[(frame["method"] == method) & (frame["bits"] == bits)]["accuracy"]
@@ -461,6 +348,35 @@ def accuracy_by_bits(frame: pd.DataFrame, references: Mapping[str, float] | None
         return figure
 
 
+def accuracy_and_size(frame: pd.DataFrame) -> Figure:
+    """Test accuracy against bits, the size of a network's weights as the area of its mark; the mean over seeds.
+
+    ``frame``: columns ``bits`` (a name, in the order of the axis), ``method``, ``accuracy`` (percent), ``size_kB``.
+    """
+    _require(frame, "bits", "method", "accuracy", "size_kB")
+    mean = frame.groupby(["bits", "method"], sort=False, as_index=False)[["accuracy", "size_kB"]].mean()
+    grid, methods = list(dict.fromkeys(frame["bits"])), list(frame["method"].unique())
+    area = 1400 / mean["size_kB"].max()  # points² for a kB
+    with new_figure(height=4.4) as (figure, (axis,)):
+        for index, (method, colour) in enumerate(zip(methods, sns.color_palette(PALETTE, len(methods)), strict=True)):
+            part = mean[mean["method"] == method]
+            x = [grid.index(bits) + 0.8 * ((index + 0.5) / len(methods) - 0.5) for bits in part["bits"]]
+            axis.scatter(x, part["accuracy"], s=area * part["size_kB"], color=colour, alpha=0.45, linewidth=0)
+            axis.scatter(x, part["accuracy"], s=9, color=colour, label=method)
+        sizes = [mean.loc[mean["bits"] == bits, "size_kB"] for bits in grid]
+        spans = [
+            f"{size.min():.0f}" if size.min() == size.max() else f"{size.min():.0f}–{size.max():.0f}" for size in sizes
+        ]
+        axis.set_xticks(range(len(grid)), [f"{bits}\n{span} kB" for bits, span in zip(grid, spans, strict=True)])
+        axis.set(xlim=(-0.6, len(grid) - 0.4), ylabel="test accuracy (%)", xlabel="bits of weights and activations")
+        axis.margins(y=0.12)
+        axis.grid(visible=False, axis="x")
+        figure.legend(
+            loc="outside right upper", fontsize="small", title="area: size of the weights", title_fontsize="small"
+        )
+        return figure
+
+
 def affinity_frontier(frame: pd.DataFrame) -> Figure:
     """Accuracy against the time of a training step, one point an affinity loss; seeds as small points around it.
 
@@ -468,7 +384,7 @@ def affinity_frontier(frame: pd.DataFrame) -> Figure:
     """
     _require(frame, "loss", "accuracy", "step_milliseconds")
     losses = list(frame["loss"].unique())
-    with _figure(height=4.0) as (figure, (axis,)):
+    with new_figure(height=4.0) as (figure, (axis,)):
         for loss, colour, marker in zip(losses, sns.color_palette(PALETTE, len(losses)), "osD^vPX*<>", strict=False):
             part = frame[frame["loss"] == loss]
             mean = part[["step_milliseconds", "accuracy"]].mean()

@@ -42,8 +42,12 @@ class Losses(Frozen):
 
 
 class Grid(Frozen):
-    """Which cells of the tables are trained; a cell that is left out reads "not run"."""
+    """Which cells of the tables are trained; a cell that is left out reads "not run".
 
+    ``weight_teachers``: teachers of T1's students; empty for all of the profile's. The other tables take the first.
+    """
+
+    weight_teachers: list[ModelName] = []
     weight_bits: Annotated[list[WeightBits], Field(min_length=1)] = [1, 2, 4]
     weight_regimes: Annotated[list[Literal["end-to-end", "fine-tuning"]], Field(min_length=1)] = [
         "end-to-end",
@@ -55,7 +59,7 @@ class Grid(Frozen):
         "fine-tuning",
     ]
     logit_bits: list[WeightBits] = [1, 2, 4]
-    affinity_bits: WeightBits = 1
+    affinity_bits: Annotated[list[WeightBits], Field(min_length=1)] = [1]
     projections: list[Count] = [1, 3, 6, 15]
 
 
@@ -92,6 +96,13 @@ class Profile(Frozen):
             pairs = [tuple(pair) if isinstance(pair, list) else pair for pair in grid["full_bits"]]
             values = {**values, "grid": {**grid, "full_bits": pairs}}
         return values
+
+    @model_validator(mode="after")
+    def _teachers_are_there(self) -> Self:
+        for teacher in self.grid.weight_teachers:
+            if teacher not in self.teachers:
+                raise ValueError(f"grid.weight_teachers has {teacher!r}, which is none of the teachers {self.teachers}")
+        return self
 
     @model_validator(mode="after")
     def _datasets_are_valid(self) -> Self:

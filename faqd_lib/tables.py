@@ -4,6 +4,7 @@ A cell whose runs do not exist reads "not run". A profile whose numbers mean not
 instead of numbers. The paper's printed values come from a file that the user fills, never from here.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -378,7 +379,7 @@ def logit_losses(suite: Suite, reference: pd.DataFrame) -> Table:
 
 def affinity_losses(suite: Suite, reference: pd.DataFrame) -> Table:
     """T4: no affinity loss, exact, and k projections: accuracy, final affinity loss, time and memory of a step."""
-    cells, bits, rows = _Cells(suite, reference), suite.profile.grid.affinity_bits, []
+    cells, rows = _Cells(suite, reference), []
     variants = [("none", "KD", None), ("FA (exact)", "FAQD", None)]
     for k in sorted({1, 3, 6, 15, *suite.profile.grid.projections}):
         variants.append((f"FFA, k = {k}", "FFAQD", k))
@@ -386,11 +387,12 @@ def affinity_losses(suite: Suite, reference: pd.DataFrame) -> Table:
     def number(values: list[float]) -> str:
         return f"{pd.Series(values).mean():.4g}"
 
-    for title, method, k in variants:
-        configs = _per_seed(suite, lambda seed, m=method, k=k: suite.student(m, weight_bits=bits, k=k, seed=seed))
+    for bits, (title, method, k) in itertools.product(suite.profile.grid.affinity_bits, variants):
+        configs = _per_seed(suite, lambda seed, b=bits, m=method, k=k: suite.student(m, weight_bits=b, k=k, seed=seed))
         affinity = lambda record: record.history[-1]["affinity"]  # noqa: E731
         rows.append(
             {
+                "bits": f"{bits}W32A",
                 "affinity loss": title,
                 **cells.accuracy("T4", configs),
                 "final affinity loss": "" if method == "KD" else cells.text(configs, affinity, number),
@@ -399,9 +401,9 @@ def affinity_losses(suite: Suite, reference: pd.DataFrame) -> Table:
             }
         )
     what = (
-        f"Label-free {bits}W32A students {suite.profile.student}, end to end; the final affinity loss is the training "
-        "loss's mean over the last epoch (FFA: an estimate of the same quantity); a step is the student's own, without "
-        "data and teacher."
+        f"Label-free students {suite.profile.student} with quantized weights, end to end; the final affinity loss is "
+        "the training loss's mean over the last epoch (FFA: an estimate of the same quantity); a step is the student's "
+        "own, without data and teacher."
     )
     name = f"T4_affinity_loss_{suite.dataset}"
     return Table(name, f"T4 Affinity loss, {suite.dataset}", _caption(suite, what), pd.DataFrame(rows))

@@ -248,6 +248,8 @@ def test_own_profile_from_a_file(tmp_path):
         ("[losses]\nkk = 1", ["kk"]),
         ("[grid]\nweight_bits = [9]", ["grid.weight_bits", "9"]),
         ("[grid]\nfull_bits = [[1, 9]]", ["full_bits", "9"]),
+        ("[grid]\nweight_teachers = ['resnet20']", ["weight_teachers has 'resnet20'", "['resnet8']"]),
+        ("[grid]\naffinity_bits = []", ["grid.affinity_bits"]),
         ("seeds = ", ["TOML"]),
     ],
 )

@@ -81,6 +81,20 @@ def test_seeds_give_mean_and_deviation(tmp_path):
     assert frame.loc["FA (exact)", "ours, last epoch"] == tables.NOT_RUN
 
 
+def test_a_grid_chooses_teachers_of_t1_and_bits_of_t4(tmp_path):
+    suite = Suite.open("cpu", "digits", results=tmp_path)
+    assert [config.model for config in experiments.references(suite)] == ["resnet20", "resnet56", "resnet20"]
+    assert {c.teacher.model for c in experiments.weight_quantization(suite) if c.teacher} == {"resnet20"}
+    wanted = experiments.affinity_losses(suite)
+    assert {(c.quantization.weight_bits, c.method) for c in wanted} == {
+        (bits, method) for bits in (1, 2, 4) for method in ("KD", "FAQD", "FFAQD")
+    }
+    save(suite, suite.student("FFAQD", weight_bits=2, k=6), 80.0)
+    frame = tables.affinity_losses(suite, EMPTY).frame
+    filled = frame[frame["ours, last epoch"] != tables.NOT_RUN]
+    assert filled[["bits", "affinity loss"]].to_numpy().tolist() == [["2W32A", "FFA, k = 6"]]
+
+
 def test_smoke_numbers_are_never_shown(tmp_path):
     suite = Suite.open("smoke", "digits", results=tmp_path)
     for config in experiments.everything(suite):

@@ -58,17 +58,24 @@ def endless(batches: Batches) -> Iterator[Batch]:
     return itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
 
 
-def cohort_step(suite: Suite, configs: Sequence[RunConfig], teacher: str | None) -> Callable[[], None]:
-    """One step of the suite's own training loop for these students: data, the teacher's pass, every student's step."""
-    training = suite.splits[0]
-    images = training.unlabelled() if configs[0].label_free else training
-    batches = Batches(images, configs[0].optimization.batch_size, 1, suite.normalizer)
+def cohort_step(
+    suite: Suite, configs: Sequence[RunConfig], teacher: str | None, like: RunConfig | None = None
+) -> Callable[[], None]:
+    """One step of the suite's own training loop for these students: data, the teacher's pass, every student's step.
+
+    Without students: what they have in common, for one such as ``like``.
+    """
+    training, like = suite.splits[0], like or configs[0]
+    images = training.unlabelled() if like.label_free else training
+    batches = Batches(images, like.optimization.batch_size, 1, suite.normalizer)
     learners = [suite.learner(config, batches) for config in configs]
     model = None
     if teacher is not None:
         model = build_model(teacher, 10, image_size=32, seed=0)
         model = model.to(suite.device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    wants_maps = any(learner.objective.affinity_weight > 0 for learner in learners)
+    wants_maps = like.objective.affinity_weight > 0 or any(
+        learner.objective.affinity_weight > 0 for learner in learners
+    )
     teaches = TeacherPass(model, STAGES if wants_maps else (), suite.precision)
     source = endless(batches)
     for learner in learners:

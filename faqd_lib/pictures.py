@@ -150,7 +150,7 @@ def confusion(teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor
 
     agreement, change = shares(teacher, student), shares(labels, student) - shares(labels, teacher)
     extent = max(float(change.abs().max()), 1e-9)
-    with new_figure(1, 2, height=4.6) as (figure, (left, right)):
+    with new_figure(1, 2, height=4.0) as (figure, (left, right)):
         shown = left.imshow(agreement.numpy(), vmin=0, vmax=100, cmap="viridis")
         figure.colorbar(shown, ax=left, label="share of the row (%)", shrink=0.75)
         same = 100 * float((teacher == student).double().mean())

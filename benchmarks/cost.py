@@ -1,0 +1,139 @@
+"""What each table costs: measured on this machine a step at a time, projected for many workers by a stated model.
+
+    python benchmarks/cost.py cpu --images 50000                 # minutes; then hours for 1, 2, 8 and 32 workers
+    python benchmarks/cost.py paper --images 50000 --device cuda
+
+Measured: seconds a batch of the data, of each teacher's pass, of each kind of student's step (median of ``--rounds``,
+all in turns, with the threads of one worker). The model: a cohort takes epochs × batches × (data + its teacher's pass +
+the steps of its students), evaluation left out; runs come in waves, none of which begins before the one that it needs
+is done; the cohorts of a wave are as large as the engine would make them and go to the next free worker, in order;
+workers are all as fast as this one, and do not slow each other. Shared files, start-up and failures cost nothing.
+
+Times of steps are those of random weights and enlarged digits. Prints tables; writes ``cost.json`` to ``--out``.
+"""
+
+import heapq
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable
+
+import pandas as pd
+import torch
+from reporting import announce, options, parse, show, write
+from training import cohort_step
+
+from faqd_lib import experiments, planning
+from faqd_lib.config import RunConfig
+from faqd_lib.measure import environment, take_turns
+from faqd_lib.settings import Profile
+from faqd_lib.suite import Suite
+
+TABLES = {
+    "references": experiments.references,
+    "T1": experiments.weight_quantization,
+    "T2": experiments.full_quantization,
+    "T3": experiments.logit_losses,
+    "T4": experiments.affinity_losses,
+    "all": experiments.everything,
+}
+# What of a run decides how long its step takes: without labels or with them, whatever its seed.
+Kind = tuple[str, int, bool, bool, str, int]
+
+
+def kind_of(config: RunConfig) -> Kind:
+    quantization, objective = config.quantization, config.objective
+    return (
+        config.model, config.optimization.batch_size, quantization.weight_bits < 32, quantization.activation_bits < 32,
+        config.method, objective.k if config.method == "FFAQD" else 0,
+    )  # fmt: skip
+
+
+def alone(config: RunConfig) -> RunConfig:
+    """The run, as far as the time of a step goes: from random weights, without the one that it would start from."""
+    return config.model_copy(update={"initial": None})
+
+
+def measured(suite: Suite, runs: Iterable[RunConfig], rounds: int) -> tuple[dict[Kind, float], dict[tuple, float]]:
+    """Seconds of a student's own step by kind, and of (data and teacher's pass) by (teacher, batch size)."""
+    kinds = {kind_of(config): alone(config) for config in runs if config.optimization.epochs}
+    whole: dict[object, Callable[[], None]] = {kind: cohort_step(suite, [c], _teacher(c)) for kind, c in kinds.items()}
+    shared = {(_teacher(c), c.optimization.batch_size): c for c in kinds.values()}
+    whole |= {key: cohort_step(suite, [], key[0], like=config) for key, config in shared.items()}
+    seconds = {name: statistics.median(times) for name, times in take_turns(whole, rounds, suite.device).items()}
+    common = {key: seconds[key] for key in shared}
+    own = {kind: seconds[kind] - common[_teacher(c), c.optimization.batch_size] for kind, c in kinds.items()}
+    return own, common
+
+
+def _teacher(config: RunConfig) -> str | None:
+    return config.teacher.model if config.teacher else None
+
+
+def projected(
+    suite: Suite, runs: list[RunConfig], workers: int, images: int, own: dict[Kind, float], common: dict[tuple, float]
+) -> float:
+    """Seconds until the last run is done."""
+    total = 0.0
+    for wave in planning.waves(runs):
+        wave = [config for config in wave if config.optimization.epochs]
+        if not wave:
+            continue
+        free = [0.0] * workers
+        for cohort in planning.cohorts(wave, max(1, min(suite.profile.cohort, math.ceil(len(wave) / workers)))):
+            teacher = next((name for name in map(_teacher, cohort) if name), None)
+            o = cohort[0].optimization
+            step = common[teacher, o.batch_size] + sum(own[kind_of(config)] for config in cohort)
+            steps = o.epochs * (images // o.batch_size)
+            heapq.heapreplace(free, free[0] + steps * step)
+        total += max(free)
+    return total
+
+
+def main() -> None:
+    parser = options(__doc__, rounds=5)
+    parser.add_argument("profile", help="a shipped profile, or the path of a .toml file")
+    parser.add_argument("--images", type=int, required=True, help="training images (50000 for CIFAR)")
+    parser.add_argument("--seeds", type=int, default=0, help="number of seeds (the profile's)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 8, 32], help="how many workers (1 2 8 32)")
+    parser.add_argument("--threads", type=int, default=0, help="threads of a worker (torch's own choice)")
+    arguments = parse(parser)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    machine = environment(arguments.device)
+    announce(machine)
+    shipped = Profile.load(arguments.profile)
+    settings = {"train_images": None, "test_images": None, "image_size": 32, "dataset_settings": {}}
+    profile = shipped.model_copy(update=settings)
+    with tempfile.TemporaryDirectory() as scratch:
+        suite = Suite.open(profile, "digits", results=scratch, device=arguments.device, seeds=arguments.seeds)
+        runs = planning.waves(experiments.everything(suite))
+        own, common = measured(suite, (config for wave in runs for config in wave), arguments.rounds)
+        rows = [
+            {"what": "data" + (f" and a pass through {name}" if name else ""), "batch": batch, "ms": 1e3 * seconds}
+            for (name, batch), seconds in common.items()
+        ]
+        names = ("network", "batch", "weights quantized", "activations quantized", "method", "k")
+        rows += [
+            {"what": "step of " + ", ".join(f"{n} {v}" for n, v in zip(names, kind, strict=True) if n != "batch")}
+            | {"batch": kind[1], "ms": 1e3 * seconds}
+            for kind, seconds in own.items()
+        ]
+        result = {"environment": machine, "precision": suite.precision, "profile": profile.name}
+        result |= {"images": arguments.images, "measured": show("measured", pd.DataFrame(rows))}
+        lines = []
+        for name, make in TABLES.items():
+            configs = make(suite)
+            needed = [config for wave in planning.waves(configs) for config in wave if config.optimization.epochs]
+            line = {"table": name, "runs": len(needed), "epochs": sum(c.optimization.epochs for c in needed)}
+            for workers in arguments.workers:
+                seconds = projected(suite, configs, workers, arguments.images, own, common)
+                line[f"hours, {workers} worker{'s' * (workers > 1)}"] = seconds / 3600
+            lines.append(line)
+        what = f"profile {profile.name}, {suite.profile.seeds} seed(s), {arguments.images:,} images: hours, projected"
+        result["projected"] = show(what, pd.DataFrame(lines))
+        write(arguments.out, f"cost-{profile.name}", result)
+
+
+if __name__ == "__main__":
+    main()

@@ -69,5 +69,12 @@ def test_options_profiles_and_links_exist():
     assert named <= options
     assert options - {"--help"} <= named
     assert all(f"`{profile}`" in TEXT for profile in PROFILES)
+    headings = {
+        re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-")
+        for line in re.findall(r"^#+ (.*)$", TEXT, flags=re.MULTILINE)
+    }
     for link in re.findall(r"\]\(([^)]+)\)", TEXT):
-        assert link.startswith("https://") or (project_root() / link).exists(), link
+        if link.startswith("#"):
+            assert link[1:] in headings, link
+        else:
+            assert link.startswith("https://") or (project_root() / link).exists(), link

@@ -5,18 +5,20 @@
 
 Measured: seconds a batch of the data, of each teacher's pass, of each kind of student's step (median of ``--rounds``,
 all in turns, with the threads of one worker). The model: a cohort takes epochs × batches × (data + its teacher's pass +
-the steps of its students), evaluation left out; runs come in waves, none of which begins before the one that it needs
-is done; the cohorts of a wave are as large as the engine would make them and go to the next free worker, in order;
-workers are all as fast as this one, and do not slow each other. Shared files, start-up and failures cost nothing.
+the steps of its students), evaluation left out; the notebooks ask for their runs one after the other, and what they
+ask for is trained in waves (teachers, students, fine-tuned students), each of which waits for the whole one before; the
+cohorts of a wave are as large as the engine would make them and go to the next free worker, in order; workers are all
+as fast as this one, and do not slow each other. Shared files, start-up and failures cost nothing.
 
 Times of steps are those of random weights and enlarged digits. Prints tables; writes ``cost.json`` to ``--out``.
 """
 
 import heapq
+import itertools
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import pandas as pd
 import torch
@@ -26,17 +28,22 @@ from training import cohort_step
 from faqd_lib import experiments, planning
 from faqd_lib.config import RunConfig
 from faqd_lib.measure import environment, take_turns
+from faqd_lib.quantizers import STEP_GRADIENTS
 from faqd_lib.settings import Profile
 from faqd_lib.suite import Suite
 
+# What the notebooks ask for, call by call. A table costs its own calls; the series all, but no run twice.
 TABLES = {
-    "references": experiments.references,
-    "T1": experiments.weight_quantization,
-    "T2": experiments.full_quantization,
-    "T3": experiments.logit_losses,
-    "T4": experiments.affinity_losses,
-    "all": experiments.everything,
+    "references": [experiments.references],
+    "T1": [lambda suite: experiments.references(suite) + experiments.weight_quantization(suite)],
+    "T2": [
+        lambda suite: experiments.references(suite) + experiments.full_quantization(suite),
+        *(lambda suite, kind=kind: experiments.activation_steps(suite)[kind] for kind in STEP_GRADIENTS),
+    ],
+    "T3": [experiments.logit_losses],
+    "T4": [experiments.affinity_losses],
 }
+SERIES = [lambda suite: [suite.teacher(), suite.student("KD", weight_bits=1)], *itertools.chain(*TABLES.values())]
 # What of a run decides how long its step takes: without labels or with them, whatever its seed.
 Kind = tuple[str, int, bool, bool, str, int]
 
@@ -70,17 +77,30 @@ def _teacher(config: RunConfig) -> str | None:
     return config.teacher.model if config.teacher else None
 
 
+def needed(calls: Iterable[list[RunConfig]]) -> Iterator[list[RunConfig]]:
+    """Waves of what is trained when a series of calls asks for runs: nothing twice."""
+    done: set[RunConfig] = set()
+    for configs in calls:
+        for wave in planning.waves(configs):
+            left = [config for config in wave if config.optimization.epochs and config not in done]
+            done.update(left)
+            if left:
+                yield left
+
+
 def projected(
-    suite: Suite, runs: list[RunConfig], workers: int, images: int, own: dict[Kind, float], common: dict[tuple, float]
+    waves: Iterable[list[RunConfig]],
+    workers: int,
+    largest: int,
+    images: int,
+    own: Mapping[Kind, float],
+    common: Mapping[tuple, float],
 ) -> float:
-    """Seconds until the last run is done."""
+    """Seconds until the last run is done; ``largest``: of cohorts."""
     total = 0.0
-    for wave in planning.waves(runs):
-        wave = [config for config in wave if config.optimization.epochs]
-        if not wave:
-            continue
+    for wave in waves:
         free = [0.0] * workers
-        for cohort in planning.cohorts(wave, max(1, min(suite.profile.cohort, math.ceil(len(wave) / workers)))):
+        for cohort in planning.cohorts(wave, max(1, min(largest, math.ceil(len(wave) / workers)))):
             teacher = next((name for name in map(_teacher, cohort) if name), None)
             o = cohort[0].optimization
             step = common[teacher, o.batch_size] + sum(own[kind_of(config)] for config in cohort)
@@ -107,8 +127,8 @@ def main() -> None:
     profile = shipped.model_copy(update=settings)
     with tempfile.TemporaryDirectory() as scratch:
         suite = Suite.open(profile, "digits", results=scratch, device=arguments.device, seeds=arguments.seeds)
-        runs = planning.waves(experiments.everything(suite))
-        own, common = measured(suite, (config for wave in runs for config in wave), arguments.rounds)
+        series = [make(suite) for make in SERIES]
+        own, common = measured(suite, itertools.chain(*needed(series)), arguments.rounds)
         rows = [
             {"what": "data" + (f" and a pass through {name}" if name else ""), "batch": batch, "ms": 1e3 * seconds}
             for (name, batch), seconds in common.items()
@@ -122,12 +142,12 @@ def main() -> None:
         result = {"environment": machine, "precision": suite.precision, "profile": profile.name}
         result |= {"images": arguments.images, "measured": show("measured", pd.DataFrame(rows))}
         lines = []
-        for name, make in TABLES.items():
-            configs = make(suite)
-            needed = [config for wave in planning.waves(configs) for config in wave if config.optimization.epochs]
-            line = {"table": name, "runs": len(needed), "epochs": sum(c.optimization.epochs for c in needed)}
+        for name, calls in {**{n: [make(suite) for make in t] for n, t in TABLES.items()}, "series": series}.items():
+            waves = list(needed(calls))
+            runs = list(itertools.chain(*waves))
+            line = {"table": name, "runs": len(runs), "epochs": sum(config.optimization.epochs for config in runs)}
             for workers in arguments.workers:
-                seconds = projected(suite, configs, workers, arguments.images, own, common)
+                seconds = projected(waves, workers, profile.cohort, arguments.images, own, common)
                 line[f"hours, {workers} worker{'s' * (workers > 1)}"] = seconds / 3600
             lines.append(line)
         what = f"profile {profile.name}, {suite.profile.seeds} seed(s), {arguments.images:,} images: hours, projected"

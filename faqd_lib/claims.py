@@ -9,8 +9,9 @@ s²/n + v²/N: s² the variance of the seeds' differences, v² the part of the v
 (an image's difference: right on one side, wrong on the other, averaged over pairs; both sides saw the same N images).
 v² is estimated as in a two-way analysis of variance, seeds × images, from the mean squares of images less that of the
 interaction, which s² holds already; Student's t has the degrees of freedom of Welch and Satterthwaite. Runs of a
-version that did not keep its predictions are compared without the second term, and the caption says so. With the
-claim's margin m (0 for "better", 0.5 for "as good as"):
+version that did not keep its predictions are compared without the second term, and the caption says so. With a single
+seed there is nothing to estimate s² from: the interval is then for other test images alone, says so, and is too narrow
+for a verdict. With the claim's margin m (0 for "better", 0.5 for "as good as"):
 
     reproduced       if the whole interval lies above −m
     not reproduced   if the whole interval lies below −m
@@ -35,7 +36,7 @@ from . import experiments
 from .quantizers import FLOAT_BITS
 from .results import RunRecord
 from .suite import Suite
-from .tables import NOT_A_RESULT, NOT_RUN, RUNS, Table, runs_frame
+from .tables import NOT_A_RESULT, NOT_RUN, RUNS, Table, runs_frame, with_origin
 
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not reproduced", "inconclusive at this scale"
 MARGIN_AS_GOOD = 0.5
@@ -155,9 +156,11 @@ class Effect:
         """From one difference a seed (percentage points) and one a seed and image (n, N), between −1 and 1."""
         series = pd.Series(by_seed, dtype=float)
         mean, variance = float(series.mean()), float(series.var(ddof=1))
-        if by_image is None or len(series) < 2:
+        if by_image is None:
             return cls(mean, len(series), variance)
         cells, (n, count) = 100 * by_image.double(), by_image.shape
+        if n == 1:
+            return cls(mean, 1, variance, float(cells.var()) / count, count)
         of_images = cells.mean(0)
         rest = cells - cells.mean(1, keepdim=True) - of_images + cells.mean()
         interaction = rest.square().sum() / ((n - 1) * (count - 1))
@@ -174,10 +177,10 @@ class Effect:
         return total**0.5, total**2 / parts if parts else float(seeds - 1)
 
     def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval; (NaN, NaN) with fewer than two seeds."""
-        if self.seeds < 2:
+        """The 95 % confidence interval; with one seed for other images alone, or (NaN, NaN) if these are unknown."""
+        if self.seeds < 2 and not self.images:
             return float("nan"), float("nan")
-        error, freedom = self._error(self.seeds)
+        error, freedom = self._error(self.seeds) if self.seeds > 1 else (self.image_variance**0.5, self.images - 1)
         half = float(stats.t.ppf(0.975, freedom)) * error
         return self.mean - half, self.mean + half
 
@@ -256,13 +259,12 @@ def table(suite: Suite) -> Table:
             found = dict.fromkeys(MEASURED, NOT_A_RESULT)
         else:
             measured = effect(pairs, right)
-            low, high = measured.interval()
             word = measured.verdict(claim.margin)
             found = {
                 "difference": f"{measured.mean:+.2f}",
-                "95 % interval": "" if measured.seeds < 2 else f"{low:+.2f} to {high:+.2f}",
+                "95 % interval": _interval(measured),
                 "pairs above −margin": f"{int((pairs['difference'] > -claim.margin).sum())} of {len(pairs)}",
-                "seeds to settle": measured.seeds_to_settle(claim.margin) if word == INCONCLUSIVE else "",
+                "seeds to settle": _seeds_to_settle(measured, claim.margin) if word == INCONCLUSIVE else "",
                 "verdict": word,
             }
         behind = " ".join(sorted({*pairs["run"], *pairs["other"]}))
@@ -276,7 +278,18 @@ def table(suite: Suite) -> Table:
         f"{FEWEST_SEEDS}, inconclusive. All runs share one teacher of each kind: the interval speaks of these."
         + (f" {unknown} runs kept no predictions: intervals with them are for other seeds only." if unknown else "")
     )
-    return Table("claims", f"Claims, {suite.dataset}", caption, pd.DataFrame(rows))
+    return with_origin(suite, Table("claims", f"Claims, {suite.dataset}", caption, pd.DataFrame(rows)))
+
+
+def _seeds_to_settle(measured: Effect, margin: float) -> str:
+    return measured.seeds_to_settle(margin) or "unknown with 1 seed"
+
+
+def _interval(measured: Effect) -> str:
+    if measured.seeds < 2 and not measured.images:
+        return "needs 2 seeds"
+    low, high = measured.interval()
+    return f"{low:+.2f} to {high:+.2f}" + (" (other images only: 1 seed)" if measured.seeds < 2 else "")
 
 
 def _right(suite: Suite, records: Iterable[RunRecord]) -> dict[str, torch.Tensor | None]:

@@ -193,6 +193,7 @@ def _follow(ray: Any, tasks: dict, queue: Any, progress: Reports) -> list[tuple[
         for label, method, *arguments in queue.get_nowait_batch(queue.size()):
             if method == "begin":  # its worker died before: what is skipped and advanced again must not count twice
                 progress.skip(-reported.get(label, 0))
+                progress.within(label, 0.0)
                 reported[label] = 0
                 continue
             if method in ("advance", "skip"):
@@ -237,6 +238,9 @@ class _Wire:
 
     def advance(self, units: float, text: str) -> None:
         self.queue.put((self.label, "advance", units, text))
+
+    def within(self, label: str, units: float, text: str = "") -> None:
+        self.queue.put((self.label, "within", label, units, text))
 
     def skip(self, units: float) -> None:
         self.queue.put((self.label, "skip", units))

@@ -32,6 +32,9 @@ from .train import Learner, train
 SAME_BITS = ("torch", "processor", "threads", "device", "commit")
 
 
+_BETWEEN_REPORTS = 5.0  # seconds, of progress within an epoch
+
+
 class Workplace(Protocol):
     """What training needs of a :class:`~faqd_lib.suite.Suite`."""
 
@@ -92,7 +95,15 @@ def _train_cohort(suite: Workplace, cohort: Sequence[RunConfig], label: str, pro
         remove_unfinished_writes(suite.store.run_folder(learner.config))
         _resume(suite.store, learner, here, progress)
 
+    shown = every(_BETWEEN_REPORTS)
+
+    def on_batch(epoch: int, done: int) -> None:
+        if shown():
+            what = f"epoch {epoch + 1} of {config.optimization.epochs}, batch {done} of {len(batches)}"
+            progress.within(label, len(learners) * done / len(batches), f"{label}, {what}")
+
     def on_epoch(epoch: int, active: list[Learner]) -> None:
+        progress.within(label, 0.0)
         names = ", ".join(sorted({f"{learner.config.bits} {learner.config.method}" for learner in active}))
         accuracy = " ".join(f"{learner.history[-1]['test_accuracy']:.1f}" for learner in active)
         epochs = config.optimization.epochs
@@ -101,7 +112,7 @@ def _train_cohort(suite: Workplace, cohort: Sequence[RunConfig], label: str, pro
 
     result = train(
         learners, batches, teacher, () if teacher is None else teacher.feature_names, splits, on_epoch,
-        every(suite.profile.checkpoint_seconds), lambda learner: save_checkpoint(suite.store, learner, here),
+        every(suite.profile.checkpoint_seconds), lambda learner: save_checkpoint(suite.store, learner, here), on_batch,
     )  # fmt: skip
     for trained in result.trained:
         suite.store.save(

@@ -34,6 +34,17 @@ def seeds(suite: Suite) -> range:
     return range(1, suite.profile.seeds + 1)
 
 
+def weight_teachers(suite: Suite) -> list[str]:
+    """The teachers of T1's students."""
+    return suite.profile.grid.weight_teachers or suite.profile.teachers
+
+
+def projections(suite: Suite, bits: int) -> list[int]:
+    """The k of T4's FFA at so many bits."""
+    grid = suite.profile.grid
+    return grid.projections if bits == min(grid.affinity_bits) else [suite.profile.losses.k]
+
+
 def references(suite: Suite) -> list[RunConfig]:
     """Reference rows: the float teachers and, for each seed, the float student."""
     teachers = [suite.teacher(model) for model in suite.profile.teachers]
@@ -50,7 +61,7 @@ def weight_quantization(suite: Suite) -> list[RunConfig]:
         suite.student(
             column.method, labels=column.labels, weight_bits=bits, regime=regime, teacher=teacher, seed=seed
         )
-        for teacher in grid.weight_teachers or suite.profile.teachers
+        for teacher in weight_teachers(suite)
         for regime in grid.weight_regimes
         for bits in grid.weight_bits
         for column in COLUMNS
@@ -108,11 +119,10 @@ def logit_losses(suite: Suite) -> list[RunConfig]:
 
 def affinity_losses(suite: Suite) -> list[RunConfig]:
     """T4: label-free students without affinity loss, with the exact one, and with k projections × bits × seed."""
-    variants = [("KD", None), ("FAQD", None), *(("FFAQD", k) for k in suite.profile.grid.projections)]
     return _unique(
         suite.student(method, weight_bits=bits, k=k, seed=seed)
         for bits in suite.profile.grid.affinity_bits
-        for method, k in variants
+        for method, k in [("KD", None), ("FAQD", None), *(("FFAQD", k) for k in projections(suite, bits))]
         for seed in seeds(suite)
     )
 

@@ -140,7 +140,7 @@ def confusion(teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor
 
     Args:
         teacher, student, labels: (N,) int64, predicted and true classes.
-        classes: names of the classes; more than 20 are not written.
+        classes: names of the classes; more than 20 of them, or long ones, are not written.
     """
     count = len(classes)
 
@@ -154,13 +154,15 @@ def confusion(teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor
         shown = left.imshow(agreement.numpy(), vmin=0, vmax=100, cmap="viridis")
         figure.colorbar(shown, ax=left, label="share of the row (%)", shrink=0.75)
         same = 100 * float((teacher == student).double().mean())
-        left.set(title=f"same answer on {same:.1f} %", ylabel="teacher says", xlabel="student says")
+        left.set(
+            title=f"same answer on {same:.1f} % of {len(labels):,} images", ylabel="teacher says", xlabel="student says"
+        )
         shown = right.imshow(change.numpy(), vmin=-extent, vmax=extent, cmap="PuOr_r")
-        figure.colorbar(shown, ax=right, label="student − teacher (points of the row)", shrink=0.75)
-        right.set(title="gains and losses", ylabel="is", xlabel="taken for")
+        figure.colorbar(shown, ax=right, label="student − teacher (points)", shrink=0.75)
+        right.set(title="what the student takes a class for", ylabel="true class", xlabel="taken for")
         for axis in (left, right):
             axis.grid(visible=False)
-            if count <= 20:
+            if count <= 20 and max(map(len, classes)) <= 16:
                 axis.set_xticks(range(count), classes, rotation=60, ha="right", fontsize="small")
                 axis.set_yticks(range(count), classes, fontsize="small")
         if count <= 10:

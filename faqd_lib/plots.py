@@ -19,8 +19,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from .files import atomic_write
 
 WIDTH = 9.0  # inches: the text width of a notebook
-PALETTE = "colorblind"
-RUNS_KEY = "Runs"  # of a figure's metadata
+# Seaborn's colour-blind safe colours, without the pale pink: on white a thin line of it is hardly there.
+PALETTE = [colour for index, colour in enumerate(sns.color_palette("colorblind")) if index != 6]
+RUNS_KEY, NOTE_KEY = "Runs", "Note"  # of a figure's metadata
 # How a series is drawn, by its kind: what was measured as points on a line, what was derived as a line alone.
 KINDS = {"measured": ("-", "o", 1.6), "theory": ("--", "", 1.8), "bound": (":", "", 2.2)}
 BITS_NAMES = {1: "1 bit", 2: "2 bits\n(ternary)", 4: "4 bits", 32: "32 bits\n(float)"}
@@ -39,6 +40,11 @@ def style() -> Iterator[None]:
             },
         )  # fmt: skip
         yield
+
+
+def colours(count: int) -> list:
+    """So many colours, told apart as far as there are different ones."""
+    return sns.color_palette(PALETTE, count)
 
 
 @contextlib.contextmanager
@@ -61,15 +67,19 @@ class Run(Protocol):
     def run_id(self) -> str: ...
 
 
-def save(figure: Figure, folder: Path, name: str, runs: Iterable[Run] = ()) -> list[Path]:
+def save(figure: Figure, folder: Path, name: str, runs: Iterable[Run] = (), note: str = "") -> list[Path]:
     """Write ``<folder>/<name>.png`` and ``.pdf``, each whole or not at all; returns both paths.
 
-    Both files name the runs behind the figure: as the PNG's text ``Runs``, as the PDF's keywords.
+    Both files name the runs behind the figure (the PNG's text ``Runs``, the PDF's keywords) and carry the note, what
+    else is to be said of its origin (``Note``; the PDF's subject).
     """
     written, names = [], " ".join(dict.fromkeys(run.run_id for run in runs))
     for kind in ("png", "pdf"):
         # Without dates the same figure is the same file.
-        metadata = {"CreationDate": None, "Keywords": names} if kind == "pdf" else {RUNS_KEY: names}
+        if kind == "pdf":
+            metadata = {"CreationDate": None, "Keywords": names, "Subject": note}
+        else:
+            metadata = {RUNS_KEY: names, NOTE_KEY: note}
 
         def write(temporary: Path, kind: str = kind, metadata: dict | None = metadata) -> None:
             with style():
@@ -137,7 +147,7 @@ def scaling(
     _require(frame, "x", "y", "series", "kind")
     frame = frame if "panel" in frame else frame.assign(panel="")
     panels = list(frame["panel"].unique())
-    colours = dict(zip(frame["series"].unique(), sns.color_palette(PALETTE, frame["series"].nunique()), strict=True))
+    hues = dict(zip(frame["series"].unique(), colours(frame["series"].nunique()), strict=True))
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     with new_figure(rows, columns, height=3.9 if rows == 1 else 3.2 * rows + 0.6) as (figure, axes):
@@ -148,7 +158,7 @@ def scaling(
             for (series, kind), line in part.groupby(["series", "kind"], sort=False):
                 dashes, marker, width = KINDS[kind]
                 axis.plot(
-                    line["x"], line["y"], dashes, marker=marker, markersize=5, linewidth=width, color=colours[series],
+                    line["x"], line["y"], dashes, marker=marker, markersize=5, linewidth=width, color=hues[series],
                     label=series if kind == "measured" else f"{series}, {kind}",
                 )  # fmt: skip
             axis.set(xscale=x_scale, yscale="log", xlabel=x_label, title=(panel_titles or {}).get(panel, panel))
@@ -179,13 +189,13 @@ def convergence(frame: pd.DataFrame, exact: float, deviation: float) -> Figure:
         deviation: standard deviation of one estimate; the band is the exact value ± deviation/√k.
     """
     _require(frame, "k", "estimate", "draw")
-    colours = sns.color_palette(PALETTE)
+    hues = colours(len(PALETTE))
     with new_figure(height=3.8) as (figure, (axis,)):
         k = frame["k"].drop_duplicates().sort_values()
         half = deviation / k**0.5
         axis.fill_between(k, exact - half, exact + half, color="0.85", label="± one standard deviation, theory")
         for index, (_, line) in enumerate(frame.groupby("draw", sort=False)):
-            axis.plot(line["k"], line["estimate"], linewidth=1.3, color=colours[index % len(colours)])
+            axis.plot(line["k"], line["estimate"], linewidth=1.3, color=hues[index % len(hues)])
         axis.axhline(exact, color="black", linewidth=1.4, linestyle="--", label="exact affinity loss")
         axis.set(xscale="log", xlabel="projections $k$", ylabel="mean of $k$ estimates", xlim=(k.min(), k.max()))
         axis.set_ylim(max(0.0, exact - 2.5 * deviation), exact + 2.5 * deviation)
@@ -205,7 +215,7 @@ def staircases(frame: pd.DataFrame) -> Figure:
     """
     _require(frame, "quantizer", "input", "output", "gradient")
     names = list(frame["quantizer"].unique())
-    colour = sns.color_palette(PALETTE)
+    colour = colours(len(PALETTE))
     with new_figure(2, len(names), height=4.4, sharex="col", sharey="row") as (figure, axes):
         for index, name in enumerate(names):
             part = frame[frame["quantizer"] == name].sort_values("input")
@@ -227,7 +237,7 @@ def weight_histograms(frame: pd.DataFrame) -> Figure:
     """
     _require(frame, "bits", "weight", "quantized")
     grid = list(frame["bits"].unique())
-    colour = sns.color_palette(PALETTE)
+    colour = colours(len(PALETTE))
     extent = 1.05 * float(frame["weight"].abs().quantile(0.999))
     with new_figure(1, len(grid), height=3.0, sharey=True) as (figure, axes):
         for axis, bits in zip(axes, grid, strict=True):
@@ -257,8 +267,8 @@ def scale_scan(frame: pd.DataFrame, chosen: pd.DataFrame) -> Figure:
     _require(frame, "bits", "scale", "error")
     _require(chosen, "bits", "scale", "error", "rule")
     grid = list(frame["bits"].unique())
-    colours = dict(zip(chosen["rule"].unique(), sns.color_palette(PALETTE)[1:], strict=False))
-    markers = dict(zip(colours, "osD^v", strict=False))
+    hues = dict(zip(chosen["rule"].unique(), PALETTE[1:], strict=False))
+    markers = dict(zip(hues, "osD^v", strict=False))
     with new_figure(1, len(grid), height=3.2, sharey=True) as (figure, axes):
         for axis, bits in zip(axes, grid, strict=True):
             part = frame[frame["bits"] == bits]
@@ -266,7 +276,7 @@ def scale_scan(frame: pd.DataFrame, chosen: pd.DataFrame) -> Figure:
             for _, point in chosen[chosen["bits"] == bits].iterrows():
                 rule = point["rule"]
                 axis.plot(
-                    point["scale"], point["error"], markers[rule], color=colours[rule], markersize=8, linestyle="",
+                    point["scale"], point["error"], markers[rule], color=hues[rule], markersize=8, linestyle="",
                     label=rule, clip_on=False,
                 )  # fmt: skip
             axis.set(title=_bits_title(bits), xlabel="scale", ylim=(0, None))
@@ -295,7 +305,7 @@ def learning_curves(frame: pd.DataFrame) -> Figure:
             sns.lineplot(
                 frame[frame["measure"] == measure], x="epoch", y="value", hue="run", style="run", hue_order=runs,
                 style_order=runs, markers=epochs <= 30, dashes=False, ax=axis, errorbar=("pi", 100),
-                palette=sns.color_palette(PALETTE, len(runs)), legend=axis is axes[0],
+                palette=colours(len(runs)), legend=axis is axes[0],
             )  # fmt: skip
             axis.set(xlabel="epoch", ylabel=measure)
             axis.xaxis.get_major_locator().set_params(integer=True)
@@ -307,6 +317,14 @@ def learning_curves(frame: pd.DataFrame) -> Figure:
         return figure
 
 
+def _columns(axis: Axes, count: int) -> None:
+    """An axis of so many columns, with lines between them."""
+    axis.set_xlim(-0.5, count - 0.5)
+    axis.grid(visible=False, axis="x")
+    for edge in range(1, count):
+        axis.axvline(edge - 0.5, color="0.85", linewidth=1, zorder=0)
+
+
 def accuracy_by_bits(frame: pd.DataFrame, references: Mapping[str, float] | None = None) -> Figure:
     """Test accuracy of students by bits and method: every seed a point, the mean of a method a bar across them.
 
@@ -316,10 +334,10 @@ def accuracy_by_bits(frame: pd.DataFrame, references: Mapping[str, float] | None
     """
     _require(frame, "bits", "method", "accuracy", "seed")
     grid, methods = list(dict.fromkeys(frame["bits"])), list(frame["method"].unique())
-    colours, markers = sns.color_palette(PALETTE, len(methods)), "osD^vPX*<>"
+    hues, markers = colours(len(methods)), "osD^vPX*<>"
     step = 0.8 / len(methods)
     with new_figure(height=4.2) as (figure, (axis,)):
-        for index, (method, colour) in enumerate(zip(methods, colours, strict=True)):
+        for index, (method, colour) in enumerate(zip(methods, hues, strict=True)):
             for column, bits in enumerate(grid):
                 values = frame[(frame["method"] == method) & (frame["bits"] == bits)]["accuracy"]
                 if values.empty:
@@ -333,47 +351,49 @@ def accuracy_by_bits(frame: pd.DataFrame, references: Mapping[str, float] | None
                 axis.hlines(values.mean(), x - 0.4 * step, x + 0.4 * step, color=colour, linewidth=2.5)
         handles = [
             plt.Line2D([], [], color=colour, marker=markers[i % len(markers)], linewidth=2.5, label=method)
-            for i, (method, colour) in enumerate(zip(methods, colours, strict=True))
+            for i, (method, colour) in enumerate(zip(methods, hues, strict=True))
         ]
         for dashes, (name, accuracy) in zip(("--", ":", "-."), (references or {}).items(), strict=False):
             handles.append(
                 axis.axhline(accuracy, color="0.25", linestyle=dashes, linewidth=1.4, zorder=1.5, label=name)
             )
         axis.set_xticks(range(len(grid)), [BITS_NAMES.get(bits, str(bits)) for bits in grid])
-        axis.set(xlim=(-0.5, len(grid) - 0.5), ylabel="test accuracy (%)")
-        axis.grid(visible=False, axis="x")
-        for edge in range(1, len(grid)):
-            axis.axvline(edge - 0.5, color="0.9", linewidth=1, zorder=0)
+        axis.set_ylabel("test accuracy (%)")
+        _columns(axis, len(grid))
         figure.legend(handles=handles, loc="outside right upper", fontsize="small")
         return figure
 
 
 def accuracy_and_size(frame: pd.DataFrame) -> Figure:
-    """Test accuracy against bits, the size of a network's weights as the area of its mark; the mean over seeds.
+    """Test accuracy against bits, the size of a network's weights as the area of its mark; seeds as points in it.
 
     ``frame``: columns ``bits`` (a name, in the order of the axis), ``method``, ``accuracy`` (percent), ``size_kB``.
     """
     _require(frame, "bits", "method", "accuracy", "size_kB")
-    mean = frame.groupby(["bits", "method"], sort=False, as_index=False)[["accuracy", "size_kB"]].mean()
     grid, methods = list(dict.fromkeys(frame["bits"])), list(frame["method"].unique())
-    area = 1400 / mean["size_kB"].max()  # points² for a kB
+    largest = float(frame["size_kB"].max())
+    area = 1400 / largest  # points² for a kB
+    handles = []
     with new_figure(height=4.4) as (figure, (axis,)):
-        for index, (method, colour) in enumerate(zip(methods, sns.color_palette(PALETTE, len(methods)), strict=True)):
-            part = mean[mean["method"] == method]
-            x = [grid.index(bits) + 0.8 * ((index + 0.5) / len(methods) - 0.5) for bits in part["bits"]]
-            axis.scatter(x, part["accuracy"], s=area * part["size_kB"], color=colour, alpha=0.45, linewidth=0)
-            axis.scatter(x, part["accuracy"], s=9, color=colour, label=method)
-        sizes = [mean.loc[mean["bits"] == bits, "size_kB"] for bits in grid]
-        spans = [
-            f"{size.min():.0f}" if size.min() == size.max() else f"{size.min():.0f}–{size.max():.0f}" for size in sizes
-        ]
-        axis.set_xticks(range(len(grid)), [f"{bits}\n{span} kB" for bits, span in zip(grid, spans, strict=True)])
-        axis.set(xlim=(-0.6, len(grid) - 0.4), ylabel="test accuracy (%)", xlabel="bits of weights and activations")
-        axis.margins(y=0.12)
-        axis.grid(visible=False, axis="x")
-        figure.legend(
-            loc="outside right upper", fontsize="small", title="area: size of the weights", title_fontsize="small"
+        for index, (method, colour) in enumerate(zip(methods, colours(len(methods)), strict=True)):
+            for (bits, size), part in frame[frame["method"] == method].groupby(["bits", "size_kB"], sort=False):
+                x = grid.index(bits) + 0.8 * ((index + 0.5) / len(methods) - 0.5)
+                axis.scatter(x, part["accuracy"].mean(), s=area * size, color=colour, alpha=0.4, linewidth=0)
+                axis.scatter([x] * len(part), part["accuracy"], s=9, color=colour)
+            handles.append(plt.Line2D([], [], linestyle="", marker="o", color=colour, label=method))
+        for size in (largest, largest / 4, largest / 16):
+            handles.append(axis.scatter([], [], s=area * size, color="0.7", linewidth=0, label=f"{size:.3g} kB"))
+        _columns(axis, len(grid))
+        sizes = (
+            frame.groupby("bits")["size_kB"].unique().map(lambda found: "–".join(f"{kB:.0f}" for kB in sorted(found)))
         )
+        axis.set_xticks(range(len(grid)), [f"{bits}\n{sizes[bits]} kB" for bits in grid])
+        axis.set(ylabel="test accuracy (%)", xlabel="bits of weights and activations")
+        axis.margins(y=0.12)
+        figure.legend(
+            handles=handles, loc="outside right upper", fontsize="small", labelspacing=1.3, title_fontsize="small",
+            title="area: size of the\nweights",
+        )  # fmt: skip
         return figure
 
 
@@ -385,7 +405,7 @@ def affinity_frontier(frame: pd.DataFrame) -> Figure:
     _require(frame, "loss", "accuracy", "step_milliseconds")
     losses = list(frame["loss"].unique())
     with new_figure(height=4.0) as (figure, (axis,)):
-        for loss, colour, marker in zip(losses, sns.color_palette(PALETTE, len(losses)), "osD^vPX*<>", strict=False):
+        for loss, colour, marker in zip(losses, colours(len(losses)), "osD^vPX*<>", strict=False):
             part = frame[frame["loss"] == loss]
             mean = part[["step_milliseconds", "accuracy"]].mean()
             if len(part) > 1:

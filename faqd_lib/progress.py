@@ -7,6 +7,8 @@ from typing import Protocol, Self
 
 from tqdm.auto import tqdm
 
+_FIRST_LINE, _BETWEEN_LINES = 20.0, 600.0  # seconds, for lines of text within an epoch
+
 
 def headless() -> bool:
     """Whether progress is to be lines of text: ``FAQD_PROGRESS=text`` (set by ``run_all.sh``), or output to a file."""
@@ -33,6 +35,9 @@ class Reports(Protocol):
     def advance(self, units: float, text: str) -> None:
         """Units of work (one network, one epoch) are done."""
 
+    def within(self, label: str, units: float, text: str = "") -> None:
+        """Of the next units, so much is done by those whose label it is; 0 when they advance."""
+
     def skip(self, units: float) -> None:
         """Units turned out to be done already."""
 
@@ -46,6 +51,8 @@ class Progress:
     def __init__(self, total: float, title: str, runs: int = 1) -> None:
         self.total, self.title, self.runs = total, title, runs
         self.done, self._numbered, self._started = 0.0, 0, time.monotonic()
+        self._begun: dict[str, float] = {}  # what :meth:`within` said, by label
+        self._next_line = _FIRST_LINE  # seconds from the start
         self._bar = None if headless() else tqdm(total=total, desc=title, bar_format="{l_bar}{bar}| {postfix}")
 
     def __enter__(self) -> Self:
@@ -62,13 +69,24 @@ class Progress:
 
     def advance(self, units: float, text: str) -> None:
         self.done += units
+        if self._bar is not None:
+            self._bar.update(units)
+        self._show(text)
+
+    def within(self, label: str, units: float, text: str = "") -> None:
+        self._begun[label] = units
+        if text and (self._bar is not None or time.monotonic() - self._started > self._next_line):
+            self._show(text)
+
+    def _show(self, text: str) -> None:
         elapsed = time.monotonic() - self._started
-        left = elapsed / self.done * max(0.0, self.total - self.done)
+        done = self.done + sum(self._begun.values())
+        left = elapsed / done * max(0.0, self.total - done) if done else 0.0
         line = f"{text}; {clock(elapsed)} gone, about {clock(left)} left"
+        self._next_line = elapsed + _BETWEEN_LINES
         if self._bar is None:
             print(f"  {self.title}: {line}", flush=True)
         else:
-            self._bar.update(units)
             self._bar.set_postfix_str(line)
 
     def skip(self, units: float) -> None:

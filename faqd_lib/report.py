@@ -10,7 +10,7 @@ import base64
 import datetime
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -27,7 +27,7 @@ from pygments.formatters import HtmlFormatter
 
 from . import claims, tables
 from .files import atomic_write_text, require_writable
-from .plots import RUNS_KEY
+from .plots import NOTE_KEY, RUNS_KEY
 from .progress import clock
 from .results import RunRecord
 from .suite import Suite
@@ -40,12 +40,16 @@ _MATHS = re.compile(r"(?P<code>```.*?```|`[^`\n]+`)|\$\$(?P<display>.+?)\$\$|\$(
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the report: its file's name without suffix, its bytes as a data address, the runs behind it."""
+    """A figure of the report: its file's name without suffix, its bytes as a data address, the runs behind it.
+
+    ``note``: what its notebook says of its origin.
+    """
 
     name: str
     address: str
     width: int
     runs: list[str]
+    note: str = ""
 
     @property
     def title(self) -> str:
@@ -57,9 +61,17 @@ class Picture:
     def read(cls, path: Path) -> "Picture":
         """Read a PNG that :func:`faqd_lib.plots.save` wrote."""
         with Image.open(path) as image:
-            runs, width = image.info.get(RUNS_KEY, ""), image.width
+            runs, note, width = image.info.get(RUNS_KEY, ""), image.info.get(NOTE_KEY, ""), image.width
         data = base64.b64encode(path.read_bytes()).decode("ascii")
-        return cls(path.stem, f"data:image/png;base64,{data}", width, runs.split())
+        return cls(path.stem, f"data:image/png;base64,{data}", width, runs.split(), note)
+
+    def origin(self, records: Mapping[str, RunRecord]) -> str:
+        """Its runs among those that are there (by name), their seeds and dates; and how many are gone."""
+        there = [records[run] for run in self.runs if run in records]
+        parts = [self.note, tables.origin(there) if there else ""]
+        if gone := len(self.runs) - len(there):
+            parts.append(f"{gone} of the runs that it was drawn from are no longer there: execute its notebook again.")
+        return " ".join(filter(None, parts))
 
 
 def write_report(suite: Suite) -> Path:
@@ -87,7 +99,7 @@ def write_report(suite: Suite) -> Path:
     text = environment.get_template("report.html").render(
         suite=suite,
         written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        finished=_span(record.finished[:10] for record in records),
+        finished=tables.span(record.finished[:10] for record in records),
         claims=_shown(verdicts),
         verdicts=verdicts.frame.to_dict("records"),
         rule=claims.__doc__.partition("\n\n")[2],
@@ -96,6 +108,7 @@ def write_report(suite: Suite) -> Path:
         environments=_environments(records),
         seconds=clock(sum(record.cost["training_seconds"] for record in records)),
         runs=len(records),
+        by_name={record.run_id: record for record in records},
         notebooks=[(page.stem.replace("_", " "), f"notebooks/{page.name}") for page in pages],
     )
     return atomic_write_text(folder / "index.html", text)
@@ -115,11 +128,6 @@ def _templates() -> jinja2.Environment:
     )
     environment.globals["style"] = Markup(_template("style.css"))
     return environment
-
-
-def _span(dates: Iterable[str]) -> str:
-    found = sorted(set(dates))
-    return "" if not found else found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def _environments(records: Sequence[RunRecord]) -> list[dict[str, object]]:

@@ -44,7 +44,8 @@ class Losses(Frozen):
 class Grid(Frozen):
     """Which cells of the tables are trained; a cell that is left out reads "not run".
 
-    ``weight_teachers``: teachers of T1's students; empty for all of the profile's. The other tables take the first.
+    ``weight_teachers``: teachers of T1's students, the profile's first among them; empty for all. The other tables take
+    the first. ``projections``: the k of T4's FFA at the fewest of ``affinity_bits``; at more bits only ``losses.k``.
     """
 
     weight_teachers: list[ModelName] = []
@@ -99,9 +100,15 @@ class Profile(Frozen):
 
     @model_validator(mode="after")
     def _teachers_are_there(self) -> Self:
-        for teacher in self.grid.weight_teachers:
+        chosen = self.grid.weight_teachers
+        for teacher in chosen:
             if teacher not in self.teachers:
                 raise ValueError(f"grid.weight_teachers has {teacher!r}, which is none of the teachers {self.teachers}")
+        if chosen and self.teachers[0] not in chosen:
+            raise ValueError(
+                f"grid.weight_teachers = {chosen} lacks {self.teachers[0]!r}, the first of the teachers, whose "
+                "students the notebooks look at: add it, or put another teacher first"
+            )
         return self
 
     @model_validator(mode="after")

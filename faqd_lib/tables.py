@@ -4,9 +4,8 @@ A cell whose runs do not exist reads "not run". A profile whose numbers mean not
 instead of numbers. The paper's printed values come from a file that the user fills, never from here.
 """
 
-import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -256,6 +255,30 @@ def _caption(suite: Suite, what: str) -> str:
     return caption if suite.profile.shows_results else f"{caption} This profile tests the machinery: no results."
 
 
+def span(dates: Iterable[str]) -> str:
+    """``2026-01-01 to 2026-01-03`` of dates in any order; empty if there are none."""
+    found = sorted(set(dates))
+    return "" if not found else found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def origin(records: Iterable[RunRecord]) -> str:
+    """How many runs there are, of which seeds, and when they were trained, for captions."""
+    records = list(records)
+    if not records:
+        return "No runs yet: n = 0."
+    seeds = sorted({record.configuration.seed for record in records} - {0})
+    which = f", seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} (n = {len(seeds)})" if seeds else ""
+    runs = f"{len(records)} run{'s' * (len(records) > 1)}"
+    return f"From {runs}{which}, trained {span(record.finished[:10] for record in records)}."
+
+
+def with_origin(suite: Suite, table: Table) -> Table:
+    """The table, its caption saying how many runs are behind it, of which seeds and when."""
+    behind = set(table.runs)
+    records = [record for record in suite.store.records() if record.run_id in behind]
+    return replace(table, caption=f"{table.caption} {origin(records)}")
+
+
 def _per_seed(suite: Suite, make: Callable[[int], RunConfig]) -> list[RunConfig]:
     return [make(seed) for seed in experiments.seeds(suite)]
 
@@ -318,7 +341,7 @@ def _quantization_table(
                     rows.append({**line, "learns from": column.title, **accuracy})
                     grid[column.title] = accuracy["ours, last epoch"]
                 overview.append({**line, **grid})
-    return Table(name, title, _caption(suite, what), pd.DataFrame(rows), pd.DataFrame(overview))
+    return with_origin(suite, Table(name, title, _caption(suite, what), pd.DataFrame(rows), pd.DataFrame(overview)))
 
 
 def weight_quantization(suite: Suite, reference: pd.DataFrame) -> Table:
@@ -330,7 +353,7 @@ def weight_quantization(suite: Suite, reference: pd.DataFrame) -> Table:
         f"T1 Weight quantization, {suite.dataset}",
         [(bits, FLOAT_BITS) for bits in sorted({1, 2, 4, *suite.profile.grid.weight_bits})],
         ["end-to-end", "fine-tuning"],
-        suite.profile.teachers,
+        experiments.weight_teachers(suite),
         f"Students {suite.profile.student} with quantized weights and float activations; logit loss "
         f"{losses.end_to_end_logit_loss.upper()} end to end, {losses.fine_tuning_logit_loss.upper()} in fine-tuning; "
         "fine-tuning starts from the float student, which like the teacher was trained with labels; post-training: "
@@ -374,20 +397,26 @@ def logit_losses(suite: Suite, reference: pd.DataFrame) -> Table:
     what = f"Label-free FAQD, student {suite.profile.student}, teacher {suite.profile.teachers[0]}."
     frame = pd.DataFrame(rows)
     name = f"T3_logit_loss_{suite.dataset}"
-    return Table(name, f"T3 Logit loss, {suite.dataset}", _caption(suite, what), frame, pd.DataFrame(overview))
+    table = Table(name, f"T3 Logit loss, {suite.dataset}", _caption(suite, what), frame, pd.DataFrame(overview))
+    return with_origin(suite, table)
 
 
 def affinity_losses(suite: Suite, reference: pd.DataFrame) -> Table:
     """T4: no affinity loss, exact, and k projections: accuracy, final affinity loss, time and memory of a step."""
     cells, rows = _Cells(suite, reference), []
-    variants = [("none", "KD", None), ("FA (exact)", "FAQD", None)]
-    for k in sorted({1, 3, 6, 15, *suite.profile.grid.projections}):
-        variants.append((f"FFA, k = {k}", "FFAQD", k))
+    fewest = min(suite.profile.grid.affinity_bits)
+    variants = []
+    for bits in suite.profile.grid.affinity_bits:
+        some = {1, 3, 6, 15} if bits == fewest else set()
+        variants += [(bits, "none", "KD", None), (bits, "FA (exact)", "FAQD", None)]
+        variants += [
+            (bits, f"FFA, k = {k}", "FFAQD", k) for k in sorted({*some, *experiments.projections(suite, bits)})
+        ]
 
     def number(values: list[float]) -> str:
         return f"{pd.Series(values).mean():.4g}"
 
-    for bits, (title, method, k) in itertools.product(suite.profile.grid.affinity_bits, variants):
+    for bits, title, method, k in variants:
         configs = _per_seed(suite, lambda seed, b=bits, m=method, k=k: suite.student(m, weight_bits=b, k=k, seed=seed))
         affinity = lambda record: record.history[-1]["affinity"]  # noqa: E731
         rows.append(
@@ -406,7 +435,8 @@ def affinity_losses(suite: Suite, reference: pd.DataFrame) -> Table:
         "own, without data and teacher."
     )
     name = f"T4_affinity_loss_{suite.dataset}"
-    return Table(name, f"T4 Affinity loss, {suite.dataset}", _caption(suite, what), pd.DataFrame(rows))
+    table = Table(name, f"T4 Affinity loss, {suite.dataset}", _caption(suite, what), pd.DataFrame(rows))
+    return with_origin(suite, table)
 
 
 def cost(suite: Suite) -> Table:
@@ -433,7 +463,7 @@ def cost(suite: Suite) -> Table:
     total = frame["training_seconds"].sum() if len(frame) else 0.0
     what = f"{len(frame)} runs, {total:.0f} s of training in all; a cohort's data and teacher time is shared evenly."
     caption = f"{what} {suite.caption}; {suite.profile.seeds} seed(s)."
-    return Table(f"T5_cost_{suite.dataset}", f"T5 Cost, {suite.dataset}", caption, shown)
+    return with_origin(suite, Table(f"T5_cost_{suite.dataset}", f"T5 Cost, {suite.dataset}", caption, shown))
 
 
 def not_run(dataset: str, profile: str) -> Table:

@@ -276,6 +276,7 @@ def train(
     on_epoch: Callable[[int, list[Learner]], None] = lambda epoch, learners: None,
     checkpoint_due: Callable[[], bool] = lambda: False,
     checkpoint: Callable[[Learner], None] = lambda learner: None,
+    on_batch: Callable[[int, int], None] = lambda epoch, done: None,
 ) -> CohortResult:
     """Train a cohort to the end.
 
@@ -287,6 +288,7 @@ def train(
         feature_names: modules of the teacher to tap; the students' own were given to them.
         splits: what to evaluate after each epoch, by name; labelled. One of them is ``"test"``.
         on_epoch: called after every epoch with its number (from 0) and the learners that have just finished it.
+        on_batch: called after every batch with the epoch (from 0) and how many of its batches are done.
         checkpoint_due: asked after every batch whether ``checkpoint`` is to be called, for each learner in training.
 
     Returns:
@@ -334,6 +336,7 @@ def train(
                 attempt(learner, learner.step, epoch, batch.images, labels, teacher_logits, teacher_maps)
             if not active:
                 break
+            on_batch(epoch, index + 1)
             if checkpoint_due():
                 shared.settle()
                 for learner in active:

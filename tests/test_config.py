@@ -232,6 +232,13 @@ def write_profile(path, text="", name="mine.toml", skip=""):
     return file
 
 
+def test_the_first_teacher_teaches_in_every_table():
+    values = Profile.load("cpu").model_dump()
+    values["grid"]["weight_teachers"] = ["resnet56"]
+    with pytest.raises(ConfigurationError, match="lacks 'resnet20', the first of the teachers"):
+        Profile.parse(values, "mine")
+
+
 def test_own_profile_from_a_file(tmp_path):
     profile = Profile.load(write_profile(tmp_path, "seeds = 3"))
     assert (profile.name, profile.seeds, profile.teacher_schedule.epochs) == ("mine", 3, 1)

@@ -125,6 +125,28 @@ def test_progress_as_text(capsys):
     assert "left" in out
 
 
+def test_progress_within_an_epoch_is_estimated_and_shown_seldom(capsys, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with progress.Progress(10, "students") as line:
+        now = 110.0
+        line.within("run 1", 0.25, "batch 25 of 100")  # too soon for a line
+        assert capsys.readouterr().out == ""
+        now = 130.0
+        line.within("run 1", 0.5, "batch 50 of 100")
+        assert "batch 50 of 100; 0:30 gone, about 9:30 left" in capsys.readouterr().out
+        now = 140.0
+        line.within("run 2", 0.5, "batch 51 of 100")
+        assert capsys.readouterr().out == ""
+        now = 160.0
+        line.within("run 1", 0.0)
+        line.advance(1, "epoch 1")
+        assert "epoch 1; 1:00 gone, about 5:40 left" in capsys.readouterr().out  # 1.5 of 10 units in a minute
+        now = 800.0
+        line.within("run 1", 0.5, "batch 50 of 100")
+        assert "batch 50" in capsys.readouterr().out
+
+
 def test_progress_style(monkeypatch):
     assert progress.headless()
     monkeypatch.setenv("FAQD_PROGRESS", "bar")

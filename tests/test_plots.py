@@ -16,7 +16,7 @@ def test_confusion_counts_answers_and_changes():
         torch.tensor(left.images[0].get_array().filled()), torch.tensor([[200 / 3, 100 / 3], [20.0, 80.0]]).double()
     )
     assert right.images[0].get_array().tolist() == [[-25.0, 25.0], [25.0, -25.0]]
-    assert left.get_title() == "same answer on 75.0 %"
+    assert left.get_title() == "same answer on 75.0 % of 8 images"
     assert [text.get_text() for text in right.texts] == ["-25", "+25", "+25", "-25"]
     assert [label.get_text() for label in left.get_xticklabels()] == ["cat", "dog"]
 
@@ -37,9 +37,11 @@ def test_the_area_of_a_mark_is_the_size_of_the_weights():
         }
     )
     (axis,) = plots.accuracy_and_size(frame).axes
-    faqd, _, labels, _ = axis.collections
-    assert faqd.get_sizes().tolist() == pytest.approx([20 * labels.get_sizes()[0], labels.get_sizes()[0]])
-    assert faqd.get_offsets()[:, 1].tolist() == [90.0, 81.0]
+    areas, points = axis.collections[0:6:2], axis.collections[1:6:2]
+    sizes = [float(area.get_sizes()[0]) for area in areas]
+    assert sizes == pytest.approx([20 * sizes[1], sizes[1], sizes[1]])
+    assert [area.get_offsets()[:, 1].tolist() for area in areas] == [[90.0], [81.0], [75.0]]  # means
+    assert [point.get_offsets()[:, 1].tolist() for point in points] == [[90.0], [80.0, 82.0], [75.0]]  # seeds
     assert [label.get_text() for label in axis.get_xticklabels()] == ["32W32A\n1000 kB", "1W32A\n50 kB"]
 
 

@@ -146,3 +146,21 @@ def test_figures_name_their_runs(suite, tmp_path):
     plt.close(figure)
     assert report.Picture.read(png).runs == [suite.teacher().run_id]
     assert suite.teacher().run_id.encode() in pdf.read_bytes()
+
+
+def test_a_figure_says_when_it_was_trained_and_what_is_gone(suite):
+    teacher, student = suite.teacher(), suite.student("FAQD", weight_bits=1)
+    save(suite, teacher, 91.0)
+    save(suite, student, 81.25)
+    figure = plt.figure()
+    plots.save(figure, suite.folder / "figures", "01_x", [teacher, student], "Trained here and there.")
+    plt.close(figure)
+    records = {record.run_id: record for record in suite.store.records()}
+    picture = report.Picture.read(suite.folder / "figures" / "01_x.png")
+    day = records[teacher.run_id].finished[:10]
+    assert picture.origin(records) == f"Trained here and there. From 2 runs, seed 1 (n = 1), trained {day}."
+    del records[student.run_id]
+    assert "From 1 run, trained" in picture.origin(records)
+    assert "1 of the runs that it was drawn from are no longer there" in picture.origin(records)
+    (suite.store.run_folder(student) / "record.json").unlink()
+    assert picture.origin(records) in Page(report.write_report(suite).read_text()).text

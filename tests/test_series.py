@@ -110,6 +110,28 @@ def test_killed_in_the_middle_it_continues_to_the_same_weights_and_tables(whole_
     assert sum(map(has_accuracy, found[0][0].astype(str).to_numpy().flat)) >= 6
 
 
+def test_what_is_drawn_where_numbers_count(whole_series, tmp_path):
+    """The cells that smoke leaves out: notebooks that show accuracies, with two teachers and two seeds."""
+    _, suite, _ = whole_series
+    shipped = (project_root() / "faqd_lib" / "profiles" / "smoke.toml").read_text()
+    changes = {
+        "shows_results = false": "shows_results = true\nseeds = 2",
+        'teachers = ["resnet8"]': 'teachers = ["resnet8", "resnet20"]',
+        "[grid]": '[grid]\nweight_teachers = ["resnet8"]\nweight_bits = [1]\nweight_regimes = ["end-to-end"]',
+    }
+    for old, new in changes.items():
+        assert old in shipped
+        shipped = shipped.replace(old, new)
+    (tmp_path / "shown.toml").write_text(shipped)
+    there = tmp_path / "results" / "shown-digits"
+    shutil.copytree(suite / "runs", there / "runs")
+    done = run(["shown.toml", "--dataset", "digits", "--only", "05", "09", "--results", "results"], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    drawn = {path.stem for path in (there / "figures").glob("*.png")}
+    assert drawn == {"05_accuracy_by_bits", "05_confusion", "05_curves_fewest_bits", "09_accuracy_and_size"}
+    assert "seeds 1, 2 (n = 2), trained" in (there / "report" / "index.html").read_text()
+
+
 def test_an_interrupted_kernel_is_reported_and_the_next_call_completes(whole_series, tmp_path):
     _, suite, _ = whole_series
     command = [sys.executable, "-m", "faqd_lib.series", "smoke", "--dataset", "digits", "--only", "08"]

@@ -89,10 +89,44 @@ def test_a_grid_chooses_teachers_of_t1_and_bits_of_t4(tmp_path):
     assert {(c.quantization.weight_bits, c.method) for c in wanted} == {
         (bits, method) for bits in (1, 2, 4) for method in ("KD", "FAQD", "FFAQD")
     }
+    assert {(c.quantization.weight_bits, c.objective.k) for c in wanted if c.method == "FFAQD"} == {
+        (1, 1), (1, 3), (1, 6), (1, 15), (2, 6), (4, 6),
+    }  # fmt: skip
+    assert set(tables.weight_quantization(suite, EMPTY).frame["teacher"]) == {"", "resnet20"}
     save(suite, suite.student("FFAQD", weight_bits=2, k=6), 80.0)
     frame = tables.affinity_losses(suite, EMPTY).frame
     filled = frame[frame["ours, last epoch"] != tables.NOT_RUN]
     assert filled[["bits", "affinity loss"]].to_numpy().tolist() == [["2W32A", "FFA, k = 6"]]
+
+
+def test_captions_say_how_many_runs_of_which_seeds_and_when(tmp_path):
+    suite = Suite.open("quick", "digits", results=tmp_path, seeds=2)
+    assert "No runs yet: n = 0." in tables.affinity_losses(suite, EMPTY).caption
+    save(suite, suite.teacher(), 90.0)
+    for seed in (1, 2):
+        for method in ("KD", "FAQD"):
+            save(suite, suite.student(method, weight_bits=1, seed=seed), 80.0)
+    today = suite.store.records()[0].finished[:10]
+    assert f"From 4 runs, seeds 1, 2 (n = 2), trained {today}." in tables.affinity_losses(suite, EMPTY).caption
+    assert f"From 5 runs, seeds 1, 2 (n = 2), trained {today}." in tables.weight_quantization(suite, EMPTY).caption
+    assert f"trained {today}." in claims.table(suite).caption
+
+
+def test_one_seed_has_an_interval_for_other_images_only(suite):
+    save(suite, suite.student("KD", weight_bits=1), 70.0)
+    save(suite, suite.student("FAQD", weight_bits=1), 72.0)
+    row = claims.table(suite).frame.iloc[0]
+    low, high = map(float, row["95 % interval"].removesuffix(" (other images only: 1 seed)").split(" to "))
+    first, second = (
+        suite.store.predictions(suite.store.record(suite.student(method, weight_bits=1))) for method in ("FAQD", "KD")
+    )
+    difference = 100 * (
+        (first["predicted"] == first["label"]).double() - (second["predicted"] == second["label"]).double()
+    )
+    half = 1.96 * float(difference.std()) / IMAGES**0.5
+    assert (low, high) == pytest.approx((2 - half, 2 + half), abs=0.02)
+    assert row["verdict"] == claims.INCONCLUSIVE
+    assert row["seeds to settle"] == "unknown with 1 seed"
 
 
 def test_smoke_numbers_are_never_shown(tmp_path):

@@ -381,8 +381,8 @@ def accuracy_and_size(frame: pd.DataFrame) -> Figure:
                 axis.scatter(x, part["accuracy"].mean(), s=area * size, color=colour, alpha=0.4, linewidth=0)
                 axis.scatter([x] * len(part), part["accuracy"], s=9, color=colour)
             handles.append(plt.Line2D([], [], linestyle="", marker="o", color=colour, label=method))
-        for size in (largest, largest / 4, largest / 16):
-            handles.append(axis.scatter([], [], s=area * size, color="0.7", linewidth=0, label=f"{size:.3g} kB"))
+        for size in (largest / 4, largest / 16):  # the largest would burst the legend
+            handles.append(axis.scatter([], [], s=area * size, color="0.7", linewidth=0, label=f"{size:.2g} kB"))
         _columns(axis, len(grid))
         sizes = (
             frame.groupby("bits")["size_kB"].unique().map(lambda found: "–".join(f"{kB:.0f}" for kB in sorted(found)))

@@ -10,7 +10,8 @@ ask for is trained in waves (teachers, students, fine-tuned students), each of w
 cohorts of a wave are as large as the engine would make them and go to the next free worker, in order; workers are all
 as fast as this one, and do not slow each other. Shared files, start-up and failures cost nothing.
 
-Times of steps are those of random weights and enlarged digits. Prints tables; writes ``cost.json`` to ``--out``.
+Times of steps are those of random weights and enlarged digits. Prints tables; writes ``cost-PROFILE.json`` to ``--out``
+(``results/benchmarks`` if left out).
 """
 
 import heapq

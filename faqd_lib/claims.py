@@ -141,7 +141,7 @@ class Effect:
         mean: d.
         seeds: n.
         seed_variance: s², NaN with one seed.
-        image_variance: v²/N, what other test images would add; 0 if unknown.
+        image_variance: v²/N, what other test images would add (of one seed all that they do); 0 if unknown.
         images: N, for its degrees of freedom; 0 if unknown.
     """
 

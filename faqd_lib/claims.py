@@ -15,7 +15,8 @@ for a verdict. With the claim's margin m (0 for "better", 0.5 for "as good as"):
 
     reproduced       if the whole interval lies above −m
     not reproduced   if the whole interval lies below −m
-    inconclusive     otherwise, and always with fewer than 3 seeds
+    inconclusive     otherwise, and always with fewer than 3 seeds, or if a run behind it takes all test images for
+                     one class: it has learned nothing, and two such runs agree whatever they were taught
 
 "Seeds to settle" is asked of inconclusive claims: the fewest seeds with which, if d and the variances are as measured,
 the interval would lie on one side of −m with a probability of 80 %; "never" if the test images alone leave it open.
@@ -248,7 +249,7 @@ def table(suite: Suite) -> Table:
         losses = suite.profile.losses
         default = {"end-to-end": losses.end_to_end_logit_loss, "fine-tuning": losses.fine_tuning_logit_loss}
         frame["default_loss"] = (frame["logit_loss"] == frame["regime"].map(default)) | (frame["method"] == "labels")
-    right = _right(suite, records)
+    right, dead = _right(suite, records)
     rows = []
     for claim in CLAIMS:
         pairs = paired(frame, claim)
@@ -259,7 +260,7 @@ def table(suite: Suite) -> Table:
             found = dict.fromkeys(MEASURED, NOT_A_RESULT)
         else:
             measured = effect(pairs, right)
-            word = measured.verdict(claim.margin)
+            word = INCONCLUSIVE if dead & {*pairs["run"], *pairs["other"]} else measured.verdict(claim.margin)
             found = {
                 "difference": f"{measured.mean:+.2f}",
                 "95 % interval": _interval(measured),
@@ -276,6 +277,7 @@ def table(suite: Suite) -> Table:
         f"95 % interval for other seeds and other test images (n seeds, {suite.state.test_count:,} images). "
         "Reproduced: interval above −margin; not reproduced: below; else, or with n < "
         f"{FEWEST_SEEDS}, inconclusive. All runs share one teacher of each kind: the interval speaks of these."
+        + (f" {len(dead)} runs learned nothing (one class for all test images): no verdict from them." if dead else "")
         + (f" {unknown} runs kept no predictions: intervals with them are for other seeds only." if unknown else "")
     )
     return with_origin(suite, Table("claims", f"Claims, {suite.dataset}", caption, pd.DataFrame(rows)))
@@ -292,10 +294,13 @@ def _interval(measured: Effect) -> str:
     return f"{low:+.2f} to {high:+.2f}" + (" (other images only: 1 seed)" if measured.seeds < 2 else "")
 
 
-def _right(suite: Suite, records: Iterable[RunRecord]) -> dict[str, torch.Tensor | None]:
-    """By run: which test images it got right (N,)."""
+def _right(suite: Suite, records: Iterable[RunRecord]) -> tuple[dict[str, torch.Tensor | None], set[str]]:
+    """By run: which test images it got right (N,); and the runs that take all of them for one class."""
     found: dict[str, torch.Tensor | None] = {}
+    dead = set()
     for record in records:
         kept = suite.store.predictions(record)
         found[record.run_id] = None if kept is None else kept["predicted"] == kept["label"]
-    return found
+        if kept is not None and len(kept["predicted"].unique()) == 1:
+            dead.add(record.run_id)
+    return found, dead

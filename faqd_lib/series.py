@@ -172,6 +172,9 @@ def run_series(arguments: argparse.Namespace, dataset: str, only: Sequence[str])
     print(f"\n=== profile {profile.name}, dataset {reason}")
     folder = suite_folder(profile, name, arguments.results)
     selected = select(only)
+    if arguments.seeds is not None and arguments.seeds < 1:
+        raise ConfigurationError(f"seeds must be a whole number of at least 1, got {arguments.seeds}")
+    seeds = arguments.seeds or 0  # to the notebooks 0 is the profile's own number
     require_writable(folder.parent)
     lock = filelock.FileLock(folder.parent / f".{folder.name}{LOCK_NAME}")
     try:
@@ -181,14 +184,14 @@ def run_series(arguments: argparse.Namespace, dataset: str, only: Sequence[str])
     with lock:
         if arguments.fresh:
             set_aside(folder)
-        suite = Suite.open(arguments.profile, dataset, arguments.data_root, arguments.results, arguments.seeds)
+        suite = Suite.open(arguments.profile, dataset, arguments.data_root, arguments.results, seeds)
         check_needs(selected, suite)
         parameters = {
             "profile": str(arguments.profile),
             "dataset": dataset,  # as it was asked for: the notebooks say in one line which it became, and why
             "data_root": str(arguments.data_root or ""),
             "results_dir": str(folder.parent),
-            "seeds": arguments.seeds,
+            "seeds": seeds,
         }
         copies = require_writable(folder / "notebooks")
         outcomes: list[Outcome] = []
@@ -236,7 +239,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", default="", help="a dataset's name; left out: the profile's own choice")
     parser.add_argument("--data-root", type=Path, help="the only folder to look for data in")
     parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers of the notebooks to run")
-    parser.add_argument("--seeds", type=int, default=0, help="number of seeds (left out: the profile's own)")
+    parser.add_argument("--seeds", type=int, help="number of seeds (left out: the profile's own)")
     parser.add_argument("--results", type=Path, help="where results go (default: results/)")
     parser.add_argument("--engine", choices=ENGINES, help="where runs are trained (default: local, in this process)")
     parser.add_argument("--address", help="with --engine ray: a cluster that runs already; left out: this machine")

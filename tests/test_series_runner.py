@@ -64,7 +64,8 @@ def test_a_failing_cell_stops_the_series_and_is_named(tmp_path, monkeypatch, cap
         (["smoke", "--dataset", "digits", "--only", "42"], "there is no notebook '42'"),
         (["smokey"], "did you mean smoke?"),
         (["smoke", "--dataset", "cifar11"], "unknown dataset 'cifar11'"),
-        (["smoke", "--dataset", "digits", "--seeds", "-1"], "seeds must be a whole number"),
+        (["smoke", "--dataset", "digits", "--seeds", "-1"], "seeds must be a whole number of at least 1, got -1"),
+        (["smoke", "--dataset", "digits", "--seeds", "0"], "seeds must be a whole number of at least 1, got 0"),
     ],
 )
 def test_what_cannot_run_is_said_before_anything_runs(tmp_path, capsys, arguments, message):

@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch import nn
 
 from faqd_lib import claims, experiments, tables
-from faqd_lib.files import canonical_json, text_digest
+from faqd_lib.files import canonical_json, tensors_digest, text_digest
 from faqd_lib.results import ResultsError
 from faqd_lib.suite import Suite
 
@@ -97,6 +98,27 @@ def test_a_grid_chooses_teachers_of_t1_and_bits_of_t4(tmp_path):
     frame = tables.affinity_losses(suite, EMPTY).frame
     filled = frame[frame["ours, last epoch"] != tables.NOT_RUN]
     assert filled[["bits", "affinity loss"]].to_numpy().tolist() == [["2W32A", "FFA, k = 6"]]
+
+
+def test_students_that_learned_nothing_get_no_verdict(tmp_path):
+    """They agree to the last image whatever they were taught: an interval of no width is no evidence."""
+    suite = Suite.open("quick", "digits", results=tmp_path, seeds=3)
+    for seed in (1, 2, 3):
+        for labels in (True, False):
+            config = suite.student("FAQD", labels=labels, weight_bits=1, seed=seed)
+            save(suite, config, 10.0)
+            path = suite.store.run_folder(config) / "predictions.safetensors"
+            kept = load_file(path)
+            kept["predicted"] = torch.zeros_like(kept["predicted"])
+            save_file(kept, path)
+            record = suite.store.run_folder(config) / "record.json"
+            content = json.loads(record.read_text()) | {"predictions_digest": tensors_digest(kept)}
+            del content["checksum"]
+            record.write_text(json.dumps(content | {"checksum": text_digest(canonical_json(content))}))
+    table = claims.table(suite)
+    row = table.frame.set_index("claim").loc["Label-free equals or beats distillation with labels"]
+    assert (row["difference"], row["n (seeds)"], row["verdict"]) == ("+0.00", "3", claims.INCONCLUSIVE)
+    assert "6 runs learned nothing" in table.caption
 
 
 def test_captions_say_how_many_runs_of_which_seeds_and_when(tmp_path):

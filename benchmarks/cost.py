@@ -16,7 +16,6 @@ Times of steps are those of random weights and enlarged digits. Prints tables; w
 
 import heapq
 import itertools
-import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,7 +28,7 @@ from training import cohort_step
 from faqd_lib import experiments, planning
 from faqd_lib.config import RunConfig
 from faqd_lib.measure import environment, take_turns
-from faqd_lib.quantizers import STEP_GRADIENTS
+from faqd_lib.quantizers import FLOAT_BITS, STEP_GRADIENTS
 from faqd_lib.settings import Profile
 from faqd_lib.suite import Suite
 
@@ -52,7 +51,8 @@ Kind = tuple[str, int, bool, bool, str, int]
 def kind_of(config: RunConfig) -> Kind:
     quantization, objective = config.quantization, config.objective
     return (
-        config.model, config.optimization.batch_size, quantization.weight_bits < 32, quantization.activation_bits < 32,
+        config.model, config.optimization.batch_size, quantization.weight_bits < FLOAT_BITS,
+        quantization.activation_bits < FLOAT_BITS,
         config.method, objective.k if config.method == "FFAQD" else 0,
     )  # fmt: skip
 
@@ -64,7 +64,7 @@ def alone(config: RunConfig) -> RunConfig:
 
 def measured(suite: Suite, runs: Iterable[RunConfig], rounds: int) -> tuple[dict[Kind, float], dict[tuple, float]]:
     """Seconds of a student's own step by kind, and of (data and teacher's pass) by (teacher, batch size)."""
-    kinds = {kind_of(config): alone(config) for config in runs if config.optimization.epochs}
+    kinds = {kind_of(config): alone(config) for config in runs}
     whole: dict[object, Callable[[], None]] = {kind: cohort_step(suite, [c], _teacher(c)) for kind, c in kinds.items()}
     shared = {(_teacher(c), c.optimization.batch_size): c for c in kinds.values()}
     whole |= {key: cohort_step(suite, [], key[0], like=config) for key, config in shared.items()}
@@ -101,7 +101,7 @@ def projected(
     total = 0.0
     for wave in waves:
         free = [0.0] * workers
-        for cohort in planning.cohorts(wave, max(1, min(largest, math.ceil(len(wave) / workers)))):
+        for cohort in planning.cohorts(wave, planning.cohort_size(len(wave), workers, largest)):
             teacher = next((name for name in map(_teacher, cohort) if name), None)
             o = cohort[0].optimization
             step = common[teacher, o.batch_size] + sum(own[kind_of(config)] for config in cohort)

@@ -250,7 +250,7 @@ def table(suite: Suite) -> Table:
         default = {"end-to-end": losses.end_to_end_logit_loss, "fine-tuning": losses.fine_tuning_logit_loss}
         frame["default_loss"] = (frame["logit_loss"] == frame["regime"].map(default)) | (frame["method"] == "labels")
     right, dead = _right(suite, records)
-    rows = []
+    rows, spoiled = [], set()
     for claim in CLAIMS:
         pairs = paired(frame, claim)
         row = {"claim": claim.statement, "compared": claim.compared, "margin": f"{claim.margin:g}"}
@@ -260,12 +260,14 @@ def table(suite: Suite) -> Table:
             found = dict.fromkeys(MEASURED, NOT_A_RESULT)
         else:
             measured = effect(pairs, right)
-            word = INCONCLUSIVE if dead & {*pairs["run"], *pairs["other"]} else measured.verdict(claim.margin)
+            untaught = dead & {*pairs["run"], *pairs["other"]}
+            spoiled |= untaught
+            word = INCONCLUSIVE if untaught else measured.verdict(claim.margin)
             found = {
                 "difference": f"{measured.mean:+.2f}",
                 "95 % interval": _interval(measured),
                 "pairs above −margin": f"{int((pairs['difference'] > -claim.margin).sum())} of {len(pairs)}",
-                "seeds to settle": _seeds_to_settle(measured, claim.margin) if word == INCONCLUSIVE else "",
+                "seeds to settle": _seeds_to_settle(measured, claim.margin, word, bool(untaught)),
                 "verdict": word,
             }
         behind = " ".join(sorted({*pairs["run"], *pairs["other"]}))
@@ -277,13 +279,21 @@ def table(suite: Suite) -> Table:
         f"95 % interval for other seeds and other test images (n seeds, {suite.state.test_count:,} images). "
         "Reproduced: interval above −margin; not reproduced: below; else, or with n < "
         f"{FEWEST_SEEDS}, inconclusive. All runs share one teacher of each kind: the interval speaks of these."
-        + (f" {len(dead)} runs learned nothing (one class for all test images): no verdict from them." if dead else "")
-        + (f" {unknown} runs kept no predictions: intervals with them are for other seeds only." if unknown else "")
+        + (f" Learned nothing, one class for all test images: {_runs(len(spoiled))}; no verdict." if spoiled else "")
+        + (f" Kept no predictions: {_runs(unknown)}; such intervals are for other seeds only." if unknown else "")
     )
     return with_origin(suite, Table("claims", f"Claims, {suite.dataset}", caption, pd.DataFrame(rows)))
 
 
-def _seeds_to_settle(measured: Effect, margin: float) -> str:
+def _runs(count: int) -> str:
+    return f"{count} run{'s' * (count != 1)}"
+
+
+def _seeds_to_settle(measured: Effect, margin: float, verdict: str, untaught: bool) -> str:
+    if verdict != INCONCLUSIVE:
+        return ""
+    if untaught:  # no number of seeds makes up for students that learned nothing
+        return "longer training first"
     return measured.seeds_to_settle(margin) or "unknown with 1 seed"
 
 

@@ -81,9 +81,13 @@ def _source(name: str, roots: list[Path]) -> Source:
         return SOURCES[name]
     if name and Path(name).name == name and any(is_tree(root / name) for root in roots):
         return Source((name,), read_tree, is_tree)
+    if inside := [root for root in roots if root.name == name and is_tree(root)]:
+        raise DatasetError(f"{inside[0]} is the dataset itself: data_root is the folder it lies in, {inside[0].parent}")
+    there = [root / name for root in roots if name and (root / name).is_dir()]
+    lacking = f"; {there[0]} has not both" if there else ""
     raise DatasetError(
         f"unknown dataset {name!r}: choose {', '.join(SOURCES)}, or the name of a folder with train/<class>/* and "
-        f"test/<class>/* below {' or '.join(str(root) for root in roots)}"
+        f"test/<class>/* below {' or '.join(str(root) for root in roots)}{lacking}"
     )
 
 

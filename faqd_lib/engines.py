@@ -129,7 +129,9 @@ class RayEngine:
         ray = self.connect()
         from ray.util.queue import Queue
 
-        cohorts = planning.cohorts(wave, self._cohort_size(ray.nodes(), suite.profile.cohort, len(wave)))
+        cohorts = planning.cohorts(
+            wave, planning.cohort_size(len(wave), self._workers(ray.nodes()), suite.profile.cohort)
+        )
         work = ray.remote(_train_there).options(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=_RETRIES)
         passed_on = {n: str(Path(os.environ[n]).expanduser().resolve()) for n in _PASSED_ON if os.environ.get(n)}
         queue = Queue(actor_options={"num_cpus": 0})
@@ -161,8 +163,8 @@ class RayEngine:
             f"smaller cohort. Ray says: {_first_line(error)}"
         )
 
-    def _cohort_size(self, nodes: list[dict[str, Any]], largest: int, runs: int) -> int:
-        """As large as the suite allows, but so that every worker has something to do."""
+    def _workers(self, nodes: list[dict[str, Any]]) -> int:
+        """How many workers all machines have room for together; at least 1."""
         machines = [node["Resources"] for node in nodes if node["Alive"]]
         slots = sum(self._slots(machine.get("CPU", 0), machine.get("GPU", 0)) for machine in machines)
         if slots < 1:
@@ -172,7 +174,7 @@ class RayEngine:
             raise EngineError(
                 f"no room for a worker with {self.cpus} CPUs and {self.gpus:g} GPUs: machines have {there}"
             )
-        return max(1, min(largest, math.ceil(runs / slots)))
+        return slots
 
     def _slots(self, cpus: float, gpus: float) -> int:
         """How many workers one machine has room for."""

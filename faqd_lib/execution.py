@@ -95,20 +95,22 @@ def _train_cohort(suite: Workplace, cohort: Sequence[RunConfig], label: str, pro
         remove_unfinished_writes(suite.store.run_folder(learner.config))
         _resume(suite.store, learner, here, progress)
 
-    shown = every(_BETWEEN_REPORTS)
+    shown, reported = every(_BETWEEN_REPORTS), _epochs(learners)  # what a checkpoint brought is no pace of ours
 
     def on_batch(epoch: int, done: int) -> None:
         if shown():
             what = f"epoch {epoch + 1} of {config.optimization.epochs}, batch {done} of {len(batches)}"
-            progress.within(label, len(learners) * done / len(batches), f"{label}, {what}")
+            progress.within(label, _epochs(learners) - reported, f"{label}, {what}")
 
     def on_epoch(epoch: int, active: list[Learner]) -> None:
+        nonlocal reported
         progress.within(label, 0.0)
         names = ", ".join(sorted({f"{learner.config.bits} {learner.config.method}" for learner in active}))
         accuracy = " ".join(f"{learner.history[-1]['test_accuracy']:.1f}" for learner in active)
         epochs = config.optimization.epochs
         what = f"epoch {epoch + 1} of {epochs}" if epochs else "quantized after training"
-        progress.advance(len(active), f"{label} ({names}), {what}: test {accuracy} %")
+        worked, reported = _epochs(learners) - reported, _epochs(learners)
+        progress.advance(worked if epochs else len(active), f"{label} ({names}), {what}: test {accuracy} %")
 
     result = train(
         learners, batches, teacher, () if teacher is None else teacher.feature_names, splits, on_epoch,
@@ -136,6 +138,11 @@ def _train_cohort(suite: Workplace, cohort: Sequence[RunConfig], label: str, pro
         raise error
 
 
+def _epochs(learners: Sequence[Learner]) -> float:
+    """How many epochs all of them together have behind them, the begun ones in part."""
+    return sum(learner.steps / learner.steps_per_epoch for learner in learners)
+
+
 def save_checkpoint(store: RunStore, learner: Learner, here: dict[str, str | int]) -> None:
     """Write what a run needs to go on from where it is."""
     tensors, facts = learner.state()
@@ -150,7 +157,7 @@ def _resume(store: RunStore, learner: Learner, here: dict[str, str | int], progr
         return
     tensors, facts = found
     learner.load_state(tensors, facts.model_dump())
-    progress.skip(len(learner.history))
+    progress.skip(_epochs([learner]))
     progress.say(f"{learner.config.run_id} goes on from its checkpoint after step {learner.steps}")
     if changed := [key for key in SAME_BITS if here.get(key) != facts.environment.get(key)]:
         what = ", ".join(f"{key} {facts.environment.get(key)} then, {here.get(key)} now" for key in changed)

@@ -51,10 +51,21 @@ def start(*, profile: str, dataset: str, data_root: str, results_dir: str, seeds
     )
     print(f"images:  {suite.caption}")
     print(f"profile: {suite.profile.name}, {suite.profile.seeds} seed(s), {suite.precision} on {suite.device}")
+    print(f"updates: {_updates(suite)}")
     print(f"results: {suite.folder}")
     if not suite.profile.shows_results:
         print("This profile tests the machinery; its numbers mean nothing.")
     return suite
+
+
+def _updates(suite: Suite) -> str:
+    """How long networks learn: what decides whether they learn anything, on few images above all."""
+    profile = suite.profile
+    schedules = {"teacher": profile.teacher_schedule, "student": profile.student_schedule}
+    return "; ".join(
+        f"{who} {schedule.epochs} × {suite.state.training_count // schedule.batch_size:,} (epochs × batches)"
+        for who, schedule in schedules.items()
+    )
 
 
 def injected_names(cells: list[str]) -> list[str]:

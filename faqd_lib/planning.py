@@ -1,5 +1,6 @@
 """In which order runs are trained, and which of them side by side."""
 
+import math
 from collections.abc import Sequence
 
 from .config import RunConfig
@@ -36,3 +37,8 @@ def cohorts(configs: Sequence[RunConfig], largest: int) -> list[list[RunConfig]]
             key = next((other for other in groups if other[:-1] == shared), key)
         groups.setdefault(key, []).append(config)
     return [group[i : i + largest] for group in groups.values() for i in range(0, len(group), largest)]
+
+
+def cohort_size(runs: int, workers: int, largest: int) -> int:
+    """As large as is allowed, but so that every worker has something to do."""
+    return max(1, min(largest, math.ceil(runs / workers)))

@@ -7,6 +7,7 @@ computes with the quantized one, and the gradient passes straight through. Activ
 """
 
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -240,7 +241,7 @@ class LayerBits:
 
 
 class Description(list[LayerBits]):
-    """Rows of :func:`describe`; printed, a table."""
+    """Rows of :func:`describe`; printed, a table and the bytes of all."""
 
     def frame(self) -> "pd.DataFrame":
         """The same as a DataFrame, a row a layer."""
@@ -249,7 +250,12 @@ class Description(list[LayerBits]):
         return pd.DataFrame([asdict(row) for row in self]).set_index("layer")
 
     def __str__(self) -> str:
-        return self.frame().to_string(float_format="{:.4g}".format) if self else "nothing to describe"
+        if not self:
+            return "nothing to describe"
+        formats = {"scale": "{:.4g}".format, "size": "{:,.0f}".format}
+        before = sum(row.size if row.bits == FLOAT_BITS else 4 * math.prod(row.shape) for row in self if row.size)
+        total = f"{sum(row.size for row in self):,.0f} bytes of weights and scales ({before:,.0f} in float32)"
+        return f"{self.frame().to_string(formatters=formats)}\n{total}"
 
 
 def describe(model: nn.Module) -> Description:

@@ -58,17 +58,18 @@ def notebooks_folder() -> Path:
 
 
 def select(only: Sequence[str]) -> list[Path]:
-    """The notebooks to run, in order: all of them, or those whose numbers are given.
+    """The notebooks to run, in order: all of them, or those whose numbers are given (``0``, ``00``, ``00,01``).
 
     Raises:
         SeriesError: a number that no notebook has.
     """
     notebooks = sorted(notebooks_folder().glob("[0-9][0-9]_*.ipynb"))
     numbers = [path.name[:2] for path in notebooks]
-    unknown = [number for number in only if number not in numbers]
+    wanted = [number.zfill(2) for item in only for number in item.split(",") if number]
+    unknown = [number for number in wanted if number not in numbers]
     if unknown:
         raise SeriesError(f"there is no notebook {unknown[0]!r}: choose from {' '.join(numbers)}")
-    return [path for path in notebooks if not only or path.name[:2] in only]
+    return [path for path in notebooks if not only or path.name[:2] in wanted]
 
 
 def check_needs(selected: Sequence[Path], suite: Suite) -> None:
@@ -214,14 +215,15 @@ def summarise(folder: Path, outcomes: Sequence[Outcome]) -> None:
         print(f"{outcome.name:<34} {clock(outcome.seconds):>7}")
     print(f"{'all':<34} {clock(sum(outcome.seconds for outcome in outcomes)):>7}")
     for kind, pattern in {
-        "run records": "runs/*/record.json",
-        "tables": "tables/*.md",
-        "figures": "figures/*.png",
-        "executed notebooks": "notebooks/*.ipynb",
+        "run record": "runs/*/record.json",
+        "table": "tables/*.md",
+        "figure": "figures/*.png",
+        "executed notebook": "notebooks/*.ipynb",
     }.items():
-        found = sorted(folder.glob(pattern))
-        if found:
-            print(f"{len(found):4} {kind + ':':<20} {found[0].parent if kind != 'run records' else folder / 'runs'}")
+        if count := len(list(folder.glob(pattern))):
+            print(
+                f"{count:4} {kind + 's:' * (count > 1) + ':' * (count == 1):<20} {folder / pattern.partition('/')[0]}"
+            )
     if (folder / "summary.md").is_file():
         print(f"     {'summary:':<20} {folder / 'summary.md'}")
 

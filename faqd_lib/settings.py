@@ -238,7 +238,7 @@ def claim(folder: Path, state: SuiteState, asked_seeds: int) -> SuiteState:
         # What the folder was begun with stays, though another precision might pay on this machine.
         state = state.model_copy(update={"precision": begun.precision})
         differences = [
-            f"{key}: {was!r} there, {now!r} now"
+            "other images" if key == "data.fingerprint" else f"{key}: {was!r} there, {now!r} now"
             for key, was, now in _differences(begun.model_dump(mode="json"), state.model_dump(mode="json"))
             if key not in FREE_SETTINGS and not key.startswith("profile.grid.")
         ]

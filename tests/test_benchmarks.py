@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from faqd_lib import experiments, planning
 from faqd_lib.files import project_root
 from faqd_lib.suite import Suite
 
@@ -33,8 +34,6 @@ def test_the_series_trains_nothing_twice_and_teachers_first(cost, suite):
         for config in wave:
             assert {other for other in (config.teacher, config.initial) if other} <= trained
         trained.update(wave)
-    from faqd_lib import experiments, planning
-
     wanted = {c for wave in planning.waves(experiments.everything(suite)) for c in wave if c.optimization.epochs}
     assert set(runs) == wanted
 

@@ -18,6 +18,7 @@ from faqd_lib import execution
 from faqd_lib.checkpoints import NAMES, CheckpointWarning, Facts, every, read_checkpoint, write_checkpoint
 from faqd_lib.config import RunConfig
 from faqd_lib.files import project_root
+from faqd_lib.progress import Progress
 from faqd_lib.results import RunStore
 from faqd_lib.suite import Suite
 
@@ -274,6 +275,19 @@ def test_progress_and_cost_know_of_what_was_done_before(monkeypatch, begun, caps
         parts = ("data_seconds", "teacher_seconds", "loss_seconds")
         assert all(cost[name] > 0 for name in parts if name != "teacher_seconds" or record.configuration.teacher)
         assert cost["shared_seconds"] == pytest.approx(cost["data_seconds"] + cost["teacher_seconds"])
+
+
+def test_the_pace_is_that_of_what_is_trained_now(monkeypatch, begun):
+    interrupt(monkeypatch, begun, 3 + 4)  # both students after the second of an epoch's three steps
+    told = []
+    for name in ("skip", "advance", "within"):
+        monkeypatch.setattr(Progress, name, lambda self, *arguments, name=name: told.append((name, *arguments)))
+    monkeypatch.setattr(execution, "_BETWEEN_REPORTS", 0.0)
+    begun.run(wanted(begun)[1:])
+    assert [call[1] for call in told if call[0] == "skip"][-2:] == [pytest.approx(2 / 3)] * 2
+    assert [call[1] for call in told if call[0] == "advance"] == [pytest.approx(2 / 3), pytest.approx(2)]
+    begun_parts = [call[2] for call in told if call[0] == "within"]
+    assert begun_parts == pytest.approx([2 / 3, 0, 2 / 3, 4 / 3, 2, 0])
 
 
 def test_another_environment_is_named(monkeypatch, begun):

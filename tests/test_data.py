@@ -443,6 +443,14 @@ def test_a_given_root_is_the_only_one(three_places):
     assert not on_disk("cifar10-jpeg", three_places["given"])
 
 
+def test_a_root_that_is_the_dataset_itself_or_lacks_images_to_test_is_told_so(tmp_path):
+    (tmp_path / "birds" / "train" / "owl").mkdir(parents=True)
+    assert f"{tmp_path / 'birds'} has not both" in message(lambda: load("birds", tmp_path))
+    (tmp_path / "birds" / "test" / "owl").mkdir(parents=True)
+    told = message(lambda: load("birds", tmp_path / "birds"))
+    assert told.endswith(f"is the dataset itself: data_root is the folder it lies in, {tmp_path}")
+
+
 def test_missing_dataset_names_every_place_and_what_to_do(three_places):
     told = message(lambda: load("cifar100"))
     for place in ("environment", "project"):

@@ -233,7 +233,10 @@ def test_describe_counts_levels_and_names_scales():
     assert (rows["2"].kind, rows["2"].bits, rows["2"].levels) == ("QuantizedReLU", 4, 16)
     assert rows["0"].size == 4 * 27 / 8 + 4
     assert rows["6"].size == 80 * 3 * 4
-    assert "QuantizedReLU" in str(describe(model))
+    printed = str(describe(model))
+    assert "QuantizedReLU" in printed
+    # 1 bit for 108 and 180 weights and a scale for each, 240 weights that stay float.
+    assert printed.endswith("1,004 bytes of weights and scales (2,112 in float32)")
     assert rows["2"].scale == pytest.approx(model[2].step.item())
 
 

@@ -11,6 +11,8 @@ from series_runs import NOTEBOOKS, environment, run
 
 from faqd_lib import series
 from faqd_lib.files import project_root
+from faqd_lib.results import ResultsError
+from faqd_lib.suite import Suite
 
 pytestmark = pytest.mark.series
 
@@ -74,6 +76,11 @@ def test_what_cannot_run_is_said_before_anything_runs(tmp_path, capsys, argument
     assert not list(tmp_path.rglob("*.ipynb"))
 
 
+@pytest.mark.parametrize("only", [["0", "1"], ["00,1"], ["01", "00"]])
+def test_numbers_of_notebooks_may_be_written_as_people_do(only):
+    assert [path.name[:2] for path in series.select(only)] == ["00", "01"]
+
+
 def test_a_folder_of_another_configuration_is_refused(tmp_path, capsys):
     profile = tmp_path / "mine.toml"
     shipped = (project_root() / "faqd_lib" / "profiles" / "smoke.toml").read_text()
@@ -86,6 +93,14 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path, capsys):
     assert "begun with another configuration" in message
     assert "batch_size: 32 there, 16 now" in message
     assert "--fresh" in message
+
+
+def test_a_folder_of_other_images_is_refused(tmp_path):
+    begun = Suite.open("smoke", "digits", results=tmp_path)
+    content = (begun.folder / "suite.json").read_text()
+    (begun.folder / "suite.json").write_text(content.replace(begun.state.data.fingerprint, "0" * 64))
+    with pytest.raises(ResultsError, match=r"begun with another configuration \(other images\)"):
+        Suite.open("smoke", "digits", results=tmp_path)
 
 
 def test_fresh_moves_the_old_results_aside(tmp_path, capsys):

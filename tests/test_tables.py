@@ -100,25 +100,48 @@ def test_a_grid_chooses_teachers_of_t1_and_bits_of_t4(tmp_path):
     assert filled[["bits", "affinity loss"]].to_numpy().tolist() == [["2W32A", "FFA, k = 6"]]
 
 
+def save_untaught(suite, config):
+    """A run that takes every image for class 0."""
+    save(suite, config, 10.0)
+    path = suite.store.run_folder(config) / "predictions.safetensors"
+    kept = load_file(path)
+    kept["predicted"] = torch.zeros_like(kept["predicted"])
+    save_file(kept, path)
+    record = suite.store.run_folder(config) / "record.json"
+    content = json.loads(record.read_text()) | {"predictions_digest": tensors_digest(kept)}
+    del content["checksum"]
+    record.write_text(json.dumps(content | {"checksum": text_digest(canonical_json(content))}))
+
+
 def test_students_that_learned_nothing_get_no_verdict(tmp_path):
     """They agree to the last image whatever they were taught: an interval of no width is no evidence."""
     suite = Suite.open("quick", "digits", results=tmp_path, seeds=3)
     for seed in (1, 2, 3):
         for labels in (True, False):
-            config = suite.student("FAQD", labels=labels, weight_bits=1, seed=seed)
-            save(suite, config, 10.0)
-            path = suite.store.run_folder(config) / "predictions.safetensors"
-            kept = load_file(path)
-            kept["predicted"] = torch.zeros_like(kept["predicted"])
-            save_file(kept, path)
-            record = suite.store.run_folder(config) / "record.json"
-            content = json.loads(record.read_text()) | {"predictions_digest": tensors_digest(kept)}
-            del content["checksum"]
-            record.write_text(json.dumps(content | {"checksum": text_digest(canonical_json(content))}))
+            save_untaught(suite, suite.student("FAQD", labels=labels, weight_bits=1, seed=seed))
     table = claims.table(suite)
     row = table.frame.set_index("claim").loc["Label-free equals or beats distillation with labels"]
     assert (row["difference"], row["n (seeds)"], row["verdict"]) == ("+0.00", "3", claims.INCONCLUSIVE)
-    assert "6 runs learned nothing" in table.caption
+    assert row["seeds to settle"] == "longer training first"
+    assert "Learned nothing, one class for all test images: 6 runs; no verdict." in table.caption
+
+
+def test_a_run_that_learned_nothing_counts_only_where_a_claim_rests_on_it(tmp_path):
+    suite = Suite.open("quick", "digits", results=tmp_path, seeds=3)
+    for seed in (1, 2, 3):
+        for labels, accuracy in ((True, 70.0), (False, 80.0 + seed / 100)):
+            save(suite, suite.student("FAQD", labels=labels, weight_bits=1, seed=seed), accuracy)
+    save_untaught(suite, suite.post_training(1, 4))  # no claim compares what was not trained
+    table = claims.table(suite)
+    row = table.frame.set_index("claim").loc["Label-free equals or beats distillation with labels"]
+    assert row["verdict"] == claims.REPRODUCED
+    assert "Learned nothing" not in table.caption
+    save_untaught(suite, suite.student("FAQD", labels=True, weight_bits=2))
+    save(suite, suite.student("FAQD", weight_bits=2), 80.0)
+    table = claims.table(suite)
+    assert "Learned nothing, one class for all test images: 1 run; no verdict." in table.caption
+    row = table.frame.set_index("claim").loc["Label-free equals or beats distillation with labels"]
+    assert row["verdict"] == claims.INCONCLUSIVE
 
 
 def test_captions_say_how_many_runs_of_which_seeds_and_when(tmp_path):
@@ -327,7 +350,7 @@ def test_runs_of_a_version_without_predictions_are_compared_by_seeds(tmp_path):
     path.write_text(json.dumps(content | {"checksum": text_digest(canonical_json(content))}))
     assert suite.store.predictions(suite.store.records()[0]) is None
     table = claims.table(suite)
-    assert "1 runs kept no predictions" in table.caption
+    assert "Kept no predictions: 1 run;" in table.caption
     assert table.frame.iloc[0]["verdict"] == claims.REPRODUCED
 
 

@@ -17,18 +17,19 @@ def test_code_of_your_project_runs_and_learns(tmp_path, monkeypatch):
     photos = tmp_path / "photos"
     photos.mkdir()
     random = np.random.default_rng(0)
-    for index in range(32):
+    for index in range(40):
         Image.fromarray(random.integers(0, 256, (40, 36, 3), np.uint8)).save(photos / f"{index}.jpg")
     monkeypatch.chdir(tmp_path)
     text = (project_root() / "docs" / "your-project.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 8
     scope: dict = {}
     for block in blocks:
         exec(compile(block, "docs/your-project.md", "exec"), scope)
     assert len(scope["history"]) == 16
     assert scope["history"][-1]["total"] < scope["history"][0]["total"]
     assert scope["images"].labels is None
+    assert (len(scope["images"]), len(scope["same"])) == (32, 8)
     assert (tmp_path / "student.onnx").stat().st_size > 0
 
 

@@ -12,6 +12,7 @@ import os
 import socket
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,8 +103,6 @@ class RayEngine:
             raise EngineError("the engine ray needs Ray: pip install 'faqd[ray]' in this environment") from error
         if ray.is_initialized():
             return ray
-        # Ray counts workers that it stopped for want of memory apart, and would try them again without end.
-        os.environ.setdefault("RAY_task_oom_retries", str(_RETRIES))
         own = {} if self.address else {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
         try:
             ray.init(self.address or "local", log_to_driver=False, logging_level="error", **own)
@@ -139,10 +138,10 @@ class RayEngine:
         try:
             for cohort in cohorts:
                 label = progress.number(len(cohort))
-                tasks[work.remote(suite, cohort, label, self.cpus, passed_on, queue)] = cohort
+                tasks[label] = work.remote(suite, cohort, label, self.cpus, passed_on, queue), cohort
             failures = _follow(ray, tasks, queue, progress)
         finally:
-            for task in tasks:
+            for task, _ in tasks.values():
                 ray.cancel(task, force=True)  # no more than a word if it is done
             queue.shutdown(force=True)
         if failures:
@@ -186,10 +185,14 @@ class RayEngine:
         return slots
 
 
-def _follow(ray: Any, tasks: dict, queue: Any, progress: Reports) -> list[tuple[list[RunConfig], Exception]]:
-    """Wait for all tasks, show what they report; give what failed."""
-    pending, failures = list(tasks), []
+def _follow(
+    ray: Any, tasks: dict[str, tuple[Any, list[RunConfig]]], queue: Any, progress: Reports
+) -> list[tuple[list[RunConfig], Exception]]:
+    """Wait for all tasks, given with their cohorts by label, and show what they report; return what failed."""
+    cohort_of = dict(tasks.values())
+    pending, failures = list(cohort_of), []
     reported: dict[str, float] = {}  # units, by the label of a cohort
+    begun = Counter()
     while pending:
         done, pending = ray.wait(pending, timeout=_POLL)
         for label, method, *arguments in queue.get_nowait_batch(queue.size()):
@@ -197,6 +200,9 @@ def _follow(ray: Any, tasks: dict, queue: Any, progress: Reports) -> list[tuple[
                 progress.skip(-reported.get(label, 0))
                 progress.within(label, 0.0)
                 reported[label] = 0
+                begun[label] += 1
+                if begun[label] > 1 + _RETRIES:  # Ray tries what it stopped for want of memory again without end
+                    ray.cancel(tasks[label][0], force=True)
                 continue
             if method in ("advance", "skip"):
                 reported[label] += arguments[0]
@@ -205,7 +211,7 @@ def _follow(ray: Any, tasks: dict, queue: Any, progress: Reports) -> list[tuple[
             try:
                 ray.get(task)
             except ray.exceptions.RayError as error:
-                failures.append((tasks[task], error))
+                failures.append((cohort_of[task], error))
     return failures
 
 

@@ -6,13 +6,15 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from faqd_lib import execution
 from faqd_lib.config import RunConfig
-from faqd_lib.engines import EngineError, RayEngine, chosen_engine
+from faqd_lib.engines import EngineError, RayEngine, _follow, chosen_engine
+from faqd_lib.progress import Progress
 from faqd_lib.results import RunStore
 from faqd_lib.suite import Suite
 from faqd_lib.train import NonFiniteLossError
@@ -99,6 +101,39 @@ def test_a_suite_travels_without_its_images(open_suite):
     assert len(suite.splits[0]) == 96
     assert set(suite.__getstate__()) == {"state", "store", "device", "data_root"}
     assert suite.folder.is_absolute()
+
+
+class Stubborn:
+    """What ``_follow`` uses of Ray, where a worker is begun again and again until it is cancelled."""
+
+    def __init__(self):
+        self.exceptions, self.cancelled, self.rounds = SimpleNamespace(RayError=RuntimeError), [], 0
+
+    def wait(self, pending, timeout):
+        self.rounds += 1
+        assert self.rounds < 100, "it goes on for ever"
+        return (pending, []) if self.cancelled else ([], pending)
+
+    def get(self, task):
+        raise self.exceptions.RayError("cancelled")
+
+    def cancel(self, task, force):
+        self.cancelled.append((task, force))
+
+    def size(self):
+        return 1
+
+    def get_nowait_batch(self, count):
+        return [("run 1 of 1", "begin")]
+
+
+def test_a_worker_that_ray_would_begin_for_ever_is_given_up():
+    """What it stops for want of memory Ray tries again without counting."""
+    ray, cohort = Stubborn(), ["a run"]
+    failures = _follow(ray, {"run 1 of 1": ("task", cohort)}, ray, Progress(1, "grid"))
+    assert [(found, str(error)) for found, error in failures] == [(cohort, "cancelled")]
+    assert ray.cancelled[0] == ("task", True)
+    assert ray.rounds == 4 + 1 + 1  # begun, and three times more; given up at the fifth; seen in the end
 
 
 # ---- with Ray

@@ -205,6 +205,14 @@ class OptimizationConfig(Schedule):
 
     epochs: Annotated[int, Field(ge=0)]
     precision: Precision = "float32"
+    # Of a network that is not trained: unlabelled batches over which its batch normalisation is estimated anew.
+    batch_norm_batches: Annotated[int, Field(ge=0)] = _later(0)
+
+    @model_validator(mode="after")
+    def _estimates_or_trains(self) -> Self:
+        if self.epochs and self.batch_norm_batches:
+            raise ValueError("batch_norm_batches is for epochs = 0: training estimates batch normalisation by itself")
+        return self
 
 
 class RunConfig(Frozen):

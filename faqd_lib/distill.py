@@ -127,6 +127,11 @@ class DistillationObjective(nn.Module):
             if teacher_logits is None:
                 raise ValueError("the logit loss needs teacher_logits")
             target = teacher_logits.detach().float()
+            if target.shape != student_logits.shape:
+                raise ValueError(
+                    f"student and teacher must have the same images and classes; their logits are "
+                    f"{tuple(student_logits.shape)} and {tuple(target.shape)}"
+                )
             if self.logit_loss == "mse":
                 terms["logit"] = logit_mse(student_logits, target)
             else:

@@ -144,24 +144,44 @@ class _Writer:
             elif node not in self.names:  # a folded batch normalisation has its name already
                 self.names[node] = self._call(node)
 
+    def _handler(self, node: fx.Node) -> Callable | None:
+        if node.op == "call_module":
+            return _CALLS[_kind_of(self.modules[node.target])]
+        if node.op in ("call_function", "call_method"):
+            return _CALLS.get(node.target) or _CALLS.get(getattr(node.target, "__name__", node.target))
+        return None
+
+    def _names_of(self, node: fx.Node) -> list[fx.Node]:
+        """All nodes that stand for one piece of memory: what comes out of a dropout or a flattening is what went in."""
+        while self._handler(node) in (_same, _flatten):
+            (node, *_) = node.all_input_nodes
+        found = [node]
+        for name in found:
+            found += [user for user in name.users if self._handler(user) in (_same, _flatten)]
+        return found
+
     def _call(self, node: fx.Node) -> str:
+        handler = self._handler(node)
         if node.op == "call_module":
             module = self.modules[node.target]
-            handler, what = _CALLS[_kind_of(module)], type(module).__name__
-            inplace = getattr(module, "inplace", False)
+            what, inplace = type(module).__name__, getattr(module, "inplace", False)
         elif node.op in ("call_function", "call_method"):
             module, what = None, getattr(node.target, "__name__", node.target)
-            handler = _CALLS.get(node.target) or _CALLS.get(what)
             inplace = node.kwargs.get("inplace", False) or node.target in (operator.iadd, operator.imul)
             unknown = node.kwargs.keys() - _KEYWORDS
             if unknown:
                 raise OnnxExportError(f"{what} with {', '.join(sorted(unknown))} is not known here (node {node.name})")
         else:
-            module, handler, what, inplace = None, None, f"{node.op} {node.target}", False
+            module, what, inplace = None, f"{node.op} {node.target}", False
         if handler is None:
             raise OnnxExportError(f"no ONNX form is known here for {what} (node {node.name})")
         source = node.args[0] if node.args else None
-        if inplace and isinstance(source, fx.Node) and len(source.users) > 1:
+        if inplace and handler is not _same and isinstance(source, fx.Node):
+            names = self._names_of(source)
+            others = {user for name in names for user in name.users} - {node, *names}
+        else:
+            others = set()
+        if others:
             raise OnnxExportError(
                 f"{what} (node {node.name}) overwrites a value that others read: make it not in place"
             )

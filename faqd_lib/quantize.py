@@ -8,13 +8,16 @@ computes with the quantized one, and the gradient passes straight through. Activ
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import update_bn
+from torch.overrides import TorchFunctionMode
 
 from .quantizers import (
     ACTIVATION_BITS,
@@ -58,8 +61,9 @@ def quantize(
         first_layer: ``"quantize"`` or ``"float"``: the first Conv2d or Linear in module order (the stem).
         last_layer: the same for the last one (the classifier). These two defaults follow the authors' released code.
         shortcuts: the same for layers whose name has a part "shortcut" or "downsample".
-        overrides: bits by pattern of module names (as in a shell: ``{"layer1.*": 8, "fc": 32}``), for weights or
-            activations, whichever a module has; they go before everything above, later ones before earlier ones.
+        overrides: bits by pattern of module names (as in a shell: ``{"layer1.*": 8, "fc": 32}``), for weights and for
+            activations, as far as ``weight_bits`` and ``activation_bits`` quantize these at all; a whole name reaches
+            what they leave float, too. They go before everything above, later ones before earlier ones.
         per_channel: one weight scale for each output channel instead of one for the tensor (the paper).
         step_gradient: of the activation steps, ``"lsq"``, ``"coarse"``, or ``"frozen"`` for none.
 
@@ -87,7 +91,8 @@ def quantize(
         )
     bits = dict.fromkeys(layers, weight_bits) | dict.fromkeys(relus, activation_bits)
     bits |= dict.fromkeys(_float_by_policy(list(layers), first_layer, last_layer, shortcuts), FLOAT_BITS)
-    bits |= _overridden(overrides or {}, layers, relus)
+    reached = [*(layers if weight_bits != FLOAT_BITS else ()), *(relus if activation_bits != FLOAT_BITS else ())]
+    bits |= _overridden(overrides or {}, layers, relus, reached)
     _check_quantizable(layers, relus, bits, weight_bits, activation_bits)
     made = {}
     for name, module in relus.items():
@@ -98,10 +103,18 @@ def quantize(
         if bits[name] != FLOAT_BITS:
             parametrize.register_parametrization(layer, "weight", weight_quantizer(bits[name], per_channel))
     replace_modules(model, made)
-    hooks = model._load_state_dict_pre_hooks.values()
-    if all(getattr(hook, "hook", hook) is not _accept_float_network for hook in hooks):  # once, however often quantized
-        model.register_load_state_dict_pre_hook(_accept_float_network)
+    _hook_once(model, _accept_float_network)
+    for module in model.modules():
+        if module is not model and quantized_weights(module) and not isinstance(module, _WEIGHTED):
+            _hook_once(module, _accept_float_part)
     return model
+
+
+def _hook_once(module: nn.Module, hook: Callable) -> None:
+    """However often it is quantized."""
+    known = module._load_state_dict_pre_hooks.values()
+    if all(getattr(one, "hook", one) is not hook for one in known):
+        module.register_load_state_dict_pre_hook(hook)
 
 
 def _check_quantizable(
@@ -138,14 +151,17 @@ def _float_by_policy(layers: list[str], first_layer: str, last_layer: str, short
     return named
 
 
-def _overridden(overrides: Mapping[str, int], layers: Iterable[str], relus: Iterable[str]) -> dict[str, int]:
+def _overridden(
+    overrides: Mapping[str, int], layers: Iterable[str], relus: Iterable[str], reached: list[str]
+) -> dict[str, int]:
+    """``reached``: what patterns choose from; whole names may be any."""
     bits, names = {}, [*layers, *relus]
     for pattern, value in overrides.items():
-        matched = fnmatch.filter(names, pattern)
+        matched = [pattern] if pattern in names else fnmatch.filter(reached, pattern)
         if not matched:
             raise ValueError(
-                f"the pattern {pattern!r} matches no Conv2d, Linear or ReLU of the network; their names are, among "
-                f"others, {', '.join(names[:8])}"
+                f"the pattern {pattern!r} matches no Conv2d, Linear or ReLU that is quantized; their names are, among "
+                f"others, {', '.join(reached[:8])}"
             )
         for name in matched:
             offered = WEIGHT_BITS if name in layers else ACTIVATION_BITS
@@ -175,6 +191,9 @@ def join(name: str, key: str) -> str:
 
 def _accept_float_network(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
     """A float network's ``weight`` is the latent one of a quantized layer; it has no steps, and ours stay."""
+    latent = [prefix + join(name, "parametrizations.weight.original") for name in quantized_weights(model)]
+    if any(name in state_dict for name in latent):
+        return  # a quantized network's: what it lacks is missing
     for name in quantized_weights(model):
         weight = prefix + join(name, "weight")
         if weight in state_dict:
@@ -188,35 +207,66 @@ def _accept_float_network(model: nn.Module, state_dict: dict, prefix: str, *_) -
         state_dict |= {name: step.detach() for name, step in steps.items()}
 
 
+def _accept_float_part(part: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """The same where a part of the network is loaded by itself; as a part of the whole it has been seen to."""
+    if not prefix:
+        _accept_float_network(part, state_dict, prefix)
+
+
+class _CalledReLUs(TorchFunctionMode):
+    """Counts calls of the functions relu and relu6, those that ReLU modules make included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += getattr(func, "__name__", "") in ("relu", "relu_", "relu6")
+        return func(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
     """Fit the step of every quantized ReLU to its input, first layer to last, in one pass over a batch of images.
 
-    The pass runs in training mode, so that batch normalisation works with the batch's own statistics even in a
-    freshly initialised network; its running statistics and the network's mode are left as they were.
+    Batch normalisation works with the batch's own statistics, so that this is of use even in a freshly initialised
+    network; everything else (dropout) as in evaluation. Running statistics and modes are left as they were.
 
     Args:
         model: a network with quantized activations (without any, nothing happens).
-        images: (batch, …) input of the network, at least 2 images.
+        images: float (batch, …) input of the network, normalised as in training, at least 2 images.
 
     Raises:
-        ValueError: an activation holds NaN or an infinity.
+        ValueError: ``images`` is something else; an activation holds NaN or an infinity.
+
+    Warns:
+        UserWarning: the network calls ``F.relu`` or ``torch.relu``: that is no module, and stays float.
     """
     relus = list(_quantized_relus(model))
     if not relus:
         return model
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point() or images.ndim < 2 or len(images) < 2:
+        got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
+        raise ValueError(f"images must be a float tensor (batch, …) of at least 2 normalised images, got {got}")
     seen: dict[nn.Module, list[torch.Tensor]] = {relu: [] for relu in relus}
+    by_modules = [0]
+
+    def count(*_: object) -> None:
+        by_modules[0] += 1
 
     def fit(relu: QuantizedReLU, inputs: tuple) -> None:
         seen[relu].append(sample(inputs[0]))  # one that is called in several places fits the inputs of all
         relu.fit(torch.cat(seen[relu]))
 
     handles = [relu.register_forward_pre_hook(fit) for relu in relus]
+    handles += [m.register_forward_pre_hook(count) for m in model.modules() if isinstance(m, _RECTIFIERS)]
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
-        model.train()
-        model(images)
+        for module in modes:
+            module.training = isinstance(module, nn.modules.batchnorm._NormBase)
+        with _CalledReLUs() as functions:
+            model(images)
     finally:
         for handle in handles:
             handle.remove()
@@ -224,6 +274,23 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
             module.training = training
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
+    if functions.calls > by_modules[0]:
+        warnings.warn(
+            f"{functions.calls - by_modules[0]} ReLU(s) of {type(model).__name__} are called as functions (F.relu) and "
+            "stay float: make them nn.ReLU modules",
+            stacklevel=2,
+        )
+    return model
+
+
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> nn.Module:
+    """Give every batch normalisation the mean and variance of what it sees now, over some batches of images.
+
+    For a network that is quantized and not trained any further: its statistics are still those of the float network,
+    and at few bits that alone can take all it knew. (Training with quantizers does the same on its way.) The plain
+    average over the batches, by :func:`torch.optim.swa_utils.update_bn`; modes and momenta are left as they were.
+    """
+    update_bn(batches, model)
     return model
 
 
@@ -262,7 +329,8 @@ def describe(model: nn.Module) -> Description:
     """Every layer with weights but normalisations, and every activation: bits, levels in use, scale, size.
 
     What :func:`quantize` has no quantizer for (Conv1d, Embedding, SiLU, attention, …) is listed with 32 bits, so that
-    nothing of the kind stays float unnoticed. Function calls (``F.relu``) are no modules and cannot be seen.
+    nothing of the kind stays float unnoticed. Function calls (``F.relu``) are no modules and cannot be seen here;
+    :func:`calibrate`, which runs the network, warns of them.
     """
     rows = Description()
     for name, module in model.named_modules():
@@ -279,12 +347,12 @@ def describe(model: nn.Module) -> Description:
             )  # fmt: skip
         elif isinstance(module, QuantizedReLU):
             rows.append(LayerBits(name, kind, (), module.bits, 2**module.bits, float(module.step.detach()), 0.0))
-        elif type(module).__module__ == "torch.nn.modules.activation":
-            rows.append(LayerBits(name, kind, (), FLOAT_BITS, 0, float("nan"), 0.0))
         elif (own := list(module.parameters(recurse=False))) and not isinstance(module, _NOT_LAYERS):
             shape = tuple(own[0].shape)
             size = sum(parameter.numel() * FLOAT_BITS / 8 for parameter in own)
             rows.append(LayerBits(name, kind, shape, FLOAT_BITS, 0, float("nan"), size))
+        elif type(module).__module__ == "torch.nn.modules.activation" or isinstance(module, _RECTIFIERS):
+            rows.append(LayerBits(name, kind, (), FLOAT_BITS, 0, float("nan"), 0.0))
     return rows
 
 

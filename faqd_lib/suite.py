@@ -4,6 +4,7 @@ suite = Suite.open(profile="quick")
 records = suite.run([suite.student("FAQD", weight_bits=1)])
 """
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -35,11 +36,14 @@ from .engines import chosen_engine
 from .files import require_writable
 from .models import FeatureTap, build_model
 from .progress import Progress
-from .quantize import calibrate, quantize
+from .quantize import calibrate, quantize, reestimate_batch_norm
 from .quantizers import FLOAT_BITS
 from .results import ResultsError, RunRecord, RunStore
 from .settings import Profile, SuiteState, claim, read_state, suite_folder
 from .train import Learner, evaluate, precision_that_pays, projection_seed
+
+# Of unlabelled images, for a network that is quantized after training: 2,048 images at batch 128.
+_BATCH_NORM_BATCHES = 16
 
 Method = Literal["labels", "KD", "FAQD", "FFAQD"]
 
@@ -268,7 +272,8 @@ class Suite:
         quantization: Mapping[str, object] | None = None,
         student: RunConfig | None = None,
     ) -> RunConfig:
-        """A float student quantized after training: weights rounded, activation steps calibrated, nothing trained.
+        """A float student quantized after training: weights rounded, activation steps calibrated on a batch, batch
+        normalisation estimated anew on some; no weight is trained, no label is looked at.
 
         What the tables compare with, to show what training with quantizers buys. ``student``: its run; None for the one
         trained on labels.
@@ -278,7 +283,11 @@ class Suite:
             data=self.state.data,
             model=student.model,
             optimization=OptimizationConfig(
-                epochs=0, warmup_epochs=0.0, batch_size=student.optimization.batch_size, precision=self.precision
+                epochs=0,
+                warmup_epochs=0.0,
+                batch_size=student.optimization.batch_size,
+                precision=self.precision,
+                batch_norm_batches=_BATCH_NORM_BATCHES,
             ),
             objective=ObjectiveConfig(label_weight=1.0),  # of no use: nothing is trained
             quantization=QuantizationConfig(
@@ -307,6 +316,8 @@ class Suite:
         """A run's network before its first step: quantized, steps calibrated on the first batch, with its objective."""
         model = self.build(config)
         calibrate(model, next(batches.epoch(0)).images)
+        if count := config.optimization.batch_norm_batches:
+            reestimate_batch_norm(model, (batch.images for batch in itertools.islice(batches.epoch(0), count)))
         o = config.objective
         channels: tuple[int, ...] = ()
         if o.adapters:

@@ -357,7 +357,7 @@ def weight_quantization(suite: Suite, reference: pd.DataFrame) -> Table:
         f"Students {suite.profile.student} with quantized weights and float activations; logit loss "
         f"{losses.end_to_end_logit_loss.upper()} end to end, {losses.fine_tuning_logit_loss.upper()} in fine-tuning; "
         "fine-tuning starts from the float student, which like the teacher was trained with labels; post-training: "
-        "that student with its weights rounded, not trained any further.",
+        "that student with its weights rounded and its batch normalisation estimated anew, not trained any further.",
     )
 
 
@@ -372,7 +372,8 @@ def full_quantization(suite: Suite, reference: pd.DataFrame) -> Table:
         ["end-to-end", "fine-tuning"],
         suite.profile.teachers[:1],
         f"Students {suite.profile.student} with quantized weights and activations (learned step); post-training: the "
-        "float student with its weights rounded and its steps calibrated, not trained any further.",
+        "float student with its weights rounded, its steps calibrated and its batch normalisation estimated anew, not "
+        "trained any further.",
     )
 
 

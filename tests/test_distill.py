@@ -185,3 +185,10 @@ def test_adapters_change_nothing_at_first_and_get_gradients(batch):
 def test_adapters_must_be_as_many_as_maps(batch):
     with pytest.raises(ValueError, match="zip"):
         DistillationObjective("none", "fa", adapter_channels=(3,))(**batch)
+
+
+@pytest.mark.parametrize("loss", ["mse", "kl"])
+@pytest.mark.parametrize("teacher", [(4, 1), (4, 5), (1, 10)])
+def test_logits_of_other_shapes_are_refused(loss, teacher):
+    with pytest.raises(ValueError, match=r"same images and classes.*\(4, 10\) and"):
+        DistillationObjective(loss, "none")(torch.randn(4, 10), teacher_logits=torch.randn(teacher))

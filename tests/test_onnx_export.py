@@ -178,6 +178,18 @@ class Aliased(nn.Module):
         return self.relu(y) + y
 
 
+class AliasedBehind(Aliased):
+    """In evaluation a dropout gives back what it was given: the same memory."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.between = between
+
+    def forward(self, x):
+        y = x + 1
+        return self.relu(self.between(y)) + y
+
+
 class Pair(nn.Module):
     def forward(self, x):
         return x, x
@@ -191,6 +203,7 @@ class Together(nn.Module):
 @pytest.mark.parametrize(
     ("network", "named"),
     [(nn.Sequential(Standardised(3, 3, 1)), "no ONNX form"), (Scaled(), "alpha"), (Aliased(), "overwrites"),
+     (AliasedBehind(nn.Dropout()), "overwrites"), (AliasedBehind(nn.Sequential(nn.Identity())), "overwrites"),
      (Pair(), "one tensor"), (Together(), "flattened"), (nn.Sequential(nn.AvgPool2d(2, divisor_override=3)), "divisor"),
      (nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)), "running statistics")],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,

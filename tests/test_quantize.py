@@ -240,6 +240,85 @@ def test_describe_counts_levels_and_names_scales():
     assert rows["2"].scale == pytest.approx(model[2].step.item())
 
 
+def test_what_stays_float_is_described_with_its_bytes():
+    class Own(nn.ReLU):
+        pass
+
+    attention = nn.MultiheadAttention(8, 2, bias=False)
+    model = quantize(
+        nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.PReLU(4), Own(), attention), 4, last_layer="quantize"
+    )
+    rows = {row.layer: row for row in describe(model)}
+    assert rows["1"].size == 4 * 4
+    assert (rows["2"].kind, rows["2"].bits) == ("Own", 32)
+    assert rows["3"].size == 4 * 3 * 8 * 8
+    assert rows["3.out_proj"].bits == 4
+
+
+def test_patterns_reach_what_is_quantized_and_names_everything():
+    model = quantize(build_model("resnet8", 10), 1, overrides={"layer1.*": 8})
+    assert not any(isinstance(module, QuantizedReLU) for module in model.modules())
+    model = quantize(build_model("resnet8", 10), 1, overrides={"relu": 8})
+    assert [m.bits for m in model.modules() if isinstance(m, QuantizedReLU)] == [8]
+    with pytest.raises(ValueError, match="matches no"):
+        quantize(build_model("resnet8", 10), 1, overrides={"layer1.0.relu?": 8})
+
+
+def test_a_part_takes_a_float_checkpoint_by_itself(images):
+    def build():
+        return nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Sequential(nn.Conv2d(4, 2, 1), nn.ReLU()))
+
+    trained, model = build(), quantize(build(), 4, 4, last_layer="quantize")
+    model[0].load_state_dict(trained[0].state_dict())
+    assert torch.equal(model[0][0].parametrizations.weight.original, trained[0][0].weight)
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight"):
+        model[1].load_state_dict({"0.bias": torch.zeros(2)})
+
+
+def test_a_checkpoint_without_steps_is_not_taken_for_a_float_one():
+    with pytest.raises(RuntimeError, match=r"Missing key.*step"):
+        quantize(small_network(), 4, 4).load_state_dict(quantize(small_network(), 2).state_dict())
+
+
+def test_calibrate_says_what_it_needs(images):
+    model = quantize(small_network(), 1, 4)
+    for wrong in (images[:1], (images * 10).byte(), [images], images.tolist()):
+        with pytest.raises(ValueError, match=r"float tensor .* at least 2 normalised images, got"):
+            calibrate(model, wrong)
+
+
+def test_calibrate_leaves_the_random_stream_alone(images):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    quantize(model, 1, 4)
+    state = torch.get_rng_state()
+    first, second = (float(calibrate(model, images)[2].step.detach()) for _ in range(2))
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class CallsReLU(nn.Module):
+    """One that is a module and stays float, and one that is a call."""
+
+    def __init__(self, kind) -> None:
+        super().__init__()
+        self.body, self.kept, self.kind = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), nn.ReLU(), kind
+
+    def forward(self, x):
+        return self.kind(self.kept(self.body(x)) - 0.1)
+
+
+@pytest.mark.parametrize("kind", [torch.relu, nn.functional.relu, torch.Tensor.relu, nn.functional.relu6])
+def test_calibrate_warns_of_activations_that_are_calls(kind, images):
+    model = quantize(CallsReLU(kind), 4, 4, last_layer="quantize", overrides={"kept": 32})
+    with pytest.warns(UserWarning, match=r"1 ReLU\(s\) of CallsReLU are called as functions"):
+        calibrate(model, images)
+
+
+def test_calibrate_does_not_warn_of_modules(images, recwarn):
+    calibrate(quantize(CallsReLU(nn.Identity()), 4, 4, last_layer="quantize", overrides={"kept": 32}), images)
+    assert not [str(warning.message) for warning in recwarn if "functions" in str(warning.message)]
+
+
 @pytest.mark.parametrize(("bits", "width"), [(1, 1), (2, 2), (3, 3), (4, 4), (8, 8)])
 def test_weight_bytes_by_hand(bits, width):
     # Convolutions of 4·3·9 = 108 and 5·4·9 = 180 weights with one scale each; float: BN 2·4, linear 80·3 + 3.

@@ -332,6 +332,19 @@ def test_two_layers_clip_each_at_its_own_range():
     assert torch.autograd.grad(wide_out.sum(), x)[0].tolist() == [1, 1, 0]
 
 
+def test_two_layers_of_other_bits_keep_their_own_levels():
+    """What is kept on a class is that of the layer built last: forward, window and step gradient of the first."""
+    coarse, fine = quantized_relu(0.5, bits=2), quantized_relu(0.5, bits=8)
+    x = torch.tensor([1.2, 9.0, 200.0], requires_grad=True)
+    for relu, highest, window in ((coarse, 3, [1, 0, 0]), (fine, 255, [1, 1, 0])):
+        out = relu(x)
+        assert out.tolist() == [1.0, min(9.0, 0.5 * highest), 0.5 * highest]
+        by_x, by_step = torch.autograd.grad(out.sum(), [x, relu.step])
+        assert by_x.tolist() == window
+        inside = (2 - 2.4) + (0 if highest == 255 else 3)  # round(x/α) − x/α, and Q above
+        assert by_step.item() == pytest.approx((inside + highest) / (3 * highest) ** 0.5)
+
+
 @pytest.mark.parametrize("spread", [0.05, 1.0, 20.0])
 def test_fitting_comes_close_to_the_best_step(spread):
     relu, x = QuantizedReLU(4), torch.randn(4000, generator=torch.Generator().manual_seed(4)) * spread

@@ -13,6 +13,7 @@ from faqd_lib.batches import Batches
 from faqd_lib.config import OptimizationConfig, RunConfig
 from faqd_lib.data import ImageData, Images
 from faqd_lib.files import tensors_digest
+from faqd_lib.models import FeatureTap
 from faqd_lib.quantize import dequantize
 from faqd_lib.results import RunRecord
 from faqd_lib.suite import Suite
@@ -292,11 +293,30 @@ def test_quantized_after_training_is_the_float_student_rounded_and_nothing_else(
     steps = {name for name, _ in rounded.named_parameters() if name.endswith("step")}
     assert steps
     floats = dict(dequantize(copy.deepcopy(rounded)).state_dict())
-    assert all(torch.equal(tensor, floats[name]) for name, tensor in trained.state_dict().items())
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    assert all(torch.equal(t, floats[n]) for n, t in trained.state_dict().items() if not n.endswith(statistics))
+    # Batch normalisation is estimated anew: the plain average over the first batches, whatever it was before.
+    batches = Batches(suite.splits[0].unlabelled(), record.configuration.optimization.batch_size, 1, suite.normalizer)
+    with FeatureTap(rounded, ["conv1"]) as tap, torch.no_grad():
+        means = [(rounded(batch.images), tap.features[0].mean((0, 2, 3)))[1] for batch in batches.epoch(0)]
+    torch.testing.assert_close(rounded.bn1.running_mean, torch.stack(means).mean(0))
+    assert not torch.allclose(rounded.bn1.running_mean, trained.bn1.running_mean)
     assert suite.evaluate(rounded)[0] == pytest.approx(record.last_accuracy)
     assert record.cost["training_seconds"] < float_record.cost["training_seconds"]
     assert not any(module.training for module in rounded.modules())
     assert "none" in runs_frame([record])["method"].tolist()
+
+
+def test_activation_steps_have_no_weight_decay(tiny_suite):
+    suite = tiny_suite()
+    batches = Batches(suite.splits[0].unlabelled(), 16, 0, suite.normalizer)
+    learner = suite.learner(suite.student("FAQD", weight_bits=1, activation_bits=4), batches)
+    weights, steps = learner.optimizer.param_groups
+    assert weights["weight_decay"] == learner.config.optimization.weight_decay > 0
+    assert steps["weight_decay"] == 0
+    own = [parameter for name, parameter in learner.model.named_parameters() if name.endswith("step")]
+    assert own
+    assert list(map(id, steps["params"])) == list(map(id, own))
 
 
 def test_adapters_are_trained(tiny_suite):

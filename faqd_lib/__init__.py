@@ -12,6 +12,16 @@ from .models import FeatureTap, build_model
 from .packed import load_packed, save_packed
 from .quantize import calibrate, dequantize, describe, quantize
 
+
+def __getattr__(name: str) -> object:
+    """``from faqd_lib import torchvision``: beside any build of torch, and only when it is asked for."""
+    if name == "torchvision":
+        from ._torchvision import torchvision
+
+        return torchvision
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __version__ = "0.1.0"
 
 __all__ = [

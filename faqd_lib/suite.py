@@ -120,13 +120,13 @@ class Suite:
         return suite
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    def read(cls, folder: str | Path) -> Self:
         """The suite of a results folder, without its images: enough for tables.
 
         Raises:
             ResultsError: no suite was begun there, or its ``suite.json`` is damaged.
         """
-        return cls(read_state(folder), RunStore(folder), torch.device("cpu"))
+        return cls(read_state(Path(folder)), RunStore(Path(folder)), torch.device("cpu"))
 
     def __getstate__(self) -> dict[str, object]:
         """For another process: without the images and what else is found again there."""

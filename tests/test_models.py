@@ -106,6 +106,15 @@ def test_tap_keeps_the_order_of_the_names_and_the_latest_pass(network):
     assert tap.features[0].requires_grad  # the gradient must reach the student through the tap
 
 
+def test_torchvision_comes_by_its_name_and_nothing_else_does():
+    import faqd_lib
+    from faqd_lib._torchvision import torchvision
+
+    assert faqd_lib.torchvision is torchvision
+    with pytest.raises(AttributeError, match="'faqd_lib' has no attribute 'torchvisions'"):
+        faqd_lib.torchvisions  # noqa: B018
+
+
 def test_tap_on_torchvisions_networks():
     from faqd_lib._torchvision import torchvision
 

@@ -59,8 +59,11 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.machines < 2:
         parser.error(f"--machines must be at least 2, got {arguments.machines}")
-    import ray
-    from ray.cluster_utils import Cluster
+    try:
+        import ray
+        from ray.cluster_utils import Cluster
+    except ModuleNotFoundError:
+        parser.error("this needs Ray: pip install 'faqd[ray]' in this environment")
 
     torch.set_num_threads(1)  # as many as each worker has
     with tempfile.TemporaryDirectory() as scratch:

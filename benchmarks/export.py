@@ -4,8 +4,9 @@
 
 For every run of a results folder whose name matches one of the patterns: bytes of the float32 file, the packed file and
 the ONNX file; whether the packed file gives the same logits to the bit; top-1 of PyTorch and of ONNX Runtime and how
-often they name the same class; milliseconds for a batch, all three in turns. Prints a table; writes ``export.json`` to
-``--out`` (``results/benchmarks`` if left out). Needs onnx and onnxruntime, and the images of the folder's dataset.
+often they name the same class; milliseconds for a batch, all three in turns. Runs without weights are left out, and
+said so. Prints a table; writes ``export-PROFILE.json`` to ``--out`` (``results/benchmarks`` if left out). Needs onnx
+and onnxruntime, and the images of the folder's dataset.
 """
 
 import fnmatch
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from faqd_lib import load_packed, save_packed
 from faqd_lib.measure import environment, take_turns
 from faqd_lib.onnx_export import export_onnx
+from faqd_lib.quantizers import FLOAT_BITS
 from faqd_lib.results import RunRecord
 from faqd_lib.suite import Suite
 
@@ -54,7 +56,7 @@ def exported(suite: Suite, record: RunRecord, folder: Path, batch: int, rounds: 
         calls = {"PyTorch": lambda: student(part), "packed": lambda: back(part), "ONNX Runtime": lambda: run(part)}
         times = take_turns(calls, rounds)
     agreement = 100 * float((theirs.argmax(1) == logits.argmax(1)).double().mean())
-    least = LEAST_AGREEMENT[config.quantization.activation_bits == 32]
+    least = LEAST_AGREEMENT[config.quantization.activation_bits == FLOAT_BITS]
     top1 = {
         f"top-1 {name}": 100 * float((values.argmax(1) == test.labels).double().mean())
         for name, values in (("PyTorch", logits), ("ONNX Runtime", theirs))
@@ -80,14 +82,25 @@ def main() -> None:
     chosen = [
         record
         for record in suite.store.records()
-        if record.configuration.quantization.weight_bits < 32
+        if record.configuration.quantization.weight_bits < FLOAT_BITS
         and any(fnmatch.fnmatch(record.run_id, pattern) for pattern in arguments.patterns)
     ]
+    for record in [
+        r for r in chosen if not (suite.store.run_folder(r.configuration) / "weights.safetensors").is_file()
+    ]:
+        print(f"left out: {record.run_id} has no weights here")
+        chosen.remove(record)
     if not chosen:
-        parser.error(f"no run with quantized weights in {arguments.folder} matches {' '.join(arguments.patterns)}")
+        parser.error(
+            f"no run with quantized weights that are kept in {arguments.folder} matches {' '.join(arguments.patterns)}"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         rows = [exported(suite, record, Path(scratch), arguments.batch, arguments.rounds) for record in chosen]
-    write(arguments.out, "export", {"environment": machine, "export": show("export", pd.DataFrame(rows))})
+    write(
+        arguments.out,
+        f"export-{suite.profile.name}",
+        {"environment": machine, "export": show("export", pd.DataFrame(rows))},
+    )
 
 
 if __name__ == "__main__":

@@ -83,8 +83,8 @@ def _source(name: str, roots: list[Path]) -> Source:
         return Source((name,), read_tree, is_tree)
     if inside := [root for root in roots if root.name == name and is_tree(root)]:
         raise DatasetError(f"{inside[0]} is the dataset itself: data_root is the folder it lies in, {inside[0].parent}")
-    there = [root / name for root in roots if name and (root / name).is_dir()]
-    lacking = f"; {there[0]} has not both" if there else ""
+    there = next((root / name for root in roots if name and (root / name).is_dir()), None)
+    lacking = "" if there is None else f"; {there} has no {'test/' if (there / 'train').is_dir() else 'train/'}"
     raise DatasetError(
         f"unknown dataset {name!r}: choose {', '.join(SOURCES)}, or the name of a folder with train/<class>/* and "
         f"test/<class>/* below {' or '.join(str(root) for root in roots)}{lacking}"

@@ -214,11 +214,15 @@ def _accept_float_part(part: nn.Module, state_dict: dict, prefix: str, *_) -> No
 
 
 class _CalledReLUs(TorchFunctionMode):
-    """Counts calls of the functions relu and relu6, those that ReLU modules make included."""
+    """Counts calls of the functions relu and relu6 but those that ReLU modules make."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
+
+    def not_this(self, *_: object) -> None:
+        """Before a ReLU module runs."""
+        self.calls -= 1
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         self.calls += getattr(func, "__name__", "") in ("relu", "relu_", "relu6")
@@ -249,23 +253,22 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
         got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise ValueError(f"images must be a float tensor (batch, …) of at least 2 normalised images, got {got}")
     seen: dict[nn.Module, list[torch.Tensor]] = {relu: [] for relu in relus}
-    by_modules = [0]
-
-    def count(*_: object) -> None:
-        by_modules[0] += 1
+    functions = _CalledReLUs()
 
     def fit(relu: QuantizedReLU, inputs: tuple) -> None:
         seen[relu].append(sample(inputs[0]))  # one that is called in several places fits the inputs of all
         relu.fit(torch.cat(seen[relu]))
 
     handles = [relu.register_forward_pre_hook(fit) for relu in relus]
-    handles += [m.register_forward_pre_hook(count) for m in model.modules() if isinstance(m, _RECTIFIERS)]
+    # nn.ReLU6 calls hardtanh, and a subclass what it likes.
+    floats = [module for module in model.modules() if type(module).forward is nn.ReLU.forward]
+    handles += [module.register_forward_pre_hook(functions.not_this) for module in floats]
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         for module in modes:
             module.training = isinstance(module, nn.modules.batchnorm._NormBase)
-        with _CalledReLUs() as functions:
+        with functions:
             model(images)
     finally:
         for handle in handles:
@@ -274,9 +277,9 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
             module.training = training
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-    if functions.calls > by_modules[0]:
+    if functions.calls:
         warnings.warn(
-            f"{functions.calls - by_modules[0]} ReLU(s) of {type(model).__name__} are called as functions (F.relu) and "
+            f"{functions.calls} ReLU(s) of {type(model).__name__} are called as functions (F.relu) and "
             "stay float: make them nn.ReLU modules",
             stacklevel=2,
         )

@@ -56,6 +56,7 @@ def student(run_config) -> RunConfig:
         (OptimizationConfig, {"epochs": 1, "weight_decay": -1e-4}, ["weight_decay = -0.0001"]),
         (OptimizationConfig, {"epochs": 1, "precision": "fp16"}, ["precision = 'fp16'", "bf16"]),
         (OptimizationConfig, {"epochs": 1, "warmup_epochs": 2.0}, ["warmup_epochs=2.0", "epochs=1"]),
+        (OptimizationConfig, {"epochs": 1, "batch_norm_batches": 2}, ["batch_norm_batches is for epochs = 0"]),
         (QuantizationConfig, {"weight_bits": 3.5}, ["weight_bits = 3.5", "1, 2, 3, 4, 5, 6, 7, 8 or 32"]),
         (QuantizationConfig, {"weight_bits": "1"}, ["weight_bits = '1'"]),
         (QuantizationConfig, {"activation_bits": 9}, ["activation_bits = 9", "8 or 32"]),

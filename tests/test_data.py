@@ -445,7 +445,8 @@ def test_a_given_root_is_the_only_one(three_places):
 
 def test_a_root_that_is_the_dataset_itself_or_lacks_images_to_test_is_told_so(tmp_path):
     (tmp_path / "birds" / "train" / "owl").mkdir(parents=True)
-    assert f"{tmp_path / 'birds'} has not both" in message(lambda: load("birds", tmp_path))
+    assert message(lambda: load("birds", tmp_path)).endswith(f"; {tmp_path / 'birds'} has no test/")
+    assert message(lambda: load("train", tmp_path / "birds")).endswith("train has no train/")
     (tmp_path / "birds" / "test" / "owl").mkdir(parents=True)
     told = message(lambda: load("birds", tmp_path / "birds"))
     assert told.endswith(f"is the dataset itself: data_root is the folder it lies in, {tmp_path}")

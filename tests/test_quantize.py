@@ -299,17 +299,18 @@ def test_calibrate_leaves_the_random_stream_alone(images):
 class CallsReLU(nn.Module):
     """One that is a module and stays float, and one that is a call."""
 
-    def __init__(self, kind) -> None:
+    def __init__(self, kind, kept=nn.ReLU) -> None:
         super().__init__()
-        self.body, self.kept, self.kind = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), nn.ReLU(), kind
+        self.body, self.kept, self.kind = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), kept(), kind
 
     def forward(self, x):
         return self.kind(self.kept(self.body(x)) - 0.1)
 
 
 @pytest.mark.parametrize("kind", [torch.relu, nn.functional.relu, torch.Tensor.relu, nn.functional.relu6])
-def test_calibrate_warns_of_activations_that_are_calls(kind, images):
-    model = quantize(CallsReLU(kind), 4, 4, last_layer="quantize", overrides={"kept": 32})
+@pytest.mark.parametrize("kept", [nn.ReLU, nn.ReLU6])
+def test_calibrate_warns_of_activations_that_are_calls(kind, kept, images):
+    model = quantize(CallsReLU(kind, kept), 4, 4, last_layer="quantize", overrides={"kept": 32})
     with pytest.warns(UserWarning, match=r"1 ReLU\(s\) of CallsReLU are called as functions"):
         calibrate(model, images)
 

@@ -18,6 +18,7 @@ STEP_GRADIENTS = ("lsq", "coarse", "frozen")
 SMALLEST_STEP = 1e-6  # of activations: a step that training drives below it would turn its layer off for ever
 
 _EXACT = 2**13  # values times levels of a row, at most, for an exact search of its step; longer ones are scanned
+_FEW = 128  # distinct magnitudes, at most, of a longer row that is searched exactly, too: what 8 bits can have
 _OCTAVES = 16  # range of the histogram for that, downward from the largest magnitude
 _CHUNK = 2**18  # numbers that a CPU core works on at a time: 1 MiB of float32, what its own cache holds
 
@@ -128,8 +129,9 @@ class UniformWeight(WeightQuantizer):
 
     The squared error over s has many minima. It is ‖w‖² − ⟨|w|, q⟩²/⟨q, q⟩ with q the nearest levels, and q changes
     only where s passes some |w_i|/(m − ½), m = 1..L, by one level of one weight: sorted, two cumulative sums give the
-    error in every interval, and the best one is the global optimum. Short rows are searched so; for longer ones a grid
-    of steps is scanned on a fine histogram. Nearest level and least-squares step then alternate twice on the weights.
+    error in every interval, and the best one is the global optimum. Short rows are searched so, and long ones of few
+    distinct values, whose error has narrow minima (per channel on CPUs only); for others a grid of steps is scanned on
+    a fine histogram. Nearest level and least-squares step then alternate twice on the weights.
     Example, 4 bits: (−0.7, 0.1, 0.3) → s = 0.1, levels (−7, 1, 3).
 
     Raises:
@@ -201,12 +203,19 @@ def best_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
     return (step * peak + 0 * peak).to(magnitudes.dtype)
 
 
-def _exact_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
+def _exact_step(magnitudes: torch.Tensor, highest: int, counts: torch.Tensor | None = None) -> torch.Tensor:
+    """``counts``: how often each of ``magnitudes`` is there, of the same shape; None for once."""
     # Descending: each breakpoint that s passes on its way down raises one value from level m − 1 to m.
     m = torch.arange(1, highest + 1, device=magnitudes.device, dtype=magnitudes.dtype)
     _, order = (magnitudes.unsqueeze(2) / (m - 0.5)).flatten(1).sort(dim=1, descending=True, stable=True)
-    gain = magnitudes.unsqueeze(2).expand(-1, -1, highest).flatten(1).gather(1, order).cumsum(1)
-    energy = (2 * m - 1).expand(*magnitudes.shape, -1).flatten(1).gather(1, order).cumsum(1)
+    counts = torch.ones_like(magnitudes) if counts is None else counts
+
+    def up_to(terms: torch.Tensor) -> torch.Tensor:
+        return terms.flatten(1).gather(1, order).cumsum(1)
+
+    gain = up_to((counts * magnitudes).unsqueeze(2).expand(-1, -1, highest))
+    energy = up_to(counts.unsqueeze(2) * (2 * m - 1))
+    energy.clamp_min_(1)  # 0 up to the first value that is there at all
     best = (gain.square() / energy).argmax(1, keepdim=True)
     return gain.gather(1, best) / energy.gather(1, best)
 
@@ -216,7 +225,7 @@ def _scanned_steps(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
     # Many rows are channels, each of which costs as much: coarser grids do for them.
     bins, spacing = (2**15, 1 / 96) if len(magnitudes) == 1 else (2**13, 1 / 32)
     peak = magnitudes.amax(1, keepdim=True)
-    values, counts = _histogram(magnitudes, peak, bins)
+    values, counts, index = _histogram(magnitudes, peak, bins)
     # How many weights, and their sum, lie below each edge between two bins: float64 holds both without rounding that
     # could matter.
     below = F.pad(counts.cumsum(1), (1, 0))
@@ -225,10 +234,10 @@ def _scanned_steps(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
 
     def scan(steps: torch.Tensor, best: int) -> torch.Tensor:
         edges = steps.unsqueeze(2) * half  # (rows, steps, L): where a value reaches level 1, 2, …
-        index = _bin(edges, peak.unsqueeze(2), values.shape[1]).flatten(1) + 1
-        index = torch.where(edges.flatten(1) > peak, values.shape[1], index)
-        above = (below[:, -1:] - below.gather(1, index)).view_as(edges)
-        gain = (mass[:, -1:] - mass.gather(1, index)).view_as(edges).sum(2)
+        place = _bin(edges, peak.unsqueeze(2), values.shape[1]).flatten(1) + 1
+        place = torch.where(edges.flatten(1) > peak, values.shape[1], place)
+        above = (below[:, -1:] - below.gather(1, place)).view_as(edges)
+        gain = (mass[:, -1:] - mass.gather(1, place)).view_as(edges).sum(2)
         energy = (above * (2 * half)).sum(2)
         explained = torch.where(energy > 0, gain.square() / energy.clamp_min(1), 0)
         return steps.gather(1, explained.topk(best, dim=1).indices)
@@ -236,7 +245,20 @@ def _scanned_steps(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
     grid = torch.arange(-12.0, 1.0, spacing, device=values.device, dtype=values.dtype)
     coarse = scan(peak.to(values.dtype) / highest * grid.exp2(), best=4)
     fine = torch.linspace(-spacing, spacing, 33, device=values.device, dtype=values.dtype)
-    return scan((coarse.unsqueeze(2) * fine.exp2()).flatten(1), best=1)
+    steps = scan((coarse.unsqueeze(2) * fine.exp2()).flatten(1), best=1)
+
+    few = (counts > 0).sum(1) <= _FEW
+    searched = torch.arange(len(steps), device=steps.device)
+    if magnitudes.device.type == "cpu" and not torch.compiler.is_compiling():
+        searched = searched[few]
+    elif len(steps) > 1:
+        searched = searched[:0]  # it would cost each channel a long sort, to find which are few the host would wait
+    for rows in searched.split(64):
+        place = counts[rows].gt(0).int().topk(_FEW, dim=1).indices
+        largest = torch.zeros_like(counts[rows]).scatter_reduce_(1, index[rows], magnitudes[rows], "amax")
+        exact = _exact_step(largest.gather(1, place), highest, counts[rows].gather(1, place))
+        steps[rows] = torch.where(few[rows].unsqueeze(1), exact, steps[rows])
+    return steps
 
 
 def _bin(values: torch.Tensor, peak: torch.Tensor, bins: int) -> torch.Tensor:
@@ -245,15 +267,16 @@ def _bin(values: torch.Tensor, peak: torch.Tensor, bins: int) -> torch.Tensor:
     return position.nan_to_num_(0, 0, 0).floor_().clamp_(0, bins - 1).long()
 
 
-def _histogram(magnitudes: torch.Tensor, peak: torch.Tensor, bins: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of values at the centres of bins, ascending, and how many of ``magnitudes`` lie in each bin; float64."""
+def _histogram(magnitudes: torch.Tensor, peak: torch.Tensor, bins: int) -> tuple[torch.Tensor, ...]:
+    """Rows of values at the centres of bins, ascending, how many of ``magnitudes`` lie in each bin (both float64), and
+    the bin of each."""
     index = _bin(magnitudes, peak, bins)
     # Whole numbers add up to the same whatever their order, also on devices that add in any order.
     counts = torch.zeros(len(magnitudes), bins, dtype=torch.int64, device=magnitudes.device)
     counts.scatter_add_(1, index, torch.ones_like(index))
     centres = torch.arange(bins, device=magnitudes.device, dtype=torch.float64)
     centres = ((centres + 0.5 - bins) * (_OCTAVES / bins)).exp2()
-    return peak.double() * centres, counts.double()
+    return peak.double() * centres, counts.double(), index
 
 
 @functools.cache

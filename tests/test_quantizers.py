@@ -166,6 +166,44 @@ def test_long_channels_are_within_one_percent_of_brute_force(bits):
         assert float((row - found).square().sum()) <= 1.01 * brute_force(row, bits)
 
 
+LONG = 8200  # at 8 bits far more than an exact search of all its values looks at, at 3 bits more, too
+
+
+@pytest.mark.parametrize("bits", [3, 5, 7, 8])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("distinct", [1, 2, 4, 11])
+def test_long_tensors_of_few_distinct_values(bits, per_channel, distinct):
+    for seed in range(4):
+        values = torch.rand(distinct, generator=generator(seed), dtype=torch.float64) + 0.01
+        weight = values[torch.randint(distinct, (2, LONG), generator=generator(seed))] * torch.tensor([[1.0], [-3.0]])
+        quantizer = weight_quantizer(bits, per_channel)
+        once = quantizer(weight)
+        assert torch.allclose(quantizer(once), once, rtol=1e-12)
+        for part, found in zip(weight, once, strict=True) if per_channel else [(weight, once)]:
+            error = float((part - found).square().sum())
+            unit, counts = part.abs().flatten().unique(return_counts=True)
+            steps = unit.max() / torch.logspace(-0.3, math.log10(40 * HIGHEST[bits]), 20_000, dtype=torch.float64)
+            left = unit - steps[:, None] * (unit / steps[:, None]).round().clamp(0, HIGHEST[bits])
+            assert error <= 1.01 * float((left.square() * counts).sum(1).min()) + 1e-24
+
+
+@given(st.sampled_from([3, 4, 5, 6, 7, 8]), st.booleans(), st.floats(1e-3, 1e2), st.integers(0, 2**31))
+def test_long_tensors_are_exact_on_their_own_lattice(bits, per_channel, scale, seed):
+    h = HIGHEST[bits]
+    levels = torch.randint(-h, h + 1, (2, LONG), generator=generator(seed))
+    levels[:, 0] = h
+    weight = levels.double() * scale
+    assert torch.allclose(weight_quantizer(bits, per_channel)(weight), weight, rtol=1e-9, atol=0)
+
+
+def test_a_long_tensor_of_zeros_and_one_that_is_compiled():
+    quantizer = weight_quantizer(8)
+    assert not quantizer(torch.zeros(LONG)).any()
+    for weight in (weights(5, LONG), torch.full((LONG,), 0.3), torch.zeros(LONG)):
+        compiled = torch.compile(quantizer, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(weight), quantizer(weight))
+
+
 def test_binary_scale_is_the_least_squares_one():
     weight = weights(8).double()
     scale, levels = weight_quantizer(1).levels(weight)

@@ -7,10 +7,11 @@ from .affinity import (
     feature_affinity_loss,
 )
 from .affinity_statistics import affinity_statistics
+from .description import describe
 from .distill import DistillationObjective
 from .models import FeatureTap, build_model
 from .packed import load_packed, save_packed
-from .quantize import calibrate, dequantize, describe, quantize
+from .quantize import calibrate, dequantize, quantize, reestimate_batch_norm, split_parameters
 
 
 def __getattr__(name: str) -> object:
@@ -38,5 +39,7 @@ __all__ = [
     "feature_affinity_loss",
     "load_packed",
     "quantize",
+    "reestimate_batch_norm",
     "save_packed",
+    "split_parameters",
 ]

@@ -20,10 +20,10 @@ from .checkpoints import (
 )
 from .config import RunConfig
 from .data import ImageData, Images
+from .description import weight_bytes
 from .measure import environment
 from .models import parameter_count
 from .progress import Reports
-from .quantize import weight_bytes
 from .results import RunStore, accuracies
 from .settings import Profile, SuiteState
 from .train import Learner, train

@@ -11,6 +11,7 @@ Reading such a file needs torch and safetensors, nothing else. What a file holds
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import nn
 
 from .files import atomic_write, canonical_json, tensors_digest
 from .models import build_model
-from .quantize import join, quantized_weights, replace_modules
+from .quantize import join, low_bit_weights, mark_unpacked, replace_modules, uncalibrated, unwrapped
 from .quantizers import QuantizedReLU
 
 FORMAT = "faqd-packed-1"
@@ -60,34 +61,41 @@ def save_packed(
     """Write a quantized network to a packed file, whole or not at all.
 
     Args:
-        model: a network that :func:`faqd_lib.quantize` has quantized; layers that are float are stored as they are.
+        model: a network that :func:`faqd_lib.quantize` has quantized, or one that was read from a packed file; layers
+            that are float are stored as they are. What DataParallel, DistributedDataParallel or ``torch.compile`` have
+            put around it is taken off.
         path: of the file, by convention ``*.safetensors``.
         architecture: arguments of :func:`faqd_lib.build_model` (``{"name": "resnet20", "num_classes": 10}``), so that
             the file can be read without a network to read it into.
         metadata: whatever else belongs to the network (class names, normalisation); JSON.
 
     Raises:
-        ValueError: nothing in the network is quantized.
+        ValueError: nothing in the network is quantized, or a weight from a packed file has been changed since.
+
+    Warns:
+        UserWarning: an activation step is neither calibrated nor trained.
     """
-    layers = quantized_weights(model)
+    model = unwrapped(model)
+    layers = low_bit_weights(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     relus = {name: module for name, module in modules.items() if isinstance(module, QuantizedReLU)}
     if not layers and not relus:
         raise ValueError("nothing in the network is quantized: call quantize(model, …) first")
+    warn_of_uncalibrated(model)
     norms = {
         name: module
         for name, module in modules.items()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine and module.track_running_stats
     }
     tensors, described = {}, {}
-    for name, (quantizer, latent) in layers.items():
-        scale, levels = quantizer.levels(latent.detach().cpu())
-        codes = (levels > 0) if quantizer.bits == 1 else levels + _offset(quantizer.bits)
-        tensors[join(name, "levels")], tensors[join(name, "scale")] = pack_bits(codes, quantizer.bits), scale
-        described[name] = {"bits": quantizer.bits, "shape": list(latent.shape), "dtype": str(latent.dtype)[6:]}
+    for name, low in layers.items():
+        levels = low.levels.cpu()
+        codes = (levels > 0) if low.bits == 1 else levels + _offset(low.bits)
+        tensors[join(name, "levels")], tensors[join(name, "scale")] = pack_bits(codes, low.bits), low.scale.cpu()
+        described[name] = {"bits": low.bits, "shape": list(levels.shape), "dtype": str(low.dtype)[6:]}
     for name, norm in norms.items():
         tensors[join(name, "batch_norm")] = torch.stack([getattr(norm, part).detach().cpu() for part in _BATCH_NORM])
-    done = {join(name, "parametrizations.weight.original") for name in layers}
+    done = {join(name, key) for name in layers for key in ("parametrizations.weight.original", "weight")}
     done |= {join(name, part) for name in norms for part in (*_BATCH_NORM, "num_batches_tracked")}
     tensors |= {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name not in done}
     channels_last = [name for name, tensor in tensors.items() if _is_channels_last(tensor)]
@@ -105,6 +113,16 @@ def save_packed(
     return atomic_write(Path(path), lambda temporary: save_file(tensors, temporary, {"faqd": text}))
 
 
+def warn_of_uncalibrated(model: nn.Module) -> None:
+    """Warn if steps of activations are still those that they were made with, which know nothing of any image."""
+    if names := uncalibrated(model):
+        warnings.warn(
+            f"{len(names)} activation step(s) were neither calibrated nor trained ({', '.join(names[:3])}"
+            f"{', …' if len(names) > 3 else ''}): call calibrate(model, images) first",
+            stacklevel=3,
+        )
+
+
 def read_header(path: str | Path) -> dict[str, Any]:
     """A packed file's metadata: ``format``, ``layers``, ``activations``, ``architecture``, ``metadata``, ``digest``.
 
@@ -119,12 +137,13 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The network of a packed file, in evaluation mode, with the very outputs of the one that was saved.
 
     Weights are unpacked into ordinary float parameters (on disk the network is small, in memory it is not), quantized
-    ReLUs are put where they were.
+    ReLUs are put where they were. It can be described, saved and exported as it is; to train it on with quantizers,
+    ``dequantize`` and ``quantize`` it. Batch normalisations have not kept how many batches they saw.
 
     Args:
         path: of the file.
         model: a freshly built float network of the same architecture, changed in place; None to build the one that
-            the file names.
+            the file names. The network stays on its device.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -137,13 +156,13 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         if header["architecture"] is None:
             raise PackedFileError(f"{path} does not say what network to build: give load_packed a float network")
         model = build_model(**header["architecture"])
-    if quantized_weights(model) or any(isinstance(module, QuantizedReLU) for module in model.modules()):
+    if low_bit_weights(model) or any(isinstance(module, QuantizedReLU) for module in model.modules()):
         raise PackedFileError("the network to read into is quantized itself: give load_packed a float one")
-    state = {}
+    state, scales = {}, {}
     for name, layer in header["layers"].items():
         bits, shape = layer["bits"], layer["shape"]
         codes = unpack_bits(tensors.pop(join(name, "levels")), bits, torch.Size(shape).numel()).view(shape)
-        scale = tensors.pop(join(name, "scale"))
+        scale = scales[name] = tensors.pop(join(name, "scale"))
         levels = codes.to(scale.dtype).mul_(2).sub_(1) if bits == 1 else codes.to(scale.dtype).sub_(_offset(bits))
         state[join(name, "weight")] = (scale * levels).to(getattr(torch, layer["dtype"]))
     for name in [name for name in tensors if name.split(".")[-1] == "batch_norm"]:
@@ -160,9 +179,12 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         model,
         {modules[name]: QuantizedReLU(**relu, replaces=modules[name]) for name, relu in header["activations"].items()},
     )
+    device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
     # Assigned, not copied: a network of another precision takes the file's.
     model.load_state_dict(state, strict=False, assign=True)
-    return model.eval()
+    for name, scale in scales.items():
+        mark_unpacked(modules[name], header["layers"][name]["bits"], scale)
+    return model.to(device).eval()
 
 
 def _check_fit(path: Path | str, header: dict[str, Any], state: Mapping[str, torch.Tensor], model: nn.Module) -> None:

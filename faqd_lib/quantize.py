@@ -1,4 +1,4 @@
-"""Put quantizers into a network, and take them out again.
+"""Put quantizers into a network, take them out again, and find what they hold.
 
 Weights go through ``torch.nn.utils.parametrize``: the float (latent) weight stays the learned parameter, the layer
 computes with the quantized one, and the gradient passes straight through. Activations: every ``nn.ReLU`` and
@@ -7,18 +7,16 @@ computes with the quantized one, and the gradient passes straight through. Activ
 """
 
 import fnmatch
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import update_bn
-from torch.overrides import TorchFunctionMode
 
+from .calls import RECTIFIERS, ActivationCalls
 from .quantizers import (
     ACTIVATION_BITS,
     FLOAT_BITS,
@@ -30,14 +28,10 @@ from .quantizers import (
     weight_quantizer,
 )
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 LAYER_POLICIES = ("quantize", "float")
 SHORTCUTS = ("shortcut", "downsample")  # parts of module names that mark a residual network's shortcut layers
 _WEIGHTED = (nn.Conv2d, nn.Linear)
-_RECTIFIERS = (nn.ReLU, nn.ReLU6)
-_NOT_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, parametrize.ParametrizationList)
+_UNPACKED = "_faqd_unpacked"  # attribute of a layer whose weight was read from a packed file: (bits, scale)
 
 
 def quantize(
@@ -68,7 +62,8 @@ def quantize(
         step_gradient: of the activation steps, ``"lsq"``, ``"coarse"``, or ``"frozen"`` for none.
 
     Returns:
-        ``model`` itself. Its ``state_dict`` holds the float weights and the steps, not the bits.
+        ``model`` itself. Its ``state_dict`` holds the float weights and the steps, not the bits. A ReLU that overwrote
+        its input does so no longer: a network that reads that input elsewhere, too, reads another value then.
 
     Raises:
         ValueError: bits or policy that are not offered, a pattern that matches nothing, a network that is quantized
@@ -81,7 +76,7 @@ def quantize(
         if policy not in LAYER_POLICIES:
             raise ValueError(f"{name} must be one of {', '.join(LAYER_POLICIES)}, got {policy!r}")
     layers, relus = _quantizable(model)
-    if any(map(quantizer_of, layers.values())) or any(_quantized_relus(model)):
+    if any(map(quantizer_of, layers.values())) or any(_quantized_relus(model)) or _unpacked(model):
         raise ValueError("the network is quantized already: call dequantize(model) first")
     if weight_bits != FLOAT_BITS and not layers:
         raise ValueError("the network has no Conv2d or Linear module whose weights could be quantized")
@@ -138,7 +133,7 @@ def _check_quantizable(
 def _quantizable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """(layers with weights, ReLUs) by name, in module order."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, _WEIGHTED)}
-    relus = {name: module for name, module in model.named_modules() if type(module) in _RECTIFIERS}
+    relus = {name: module for name, module in model.named_modules() if type(module) in RECTIFIERS}
     return layers, relus
 
 
@@ -181,6 +176,8 @@ def dequantize(model: nn.Module) -> nn.Module:
             module.__class__ = type(shared.__name__, shared.__bases__, own)
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
     replace_modules(model, {relu: relu.replaces for relu in _quantized_relus(model)})
+    for layer in _unpacked(model):
+        del layer.__dict__[_UNPACKED]
     return model
 
 
@@ -213,22 +210,6 @@ def _accept_float_part(part: nn.Module, state_dict: dict, prefix: str, *_) -> No
         _accept_float_network(part, state_dict, prefix)
 
 
-class _CalledReLUs(TorchFunctionMode):
-    """Counts calls of the functions relu and relu6 but those that ReLU modules make."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def not_this(self, *_: object) -> None:
-        """Before a ReLU module runs."""
-        self.calls -= 1
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.calls += getattr(func, "__name__", "") in ("relu", "relu_", "relu6")
-        return func(*args, **(kwargs or {}))
-
-
 @torch.no_grad()
 def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
     """Fit the step of every quantized ReLU to its input, first layer to last, in one pass over a batch of images.
@@ -253,22 +234,19 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
         got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise ValueError(f"images must be a float tensor (batch, …) of at least 2 normalised images, got {got}")
     seen: dict[nn.Module, list[torch.Tensor]] = {relu: [] for relu in relus}
-    functions = _CalledReLUs()
+    calls = ActivationCalls(model)
 
     def fit(relu: QuantizedReLU, inputs: tuple) -> None:
         seen[relu].append(sample(inputs[0]))  # one that is called in several places fits the inputs of all
         relu.fit(torch.cat(seen[relu]))
 
     handles = [relu.register_forward_pre_hook(fit) for relu in relus]
-    # nn.ReLU6 calls hardtanh, and a subclass what it likes.
-    floats = [module for module in model.modules() if type(module).forward is nn.ReLU.forward]
-    handles += [module.register_forward_pre_hook(functions.not_this) for module in floats]
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         for module in modes:
             module.training = isinstance(module, nn.modules.batchnorm._NormBase)
-        with functions:
+        with calls:
             model(images)
     finally:
         for handle in handles:
@@ -277,10 +255,11 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
             module.training = training
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-    if functions.calls:
+    called = (count for (_, name), count in calls.functions.items() if name.rstrip("_") in ("relu", "relu6"))
+    if rectifiers := sum(called):
         warnings.warn(
-            f"{functions.calls} ReLU(s) of {type(model).__name__} are called as functions (F.relu) and "
-            "stay float: make them nn.ReLU modules",
+            f"{rectifiers} ReLU(s) of {type(model).__name__} are called as functions (F.relu) and stay float: make "
+            "them nn.ReLU modules (describe(model, images) lists them)",
             stacklevel=2,
         )
     return model
@@ -297,77 +276,6 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> 
     return model
 
 
-@dataclass(frozen=True)
-class LayerBits:
-    """One line of :func:`describe`: what a layer computes with."""
-
-    layer: str
-    kind: str
-    shape: tuple[int, ...]
-    bits: int
-    levels: int  # in use by the weights; offered by a quantized ReLU; 0 for float
-    scale: float  # the step, or the mean of the channels' steps; NaN for float
-    size: float  # bytes of weights and scales in storage; 0 for activations
-
-
-class Description(list[LayerBits]):
-    """Rows of :func:`describe`; printed, a table and the bytes of all."""
-
-    def frame(self) -> "pd.DataFrame":
-        """The same as a DataFrame, a row a layer."""
-        import pandas as pd  # here, so that a packed network can be read where there is no pandas
-
-        return pd.DataFrame([asdict(row) for row in self]).set_index("layer")
-
-    def __str__(self) -> str:
-        if not self:
-            return "nothing to describe"
-        formats = {"scale": "{:.4g}".format, "size": "{:,.0f}".format}
-        before = sum(row.size if row.bits == FLOAT_BITS else 4 * math.prod(row.shape) for row in self if row.size)
-        total = f"{sum(row.size for row in self):,.0f} bytes of weights and scales ({before:,.0f} in float32)"
-        return f"{self.frame().to_string(formatters=formats)}\n{total}"
-
-
-def describe(model: nn.Module) -> Description:
-    """Every layer with weights but normalisations, and every activation: bits, levels in use, scale, size.
-
-    What :func:`quantize` has no quantizer for (Conv1d, Embedding, SiLU, attention, …) is listed with 32 bits, so that
-    nothing of the kind stays float unnoticed. Function calls (``F.relu``) are no modules and cannot be seen here;
-    :func:`calibrate`, which runs the network, warns of them.
-    """
-    rows = Description()
-    for name, module in model.named_modules():
-        kind = type(module).__name__.removeprefix("Parametrized")
-        if isinstance(module, _WEIGHTED):
-            weight = module.weight.detach()
-            bits, scale, in_use = FLOAT_BITS, torch.tensor([]), 0
-            if (quantizer := quantizer_of(module)) is not None:
-                scale, levels = quantizer.levels(module.parametrizations.weight.original.detach())
-                bits, in_use = quantizer.bits, int(levels.add(2**7).int().flatten().bincount().count_nonzero())
-            rows.append(
-                LayerBits(name, kind, tuple(weight.shape), bits, in_use, float(scale.mean()),
-                          (weight.numel() * bits + scale.numel() * FLOAT_BITS) / 8)
-            )  # fmt: skip
-        elif isinstance(module, QuantizedReLU):
-            rows.append(LayerBits(name, kind, (), module.bits, 2**module.bits, float(module.step.detach()), 0.0))
-        elif (own := list(module.parameters(recurse=False))) and not isinstance(module, _NOT_LAYERS):
-            shape = tuple(own[0].shape)
-            size = sum(parameter.numel() * FLOAT_BITS / 8 for parameter in own)
-            rows.append(LayerBits(name, kind, shape, FLOAT_BITS, 0, float("nan"), size))
-        elif type(module).__module__ == "torch.nn.modules.activation" or isinstance(module, _RECTIFIERS):
-            rows.append(LayerBits(name, kind, (), FLOAT_BITS, 0, float("nan"), 0.0))
-    return rows
-
-
-def weight_bytes(model: nn.Module) -> float:
-    """Bytes that the parameters need when each quantized weight is stored in its bits, the rest in 32."""
-    bits = sum(parameter.numel() * FLOAT_BITS for parameter in model.parameters())
-    for quantizer, latent in _once(quantized_weights(model)):
-        scales = len(latent) if quantizer.per_channel else 1
-        bits += latent.numel() * (quantizer.bits - FLOAT_BITS) + scales * FLOAT_BITS
-    return bits / 8
-
-
 def quantized_weights(model: nn.Module) -> dict[str, tuple[WeightQuantizer, nn.Parameter]]:
     """(quantizer, latent weight) of every layer with quantized weights, by the layer's name or, if shared, names."""
     return {
@@ -382,6 +290,72 @@ def quantizer_of(module: nn.Module) -> WeightQuantizer | None:
     if not parametrize.is_parametrized(module, "weight"):
         return None
     return next((part for part in module.parametrizations.weight if isinstance(part, WeightQuantizer)), None)
+
+
+@dataclass(frozen=True)
+class LowBitWeight:
+    """What a layer with quantized weights computes with: ``(scale · levels)`` in the weight's dtype.
+
+    ``scale`` () or (C_out, 1, …) and the integer ``levels``, of the weight's shape, are float32 (float64 for float64).
+    """
+
+    bits: int
+    scale: torch.Tensor
+    levels: torch.Tensor
+    dtype: torch.dtype
+
+
+def low_bit_weights(model: nn.Module) -> dict[str, LowBitWeight]:
+    """Every layer with quantized weights, by name: those that are quantized, and those from a packed file.
+
+    Raises:
+        ValueError: the weight of a layer from a packed file has been changed since.
+    """
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if (quantizer := quantizer_of(module)) is not None:
+            latent = module.parametrizations.weight.original.detach()
+            found[name] = LowBitWeight(quantizer.bits, *quantizer.levels(latent), latent.dtype)
+        elif _UNPACKED in module.__dict__:
+            bits, scale = module.__dict__[_UNPACKED]
+            weight = module.weight.detach()
+            scale = scale.to(weight.device)
+            # Of 1 bit with scale 0, too, whose two values are 0 and −0.
+            levels = torch.where(weight.signbit(), -1.0, 1.0).to(scale.dtype) if bits == 1 else (
+                (weight.to(scale.dtype) / torch.where(scale > 0, scale, 1)).round()
+            )  # fmt: skip
+            if not torch.equal((scale * levels).to(weight.dtype), weight):
+                raise ValueError(
+                    f"the weight of {name or 'the network'} was read from a packed file, at {bits} bits, and has been "
+                    "changed since: call dequantize(model), then quantize(model, …) anew"
+                )
+            found[name] = LowBitWeight(bits, scale, levels, weight.dtype)
+    return found
+
+
+def mark_unpacked(layer: nn.Module, bits: int, scale: torch.Tensor) -> None:
+    """Note that a layer's float weight is scale · levels at so many bits: :func:`low_bit_weights` finds them again."""
+    layer.__dict__[_UNPACKED] = (bits, scale)
+
+
+def _unpacked(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if _UNPACKED in module.__dict__]
+
+
+def uncalibrated(model: nn.Module) -> list[str]:
+    """Names of the quantized ReLUs whose step is still the one that they are made with."""
+    return [name for name, module in model.named_modules() if _is_quantized_relu(module) and module.is_initial]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside of DataParallel, DistributedDataParallel and ``torch.compile``."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # torch.compile's; its class has no public name
+            model = model._orig_mod
+        else:
+            return model
 
 
 def _once(

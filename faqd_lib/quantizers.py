@@ -321,6 +321,11 @@ class QuantizedReLU(nn.Module):
         self.step = nn.Parameter(torch.tensor(gaussian_step(self.highest), dtype=torch.float32))
         self.__dict__["replaces"] = nn.ReLU() if replaces is None else replaces  # not a submodule: it is not in use
 
+    @property
+    def is_initial(self) -> bool:
+        """Whether the step is still the one it was made with: neither fitted nor trained."""
+        return bool(self.step.detach().cpu() == torch.tensor(gaussian_step(self.highest), dtype=self.step.dtype))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         step = self.step.detach() if self.step_gradient == "frozen" else self.step
         return _quantized_relu(x, step, self.highest, self.step_gradient == "coarse")

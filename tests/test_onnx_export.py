@@ -11,6 +11,7 @@ from torch import nn
 
 from faqd_lib.models import build_model
 from faqd_lib.onnx_export import OnnxExportError, export_onnx
+from faqd_lib.packed import load_packed, save_packed
 from faqd_lib.quantize import calibrate, quantize
 
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -96,12 +97,22 @@ def test_full_quantization_with_the_runtimes_own_optimisations(tmp_path, weights
     assert (found.argmax(1) == expected.argmax(1)).double().mean() >= 0.98
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "efficientnet_b0"])
+TORCHVISION = {
+    "resnet18": {}, "mobilenet_v2": {}, "mobilenet_v3_small": {}, "densenet121": {}, "efficientnet_b0": {},
+    "shufflenet_v2_x0_5": {}, "googlenet": {"init_weights": False, "aux_logits": False},
+    "vgg11_bn": {"init_weights": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_networks(tmp_path, name):
     from faqd_lib._torchvision import torchvision
 
     images = torch.randn(4, 3, 64, 64)
-    model = quantize(getattr(torchvision.models, name)(num_classes=5), 4)
+    model = getattr(torchvision.models, name)(num_classes=5, **TORCHVISION[name])
+    if name == "vgg11_bn":  # its first classifier layer has a hundred million weights for an average of 7×7 pixels
+        model.avgpool, model.classifier[0] = nn.AdaptiveAvgPool2d(1), nn.Linear(512, 4096)
+    model = quantize(model, 4)
     with_statistics(model, images)
     with torch.no_grad():
         expected = model(images)
@@ -156,6 +167,73 @@ def test_a_network_of_many_parts(tmp_path):
     assert not (tmp_path / "cut.onnx").exists()
 
 
+def test_shapes_pools_and_functions_of_every_kind(tmp_path):
+    f = nn.functional
+
+    class Functions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 6, (4, 3), padding="same", dilation=(1, 2))
+            self.second, self.out = nn.Conv2d(6, 6, 3, padding="valid"), nn.Linear(54, 4)
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            x = f.max_pool2d(self.relu(self.first(x)), 3, 2, padding=1, ceil_mode=True)
+            n, c, h, w = x.size()
+            x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(x.shape[0], -1, h, w)
+            first, second, third = x.chunk(3, dim=1)
+            x = torch.cat([third * 2, first, second], 1).permute(0, 1, 3, 2)
+            x = f.avg_pool2d(f.leaky_relu(self.second(x) - 1), kernel_size=4, stride=4, count_include_pad=False)
+            x = f.gelu(x) / 2 + torch.tanh(x) * f.silu(x)
+            return f.log_softmax(self.out(x.reshape(x.size(0), -1)), dim=1)
+
+    model = quantize(Functions(), 4, last_layer="quantize").eval()
+    for images in (IMAGES, IMAGES[:1]):
+        with torch.no_grad():
+            expected = model(images)
+        found = run(export_onnx(model, tmp_path / "net.onnx", (3, 32, 32)), images)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_metadata_goes_with_the_file(tmp_path):
+    path = export_onnx(nn.Flatten(), tmp_path / "net.onnx", (3, 8, 8), metadata={"mean": [0.5], "made by": "ä"})
+    assert {entry.key: entry.value for entry in onnx.load(path).metadata_props} == {"mean": "[0.5]", "made by": "ä"}
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (0, 8, 8), (3, 8.0, 8), (1, 3, 8, 8), (4, 8, 8)])
+def test_a_shape_that_does_not_fit_is_named(tmp_path, shape):
+    with pytest.raises(OnnxExportError, match="image_shape"):
+        export_onnx(nn.Conv2d(3, 3, 1), tmp_path / "net.onnx", shape)
+
+
+@pytest.mark.parametrize(("weights", "activations"), [(1, 4), (2, 32), (8, 32)])
+def test_a_network_from_a_packed_file_keeps_its_bits(tmp_path, weights, activations):
+    model = with_statistics(calibrate(quantize(build_model("resnet8", 10), weights, activations), IMAGES))
+    path = save_packed(model, tmp_path / "net.safetensors")
+    first = export_onnx(model, tmp_path / "first.onnx", (3, 32, 32))
+    wrapped = nn.DataParallel(load_packed(path, build_model("resnet8", 10)))
+    assert export_onnx(wrapped, tmp_path / "again.onnx", (3, 32, 32)).read_bytes() == first.read_bytes()
+
+
+class Chunked(nn.Module):
+    """Overwrites a part of what is read again."""
+
+    def forward(self, x):
+        x = x + 1
+        first, second = x.chunk(2, dim=2)
+        return nn.functional.relu(first, inplace=True) + x.mean((2, 3), True) + second
+
+
+class Parted(nn.Module):
+    def forward(self, x):
+        return x.chunk(2)[0]
+
+
+class Unbound(nn.Module):
+    def forward(self, x):
+        return x.unbind(1)[0]
+
+
 class Standardised(nn.Conv2d):
     """A convolution with a forward of its own."""
 
@@ -204,6 +282,10 @@ class Together(nn.Module):
     ("network", "named"),
     [(nn.Sequential(Standardised(3, 3, 1)), "no ONNX form"), (Scaled(), "alpha"), (Aliased(), "overwrites"),
      (AliasedBehind(nn.Dropout()), "overwrites"), (AliasedBehind(nn.Sequential(nn.Identity())), "overwrites"),
+     (Chunked(), "overwrites"), (Parted(), "parted"), (Unbound(), "getitem"),
+     (nn.Sequential(nn.MaxPool2d(2, return_indices=True)), "one tensor"),
+     (nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")), "reflect"),
+     (nn.Sequential(nn.Softmax()), "which dim"),
      (Pair(), "one tensor"), (Together(), "flattened"), (nn.Sequential(nn.AvgPool2d(2, divisor_override=3)), "divisor"),
      (nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)), "running statistics")],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
@@ -284,7 +366,7 @@ def test_a_norm_of_images_behind_a_linear_layer_is_not_folded(tmp_path):
 
 
 def test_the_network_is_left_as_it_was(tmp_path):
-    model = quantize(build_model("resnet8", 10), 1, 4).train()
+    model = calibrate(quantize(build_model("resnet8", 10), 1, 4), IMAGES).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     export_onnx(model, tmp_path / "net.onnx", (3, 32, 32))
     assert model.training

@@ -1,5 +1,6 @@
 """Packed files: every bit there, nothing more than the bits, and the same outputs after reading."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from faqd_lib.description import describe, weight_bytes
 from faqd_lib.files import project_root
 from faqd_lib.models import build_model
 from faqd_lib.packed import PackedFileError, load_packed, pack_bits, read_header, save_packed, unpack_bits
-from faqd_lib.quantize import calibrate, dequantize, quantize
+from faqd_lib.quantize import calibrate, dequantize, low_bit_weights, quantize
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -141,6 +143,47 @@ with torch.no_grad():
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=project_root())
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("weights", "activations"), BOTH)
+def test_what_is_loaded_is_described_and_saved_again_as_it_was(tmp_path, weights, activations):
+    model = trained(weight_bits=weights, activation_bits=activations, per_channel=weights > 2)
+    with torch.no_grad():
+        model.layer1[0].conv1.parametrizations.weight.original.zero_()
+    path = save_packed(model, tmp_path / "net.safetensors")
+    loaded = copy.deepcopy(load_packed(path, build_model("resnet8", 10)))
+    assert save_packed(loaded, tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+    assert str(describe(loaded)) == str(describe(model))
+    assert weight_bytes(loaded) == weight_bytes(model)
+    with pytest.raises(ValueError, match="quantized already"):
+        quantize(loaded, 4)
+    # Quantized anew it is what it was.
+    quantize(dequantize(loaded), weights, per_channel=weights > 2)
+    for name, low in low_bit_weights(model).items():
+        torch.testing.assert_close(low_bit_weights(loaded)[name].scale, low.scale, rtol=1e-5, atol=0)
+
+
+def test_a_loaded_weight_that_was_changed_is_not_saved(tmp_path):
+    loaded = load_packed(save_packed(trained(weight_bits=4), tmp_path / "net.safetensors"), build_model("resnet8", 10))
+    with torch.no_grad():
+        loaded.layer1[0].conv1.weight[0, 0, 0, 0] += 0.001
+    with pytest.raises(ValueError, match=r"layer1\.0\.conv1 was read from a packed file, at 4 bits, .*changed since"):
+        save_packed(loaded, tmp_path / "again.safetensors")
+    assert not (tmp_path / "again.safetensors").exists()
+
+
+def test_wrappers_are_taken_off(tmp_path):
+    model = trained(weight_bits=1, activation_bits=4)
+    expected = save_packed(model, tmp_path / "net.safetensors").read_bytes()
+    for wrapped in (nn.DataParallel(model), torch.compile(model), torch.compile(nn.DataParallel(model))):
+        assert save_packed(wrapped, tmp_path / "wrapped.safetensors").read_bytes() == expected
+        assert str(describe(wrapped)) == str(describe(model))
+
+
+def test_steps_that_nobody_fitted_are_warned_of(tmp_path):
+    model = quantize(build_model("resnet8", 10), 4, 4)
+    with pytest.warns(UserWarning, match=r"7 activation step\(s\) .* \(relu, .*call calibrate"):
+        save_packed(model, tmp_path / "net.safetensors")
 
 
 # ---- refusals

@@ -1,6 +1,7 @@
 """Quantizers in a network: policies, the way in and out, what is said of it."""
 
 import copy
+import importlib
 import math
 
 import pytest
@@ -8,16 +9,15 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from faqd_lib.description import describe, weight_bytes
 from faqd_lib.models import build_model
 from faqd_lib.quantize import (
     blend,
     calibrate,
     dequantize,
-    describe,
     quantize,
     quantized_weights,
     split_parameters,
-    weight_bytes,
 )
 from faqd_lib.quantizers import QuantizedReLU, weight_quantizer
 
@@ -154,6 +154,58 @@ def test_what_cannot_be_quantized_is_listed():
         nn.Conv1d(3, 3, 1), nn.Embedding(4, 3), nn.Linear(3, 3), nn.BatchNorm1d(3), nn.GLU(), nn.Softsign()
     )
     assert [row.kind for row in describe(model)] == ["Conv1d", "Embedding", "Linear", "GLU", "Softsign"]
+
+
+def notes(model: nn.Module, images: torch.Tensor | None = None) -> dict[tuple[str, str], str]:
+    return {(row.layer, row.kind): row.note for row in describe(model, images) if row.note}
+
+
+def test_with_images_calls_that_are_no_modules_are_listed(images):
+    class Gate(nn.Module):
+        """An activation of one's own: no parameters, and none of torch's."""
+
+        def forward(self, x):
+            return x * torch.sigmoid(x)
+
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu, self.gate, self.spare = nn.Conv2d(3, 3, 1), nn.ReLU(), Gate(), nn.SiLU()
+
+        def forward(self, x):
+            x = self.gate(self.relu(nn.functional.relu(self.relu(self.conv(x)))))
+            return nn.functional.leaky_relu(x).tanh().relu_().tanh()
+
+    model = Calls()
+    assert notes(model) == {}
+    model.train()
+    assert notes(model, images) == {
+        ("", "relu()"): "a call, no module",
+        ("", "leaky_relu()"): "a call, no module",
+        ("", "tanh()"): "2 calls, no module",
+        ("", "relu_()"): "a call, no module",
+        ("relu", "ReLU"): "called 2 times",
+        ("gate", "sigmoid()"): "a call, no module",
+        ("spare", "SiLU"): "not called",
+    }
+    assert model.training
+
+
+def test_describe_notes_steps_that_nobody_fitted_and_shared_weights(images):
+    model = quantize(small_network(), 2, 4)
+    assert notes(model) == dict.fromkeys((("2", "QuantizedReLU"), ("4", "QuantizedReLU")), "not calibrated")
+    assert "not calibrated" in str(describe(model))
+    calibrate(model, images)
+    assert notes(model) == {}
+    assert "note" not in str(describe(model))
+    tied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    tied[1].weight = tied[0].weight
+    for bits, size in ((32, 64.0), (1, 6.0)):
+        if bits == 1:
+            quantize(tied, 1, last_layer="quantize")
+        rows = describe(tied)
+        assert [row.size for row in rows] == [size, 0.0]
+        assert [row.note for row in rows] == ["", "the weight of 0"]
 
 
 def test_a_relu_that_is_called_twice_is_fitted_to_both_inputs():
@@ -469,6 +521,29 @@ def test_one_step_is_blended_coarse_gradient_descent(images):
     blend(model, 0.1)
     optimizer.step()
     assert torch.allclose(latent, 0.9 * before + 0.1 * quantizer(before) - 0.1 * gradient, atol=1e-6)
+
+
+def test_replicas_of_data_parallel_compute_the_same_and_train_the_original(images, monkeypatch):
+    """What DataParallel does between GPUs, with the copies made on the CPU."""
+    module = importlib.import_module("torch.nn.parallel.replicate")
+
+    def copies(tensors, devices, detach=False):
+        return [[tensor.clone() for tensor in tensors] for _ in devices]
+
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", copies)
+    monkeypatch.setattr(module, "_get_device_index", lambda device, _: device)
+    model = calibrate(quantize(small_network(), 2, 4), images).eval()
+    replicas = module.replicate(model, [0, 1])
+    outputs = [replica(part) for replica, part in zip(replicas, images.chunk(2), strict=True)]
+    torch.testing.assert_close(torch.cat(outputs), model(images))
+    torch.cat(outputs).square().sum().backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model(images).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if not name.endswith("step"):
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-4, msg=name)
+        assert gradients[name].abs().max() > 0, name
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="DataParallel replicates between GPUs: it needs two")

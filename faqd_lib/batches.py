@@ -31,9 +31,19 @@ class Batch:
 
 
 class Normalizer:
-    """uint8 images to float32 of mean 0 and deviation 1 per channel, in channels-last memory."""
+    """uint8 images to float32 of mean 0 and deviation 1 per channel, in channels-last memory.
+
+    Args:
+        mean, std: of each channel, in [0, 1]; ``std`` above 0.
+        device: where the images are made.
+
+    Raises:
+        ValueError: a deviation of 0, or other numbers of channels in ``mean`` and ``std``.
+    """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
+        if len(mean) != len(std) or not all(value > 0 for value in std):
+            raise ValueError(f"mean and std must have a value for each channel, std above 0; got {mean!r} and {std!r}")
         self.device = torch.device(device)
         scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
         self._scale = scale.float().view(1, 1, 1, -1).to(device)
@@ -72,6 +82,8 @@ class Batches:
         flip: bool = True,
         device: torch.device | str | None = None,
     ) -> None:
+        if not isinstance(images, Images):
+            raise TypeError(f"images must be faqd_lib.data.Images, got {type(images).__name__}: wrap your pixels in it")
         if not 2 <= batch_size <= len(images):
             raise ValueError(
                 f"batch_size must be between 2 (batch normalisation needs two images) and the {len(images)} images "

@@ -3,6 +3,7 @@
 logit_weight · (MSE or T²·KL)  +  affinity_weight · Σ_stages (FA or FFA)  +  label_weight · cross-entropy
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -113,6 +114,9 @@ class DistillationObjective(nn.Module):
         Returns:
             Scalars: ``"total"`` (weighted, to be minimised) and the unweighted ``"logit"``, ``"affinity"`` (sum over
             stages) and ``"label"``, as far as they are part of the objective.
+
+        Warns:
+            UserWarning: a map has one pixel only: its affinity loss is 0 whatever it holds.
         """
         if (labels is None) == (self.label_weight > 0):
             raise ValueError(
@@ -145,6 +149,11 @@ class DistillationObjective(nn.Module):
                 )
             if self.adapters:
                 student_maps = [a(m) for a, m in zip(self.adapters, student_maps, strict=True)]
+            if any(feature_map.shape[2:].numel() == 1 for feature_map in student_maps):
+                warnings.warn(
+                    "a map of one pixel has no affinities: its affinity loss is always 0; tap an earlier layer",
+                    stacklevel=2,
+                )
             pairs = zip(student_maps, teacher_maps, strict=True)
             terms["affinity"] = sum(self.affinity_loss(student, teacher) for student, teacher in pairs)
             total = total + self.affinity_weight * terms["affinity"]

@@ -17,9 +17,16 @@ class Images:
     labels: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.pixels.dtype != torch.uint8 or self.pixels.ndim != 4:
+        pixels = self.pixels
+        if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8 or pixels.ndim != 4:
+            got = type(pixels).__name__
+            if isinstance(pixels, torch.Tensor):
+                got = f"{pixels.dtype} {tuple(pixels.shape)}"
+            raise ValueError(f"pixels must be a uint8 tensor (count, channels, height, width), got {got}")
+        if pixels.shape[1] not in (1, 3) and pixels.shape[3] in (1, 3):
             raise ValueError(
-                f"pixels must be uint8 of 4 dimensions, got {self.pixels.dtype} {tuple(self.pixels.shape)}"
+                f"pixels must be (count, channels, height, width), got {tuple(pixels.shape)}: channels come second, "
+                "use pixels.permute(0, 3, 1, 2)"
             )
         if self.labels is not None and len(self.labels) != len(self.pixels):
             raise ValueError(f"{len(self.pixels)} images but {len(self.labels)} labels")

@@ -19,6 +19,7 @@ from .files import cache_dir, require_writable
 from .images import DatasetError, Images, split_validation
 
 JPEG_NOTE = "all CIFAR-10 images re-encoded as JPEG; accuracies are not comparable with the original CIFAR-10"
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 TINY_ADDRESS = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
@@ -107,6 +108,8 @@ def read_tree(path: Path, image_size: int | None) -> Decoded:
         classes = listing.classes
         jobs = [(file, Path(file).read_bytes) for file, _ in listing.samples]
         splits.append(Images(_decode(jobs, image_size), torch.tensor(listing.targets)))
+    if len(classes) < 2:
+        raise DatasetError(f"{path} has one class, {classes[0]}: a classifier needs at least two")
     sizes = [tuple(split.pixels.shape[2:]) for split in splits]
     if sizes[0] != sizes[1]:
         raise DatasetError(
@@ -114,6 +117,17 @@ def read_tree(path: Path, image_size: int | None) -> Decoded:
             "set image_size in the profile to have them resized"
         )
     return Decoded(*splits, tuple(classes))
+
+
+def _read_cifar10_tree(path: Path, image_size: int | None) -> Decoded:
+    """A folder that is taken for CIFAR-10 by its name must have its classes: every caption will say what it is."""
+    decoded = read_tree(path, image_size)
+    if decoded.classes != CIFAR10_CLASSES:
+        raise DatasetError(
+            f"{path} is not CIFAR-10: its classes are {', '.join(decoded.classes[:4])}…, not the ten of CIFAR-10. Give "
+            "the folder another name, and ask for it by that name"
+        )
+    return decoded
 
 
 def _read_tiny_imagenet(path: Path, image_size: int | None) -> Decoded:
@@ -232,7 +246,7 @@ SOURCES: dict[str, Source] = {
     "tiny-imagenet": Source(
         ("tiny-imagenet-200", "tiny-imagenet-200.zip"), _read_tiny_imagenet, download=_download_tiny
     ),
-    "cifar10-jpeg": Source(("cifar10-jpeg", "cifar10"), read_tree, is_tree, note=JPEG_NOTE, hint=_JPEG_HINT),
+    "cifar10-jpeg": Source(("cifar10-jpeg", "cifar10"), _read_cifar10_tree, is_tree, note=JPEG_NOTE, hint=_JPEG_HINT),
     "digits": Source(
         (), _read_digits, flip=False, note="scikit-learn's 8×8 digits, enlarged; not a dataset of the paper"
     ),

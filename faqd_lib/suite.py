@@ -34,7 +34,7 @@ from .config import (
 from .distill import DistillationObjective
 from .engines import chosen_engine
 from .files import require_writable
-from .models import FeatureTap, build_model
+from .models import MODEL_NAMES, FeatureTap, build_model
 from .progress import Progress
 from .quantize import calibrate, quantize, reestimate_batch_norm
 from .quantizers import FLOAT_BITS
@@ -90,9 +90,10 @@ class Suite:
         chosen = chosen.for_dataset(name)
         chosen = chosen.model_copy(update={"seeds": seeds or chosen.seeds})
         folder = require_writable(suite_folder(chosen, name, results)).resolve()
-        where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        where = _device(device)
         images = datasets.load(name, data_root or None, image_size=chosen.image_size, download=chosen.download)
         rest = len(images.train) - chosen.validation_images
+        _check_batches(chosen, name, min(rest, chosen.train_images or rest))
         config = DataConfig(
             name=name,
             fingerprint=images.fingerprint,
@@ -191,9 +192,11 @@ class Suite:
         Seed 0 is the teachers' alone: a student of the same architecture must not start from its teacher's initial
         weights, nor see its teacher's order of images.
         """
+        name = model or self.profile.teachers[0]
+        _chosen("teacher", name, dict.fromkeys(MODEL_NAMES))
         return RunConfig(
             data=self.state.data,
-            model=model or self.profile.teachers[0],
+            model=name,
             optimization=self._optimization(self.profile.teacher_schedule),
             objective=ObjectiveConfig(label_weight=1.0),
         )
@@ -232,32 +235,31 @@ class Suite:
         losses = self.profile.losses
         if seed < 1:
             raise ConfigurationError(f"students have seeds from 1 on (seed 0 is the teachers'), got {seed}")
-        fine_tuning = {"end-to-end": False, "fine-tuning": True}[regime]
+        fine_tuning = _chosen("regime", regime, {"end-to-end": False, "fine-tuning": True})
+        affinity = _chosen("method", method, {"labels": "none", "KD": "none", "FAQD": "fa", "FFAQD": "ffa"})
         default_loss = losses.fine_tuning_logit_loss if fine_tuning else losses.end_to_end_logit_loss
         if method == "labels":
             objective = ObjectiveConfig(label_weight=1.0)
         else:
-            affinity = {"KD": "none", "FAQD": "fa", "FFAQD": "ffa"}[method]
             weight = losses.affinity_weight if affinity_weight is None else affinity_weight
-            objective = ObjectiveConfig(
-                logit_loss=logit_loss or default_loss,
-                logit_weight=losses.logit_weight,
-                temperature=losses.temperature,
-                affinity=affinity,
-                affinity_weight=0.0 if affinity == "none" else weight,
-                k=losses.k if k is None else k,
-                label_weight=losses.label_weight if labels else 0.0,
-                adapters=losses.adapters and affinity != "none",
-            )
+            settings = {
+                "logit_loss": logit_loss or default_loss,
+                "logit_weight": losses.logit_weight,
+                "temperature": losses.temperature,
+                "affinity": affinity,
+                "affinity_weight": 0.0 if affinity == "none" else weight,
+                "k": losses.k if k is None else k,
+                "label_weight": losses.label_weight if labels else 0.0,
+                "adapters": losses.adapters and affinity != "none",
+            }
+            objective = ObjectiveConfig.parse(settings, "student")
         schedule = self.profile.fine_tuning_schedule if fine_tuning else self.profile.student_schedule
         return RunConfig(
             data=self.state.data,
             model=self.profile.student,
             optimization=self._optimization(schedule),
             objective=objective,
-            quantization=QuantizationConfig(
-                weight_bits=weight_bits, activation_bits=activation_bits, **(quantization or {})
-            ),
+            quantization=_quantization(weight_bits, activation_bits, quantization),
             seed=seed,
             teacher=None if method == "labels" else self.teacher(teacher),
             initial=self.float_student(seed) if fine_tuning else None,
@@ -290,9 +292,7 @@ class Suite:
                 batch_norm_batches=_BATCH_NORM_BATCHES,
             ),
             objective=ObjectiveConfig(label_weight=1.0),  # of no use: nothing is trained
-            quantization=QuantizationConfig(
-                weight_bits=weight_bits, activation_bits=activation_bits, **(quantization or {})
-            ),
+            quantization=_quantization(weight_bits, activation_bits, quantization),
             seed=student.seed,
             initial=student,
         )
@@ -361,6 +361,41 @@ class Suite:
     def evaluate(self, model: nn.Module) -> tuple[float, float]:
         """(top-1 accuracy in percent, cross-entropy) on the suite's test images."""
         return evaluate(model, self.splits[2], self.normalizer)[:2]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigurationError(f"device must be auto, cpu, or cuda, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(f"device {name!r}: this torch ({torch.__version__}) sees no CUDA device")
+    return device
+
+
+def _check_batches(profile: Profile, dataset: str, count: int) -> None:
+    """Raise ConfigurationError, before anything is trained, where a batch is larger than the training split."""
+    for schedule in ("teacher_schedule", "student_schedule", "fine_tuning_schedule"):
+        size = getattr(profile, schedule).batch_size
+        if size > count:
+            raise ConfigurationError(
+                f"profile {profile.name}: {schedule}.batch_size = {size} is more than the {count} training images of "
+                f"{dataset}: lower it"
+            )
+
+
+def _chosen(name: str, value: str, among: Mapping[str, object]) -> object:
+    if value not in among:
+        raise ConfigurationError(f"{name} must be one of {', '.join(among)}, got {value!r}")
+    return among[value]
+
+
+def _quantization(weights: int, activations: int, others: Mapping[str, object] | None) -> QuantizationConfig:
+    return QuantizationConfig.parse(
+        {"weight_bits": weights, "activation_bits": activations, **(others or {})}, "quantization"
+    )
 
 
 def _limit(count: int | None, available: int) -> int | None:

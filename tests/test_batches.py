@@ -104,6 +104,23 @@ def test_impossible_batch_sizes_are_refused_by_value(images, batch_size):
     assert "120 images" in str(raised.value)
 
 
+def test_what_is_no_images_is_named():
+    pixels = torch.zeros(5, 8, 8, 3, dtype=torch.uint8)
+    with pytest.raises(TypeError, match="got Tensor: wrap your pixels"):
+        Batches(pixels.permute(0, 3, 1, 2), 2, 0, RAW)
+    for wrong, named in (
+        (pixels, r"use pixels\.permute\(0, 3, 1, 2\)"), (pixels.float(), r"torch\.float32"), (pixels.numpy(), "ndarray")
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=named):
+            Images(wrong)
+
+
+@pytest.mark.parametrize(("mean", "std"), [((0.5,) * 3, (0.2, 0.2, 0)), ((0.5,), (0.2,) * 3)])
+def test_a_deviation_that_cannot_be_is_named(mean, std):
+    with pytest.raises(ValueError, match="std above 0"):
+        Normalizer(mean, std, CPU)
+
+
 def test_smallest_and_largest_batch_size(images):
     assert len(Batches(images, 120, 0, RAW)) == 1
     assert next(Batches(images, 2, 0, RAW).epoch(0)).images.shape == (2, 3, SIZE, SIZE)

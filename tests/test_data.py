@@ -29,6 +29,7 @@ from faqd_lib.data import (
     split_validation,
     subset,
 )
+from faqd_lib.sources import CIFAR10_CLASSES
 
 
 def picture(path: Path, colour: int, size: tuple[int, int] = (8, 8)) -> None:
@@ -65,7 +66,21 @@ def message(call) -> str:
 @pytest.mark.parametrize("place", ["cifar10-jpeg", "cifar10"])
 def test_jpeg_tree(root, place, test_folder):
     write_tree(root / place, test=test_folder)
+    told = message(lambda: load("cifar10-jpeg", root))
+    assert f"{root / place} is not CIFAR-10: its classes are cat, dog" in told
+    for name in set(CIFAR10_CLASSES) - {"cat", "dog"}:
+        for split in ("train", test_folder):
+            picture(root / place / split / name / "0.png", 200)
     images = load("cifar10-jpeg", root)
+    assert images.classes == CIFAR10_CLASSES
+    assert images.train.labels.tolist() == [0, 1, 2, 3, 3, 3, 4, 5, 5, 6, 7, 8, 9]
+    assert "JPEG" in images.note
+
+
+@pytest.mark.parametrize("test_folder", ["test", "val"])
+def test_tree(root, test_folder):
+    write_tree(root / "pets", test=test_folder)
+    images = load("pets", root)
     assert images.classes == ("cat", "dog")
     assert images.train.pixels.shape == (5, 3, 8, 8)
     assert images.train.labels.tolist() == [0, 0, 0, 1, 1]
@@ -75,12 +90,18 @@ def test_jpeg_tree(root, place, test_folder):
     assert images.test.pixels[1, 0, 0, 0] == 50
     assert images.image_size == 8
     assert images.flip
-    assert "JPEG" in images.note
+    assert images.note == ""
+
+
+def test_a_folder_of_one_class_is_an_error(root):
+    for split in ("train", "test"):
+        picture(root / "pets" / split / "cat" / "0.png", 3)
+    assert message(lambda: load("pets", root)).startswith(f"{root / 'pets'} has one class, cat")
 
 
 def test_mean_and_deviation_are_of_the_whole_training_split(root):
-    write_tree(root / "cifar10-jpeg")
-    images = load("cifar10-jpeg", root)
+    write_tree(root / "pets")
+    images = load("pets", root)
     values = images.train.pixels.double() / 255
     assert images.mean == pytest.approx(values.mean((0, 2, 3)).tolist(), rel=1e-12)
     assert images.std[:2] == pytest.approx(values.std((0, 2, 3), correction=0).tolist()[:2], rel=1e-9)
@@ -94,25 +115,25 @@ def test_any_folder_by_its_name(root):
 
 
 def test_images_are_resized_on_demand(root):
-    write_tree(root / "cifar10-jpeg", size=(8, 8))
-    assert load("cifar10-jpeg", root, image_size=16).train.pixels.shape == (5, 3, 16, 16)
-    assert load("cifar10-jpeg", root).train.pixels.shape == (5, 3, 8, 8)
+    write_tree(root / "pets", size=(8, 8))
+    assert load("pets", root, image_size=16).train.pixels.shape == (5, 3, 16, 16)
+    assert load("pets", root).train.pixels.shape == (5, 3, 8, 8)
 
 
 def test_grey_images_become_colour(root):
-    write_tree(root / "cifar10-jpeg")
-    Image.new("L", (8, 8), 77).save(root / "cifar10-jpeg/train/cat/0.png")
-    assert load("cifar10-jpeg", root).train.pixels[0, :, 0, 0].tolist() == [77, 77, 77]
+    write_tree(root / "pets")
+    Image.new("L", (8, 8), 77).save(root / "pets/train/cat/0.png")
+    assert load("pets", root).train.pixels[0, :, 0, 0].tolist() == [77, 77, 77]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_truncated_image_is_named(root, split):
-    write_tree(root / "cifar10-jpeg")
-    victim = root / "cifar10-jpeg" / split / "dog/0.jpg"
+    write_tree(root / "pets")
+    victim = root / "pets" / split / "dog/0.jpg"
     noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     Image.fromarray(noise).save(victim)
     victim.write_bytes(victim.read_bytes()[:-200])
-    told = message(lambda: load("cifar10-jpeg", root))
+    told = message(lambda: load("pets", root))
     assert str(victim) in told
     assert "truncated" in told
     assert "Replace" in told
@@ -120,51 +141,51 @@ def test_truncated_image_is_named(root, split):
 
 @pytest.mark.parametrize("content", [b"", b"this is no image", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR broken here"])
 def test_a_file_that_is_no_image_is_named(root, content):
-    write_tree(root / "cifar10-jpeg")
-    victim = root / "cifar10-jpeg/train/cat/1.png"
+    write_tree(root / "pets")
+    victim = root / "pets/train/cat/1.png"
     victim.write_bytes(content)
-    assert str(victim) in message(lambda: load("cifar10-jpeg", root))
+    assert str(victim) in message(lambda: load("pets", root))
 
 
 def test_images_of_different_sizes_are_named(root):
-    write_tree(root / "cifar10-jpeg")
-    picture(root / "cifar10-jpeg/train/dog/1.png", 5, (9, 9))
-    told = message(lambda: load("cifar10-jpeg", root))
+    write_tree(root / "pets")
+    picture(root / "pets/train/dog/1.png", 5, (9, 9))
+    told = message(lambda: load("pets", root))
     assert "9x9" in told
     assert "8x8" in told
     assert "image_size" in told
-    assert load("cifar10-jpeg", root, image_size=8).train.pixels.shape == (5, 3, 8, 8)
+    assert load("pets", root, image_size=8).train.pixels.shape == (5, 3, 8, 8)
 
 
 def test_splits_of_different_sizes_are_named(root):
-    write_tree(root / "cifar10-jpeg")
+    write_tree(root / "pets")
     for name in ("cat", "dog"):
-        picture(root / f"cifar10-jpeg/test/{name}/0.png", 5, (16, 16))
-    told = message(lambda: load("cifar10-jpeg", root))
+        picture(root / f"pets/test/{name}/0.png", 5, (16, 16))
+    told = message(lambda: load("pets", root))
     assert "16x16" in told
     assert "image_size" in told
 
 
 def test_images_that_are_not_square_are_named(root):
-    write_tree(root / "cifar10-jpeg", size=(8, 6))
-    told = message(lambda: load("cifar10-jpeg", root))
+    write_tree(root / "pets", size=(8, 6))
+    told = message(lambda: load("pets", root))
     assert "8x6" in told
     assert "square" in told
 
 
 def test_class_folders_must_agree(root):
-    tree = write_tree(root / "cifar10-jpeg")
+    tree = write_tree(root / "pets")
     (tree / "test/dog").rename(tree / "test/fox")
-    told = message(lambda: load("cifar10-jpeg", root))
+    told = message(lambda: load("pets", root))
     assert "fox" in told
     assert "dog" in told
 
 
 def test_empty_class_folder_is_named(root):
-    tree = write_tree(root / "cifar10-jpeg")
+    tree = write_tree(root / "pets")
     shutil.rmtree(tree / "train/dog")
     (tree / "train/dog").mkdir()
-    assert "dog" in message(lambda: load("cifar10-jpeg", root))
+    assert "dog" in message(lambda: load("pets", root))
 
 
 # ---- CIFAR in torchvision's files
@@ -415,19 +436,19 @@ def three_places(tmp_path, monkeypatch):
     places = {name: tmp_path / name for name in ("given", "environment")}
     places["project"] = tmp_path / "project" / "data"
     for colour, place in zip((10, 20, 30), places.values(), strict=True):
-        write_tree(place / "cifar10-jpeg", colour)
+        write_tree(place / "pets", colour)
     monkeypatch.setenv("FAQD_DATA", str(places["environment"]))
     return places
 
 
 def first_pixel(data_root=None) -> int:
-    return int(load("cifar10-jpeg", data_root).train.pixels[0, 0, 0, 0])
+    return int(load("pets", data_root).train.pixels[0, 0, 0, 0])
 
 
 def test_places_are_searched_in_order(three_places, monkeypatch):
     assert first_pixel(three_places["given"]) == 10
     assert first_pixel() == 20
-    shutil.rmtree(three_places["environment"] / "cifar10-jpeg")
+    shutil.rmtree(three_places["environment"] / "pets")
     assert first_pixel() == 30
     monkeypatch.delenv("FAQD_DATA")
     assert first_pixel() == 30
@@ -435,12 +456,12 @@ def test_places_are_searched_in_order(three_places, monkeypatch):
 
 
 def test_a_given_root_is_the_only_one(three_places):
-    shutil.rmtree(three_places["given"] / "cifar10-jpeg")
-    told = message(lambda: load("cifar10-jpeg", three_places["given"]))
-    assert str(three_places["given"] / "cifar10-jpeg") in told
+    shutil.rmtree(three_places["given"] / "pets")
+    told = message(lambda: load("pets", three_places["given"]))
+    assert str(three_places["given"]) in told
     assert str(three_places["environment"]) not in told
     assert "train/<class>" in told
-    assert not on_disk("cifar10-jpeg", three_places["given"])
+    assert not on_disk("pets", three_places["given"])
 
 
 def test_a_root_that_is_the_dataset_itself_or_lacks_images_to_test_is_told_so(tmp_path):
@@ -527,6 +548,7 @@ def test_failed_download_says_what_to_do(root, monkeypatch):
 
 def test_download_goes_into_the_last_place(tmp_path, root, monkeypatch):
     monkeypatch.setenv("FAQD_DATA", str(root))
+    monkeypatch.setattr(sources, "CIFAR10_CLASSES", ("cat", "dog"))
     with_download(monkeypatch, "cifar10-jpeg", lambda folder: write_tree(folder / "cifar10-jpeg"))
     assert len(load("cifar10-jpeg", download=True).train) == 5
     assert (tmp_path / "project/data/cifar10-jpeg").is_dir()
@@ -551,11 +573,11 @@ def no_decoding(monkeypatch):
 
 
 def test_cache_is_used_the_second_time(root, tmp_path, monkeypatch):
-    write_tree(root / "cifar10-jpeg")
-    first = load("cifar10-jpeg", root)
+    write_tree(root / "pets")
+    first = load("pets", root)
     assert len(cached_files(tmp_path)) == 1
     no_decoding(monkeypatch)
-    second = load("cifar10-jpeg", root)
+    second = load("pets", root)
     assert second.fingerprint == first.fingerprint
     assert second.classes == first.classes
     assert torch.equal(second.train.pixels, first.train.pixels)
@@ -571,24 +593,24 @@ def flip_last_byte(content: bytes) -> bytes:
     "damage", [flip_last_byte, lambda c: c[:-5], lambda c: c[:20], lambda c: b""], ids=["bit", "tail", "head", "empty"]
 )
 def test_damaged_cache_is_made_again(root, tmp_path, capsys, monkeypatch, damage):
-    write_tree(root / "cifar10-jpeg")
-    first = load("cifar10-jpeg", root)
+    write_tree(root / "pets")
+    first = load("pets", root)
     (file,) = cached_files(tmp_path)
     whole = file.read_bytes()
     file.write_bytes(damage(whole))
-    again = load("cifar10-jpeg", root)
+    again = load("pets", root)
     assert "damaged" in capsys.readouterr().out
     assert again.fingerprint == first.fingerprint
     assert torch.equal(again.train.pixels, first.train.pixels)
     no_decoding(monkeypatch)
-    assert load("cifar10-jpeg", root).fingerprint == first.fingerprint
+    assert load("pets", root).fingerprint == first.fingerprint
 
 
 def test_changed_source_is_read_again_and_changes_the_fingerprint(root):
-    tree = write_tree(root / "cifar10-jpeg")
-    first = load("cifar10-jpeg", root)
+    tree = write_tree(root / "pets")
+    first = load("pets", root)
     picture(tree / "train/cat/1.png", 200)
-    second = load("cifar10-jpeg", root)
+    second = load("pets", root)
     assert second.train.pixels[1, 0, 0, 0] == 200
     assert second.fingerprint != first.fingerprint
 
@@ -596,21 +618,21 @@ def test_changed_source_is_read_again_and_changes_the_fingerprint(root):
 def test_fingerprint_is_of_the_content_not_of_the_files(tmp_path):
     places = [tmp_path / "a", tmp_path / "b"]
     for place in places:
-        write_tree(place / "cifar10-jpeg")
-    os.utime(places[1] / "cifar10-jpeg/train/cat/0.png", (1, 1))
-    first, second = (load("cifar10-jpeg", place) for place in places)
+        write_tree(place / "pets")
+    os.utime(places[1] / "pets/train/cat/0.png", (1, 1))
+    first, second = (load("pets", place) for place in places)
     assert first.fingerprint == second.fingerprint
-    for folder in (places[1] / "cifar10-jpeg").iterdir():
+    for folder in (places[1] / "pets").iterdir():
         (folder / "cat").rename(folder / "bat")
-    assert load("cifar10-jpeg", places[1]).fingerprint != first.fingerprint
+    assert load("pets", places[1]).fingerprint != first.fingerprint
 
 
 def test_unwritable_cache_is_named(root, monkeypatch):
-    write_tree(root / "cifar10-jpeg")
+    write_tree(root / "pets")
     (root / "file").touch()
     monkeypatch.setenv("FAQD_CACHE", str(root / "file" / "cache"))
     with pytest.raises(PermissionError, match="FAQD_CACHE"):
-        load("cifar10-jpeg", root)
+        load("pets", root)
 
 
 # ---- subsets

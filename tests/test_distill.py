@@ -182,6 +182,15 @@ def test_adapters_change_nothing_at_first_and_get_gradients(batch):
         assert parameter.grad.abs().max() > 0, name
 
 
+def test_a_map_of_one_pixel_is_warned_of(batch):
+    batch["student_maps"][1], batch["teacher_maps"][1] = torch.rand(4, 6, 1, 1), torch.rand(4, 6, 1, 1)
+    with pytest.warns(UserWarning, match="one pixel"):
+        both = DistillationObjective("none", "fa")(**batch)["affinity"].detach()
+    batch["student_maps"].pop()
+    batch["teacher_maps"].pop()
+    assert torch.equal(both, DistillationObjective("none", "fa")(**batch)["affinity"].detach())
+
+
 def test_adapters_must_be_as_many_as_maps(batch):
     with pytest.raises(ValueError, match="zip"):
         DistillationObjective("none", "fa", adapter_channels=(3,))(**batch)

@@ -98,7 +98,9 @@ def profile(tmp_path):
         file = tmp_path / f"{name}.toml"
         file.write_text(
             f'shows_results = false\ndataset = "digits"\nteachers = ["resnet8"]\nstudent = "resnet8"\n{text}\n'
-            + "".join(f"[{part}_schedule]\nepochs = 1\n" for part in ("teacher", "student", "fine_tuning"))
+            + "".join(
+                f"[{part}_schedule]\nepochs = 1\nbatch_size = 64\n" for part in ("teacher", "student", "fine_tuning")
+            )
         )
         return str(file)
 
@@ -189,9 +191,31 @@ def test_bad_profile_and_dataset_are_named(profile, tmp_path):
 
 
 def test_batch_size_above_the_images_is_named(profile, tmp_path):
-    suite = Suite.open(profile("train_images = 100"), results=tmp_path)  # batches of 128
-    with pytest.raises(ValueError, match="got 128"):
-        suite.run([suite.float_student()])
+    with pytest.raises(ConfigurationError, match=r"teacher_schedule\.batch_size = 64 is more than the 50 training"):
+        Suite.open(profile("train_images = 50"), results=tmp_path)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda" if not torch.cuda.is_available() else "cuda:x"])
+def test_a_device_that_is_not_there_is_named(profile, tmp_path, device):
+    with pytest.raises(ConfigurationError, match=f"device.*{device}"):
+        Suite.open(profile(), results=tmp_path, device=device)
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"method": "FAQQ"}, "method must be one of labels, KD, FAQD, FFAQD, got 'FAQQ'"),
+        ({"regime": "slow"}, "regime must be one of end-to-end, fine-tuning, got 'slow'"),
+        ({"teacher": "resnet21"}, "teacher must be one of .*resnet20.*, got 'resnet21'"),
+        ({"weight_bits": "4"}, "weight_bits = '4': Input should be 1, 2"),
+        ({"quantization": {"per_chanel": True}}, r"'per_chanel' \(did you mean 'per_channel'\?\)"),
+        ({"k": 0, "method": "FFAQD"}, "k = 0"),
+        ({"logit_loss": "l1"}, "logit_loss = 'l1'"),
+    ],
+)
+def test_bad_arguments_of_a_student_are_named(tiny_suite, settings, names):
+    with pytest.raises(ConfigurationError, match=names):
+        tiny_suite().student(**{"method": "FAQD", **settings})
 
 
 def test_students_take_what_is_left_out_from_the_profile(tiny_suite):

@@ -5,8 +5,9 @@ writer and returns the name of the value. ``CALLS`` names them all.
 """
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,14 +17,40 @@ from torch import fx, nn
 from .models import SubsampleAndPad
 from .quantizers import SMALLEST_STEP, QuantizedReLU
 
-if TYPE_CHECKING:
-    from .onnx_export import _Writer as Writer
-else:
-    Writer: TypeAlias = Any
-
 
 class OnnxExportError(ValueError):
     """The network has a part that this exporter does not know, or the packages it needs are not there."""
+
+
+class Writer(Protocol):
+    """What a handler is given to write to.
+
+    ``shapes``: of every tensor, for two images; ``pieces``: shapes of the tensors in a tuple of them; ``names``: of
+    values that have one already; ``calls``: how often each layer has been written.
+    """
+
+    shapes: dict[fx.Node, tuple[int, ...]]
+    pieces: dict[fx.Node, list[tuple[int, ...]]]
+    names: dict[fx.Node, str]
+    calls: Counter[str]
+
+    def add(self, kind: str, inputs: Sequence[str], output: str = "", **attributes: Any) -> str:
+        """A new node of one output, whose name is returned."""
+
+    def constant(self, values: Any, name: str = "") -> str:
+        """The name of a constant."""
+
+    def of(self, argument: Any) -> str:
+        """The name of a value: that of a node, or of a new constant."""
+
+    def weight(self, name: str, label: str, module: nn.Module, factor: torch.Tensor | None) -> str:
+        """The name of a layer's weight times ``factor``, in as few bits as it has."""
+
+    def folded_norm(self, node: fx.Node, layer: nn.Module) -> nn.Module | None:
+        """The batch normalisation behind a layer, if it can be folded into it."""
+
+    def has_all_images(self, node: fx.Node) -> bool:
+        """Whether a value has one part for each image, in its first dimension."""
 
 
 def _affine_of(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

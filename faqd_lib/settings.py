@@ -22,6 +22,7 @@ from .config import (
 )
 from .files import atomic_write_text, project_root
 from .models import MODEL_NAMES
+from .quantizers import FLOAT_BITS
 from .results import ResultsError
 
 ModelName = Literal[MODEL_NAMES]
@@ -62,6 +63,18 @@ class Grid(Frozen):
     logit_bits: list[WeightBits] = [1, 2, 4]
     affinity_bits: Annotated[list[WeightBits], Field(min_length=1)] = [1]
     projections: list[Count] = [1, 3, 6, 15]
+
+    @model_validator(mode="after")
+    def _something_is_quantized(self) -> Self:
+        if all(bits == FLOAT_BITS for bits in self.weight_bits):
+            raise ValueError(f"grid.weight_bits = {self.weight_bits} has no bits below {FLOAT_BITS}: T1 needs some")
+        for pair in self.full_bits:
+            if pair[1] == FLOAT_BITS:
+                raise ValueError(
+                    f"grid.full_bits has {list(pair)}, whose activations are float: such students belong to "
+                    "grid.weight_bits"
+                )
+        return self
 
 
 class Profile(Frozen):

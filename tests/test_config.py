@@ -258,6 +258,8 @@ def test_own_profile_from_a_file(tmp_path):
         ("[grid]\nfull_bits = [[1, 9]]", ["full_bits", "9"]),
         ("[grid]\nweight_teachers = ['resnet20']", ["weight_teachers has 'resnet20'", "['resnet8']"]),
         ("[grid]\naffinity_bits = []", ["grid.affinity_bits"]),
+        ("[grid]\nweight_bits = [32]", ["grid.weight_bits = [32]", "below 32"]),
+        ("[grid]\nfull_bits = [[1, 4], [4, 32]]", ["[4, 32]", "belong to grid.weight_bits"]),
         ("seeds = ", ["TOML"]),
     ],
 )

@@ -461,7 +461,7 @@ def test_a_given_root_is_the_only_one(three_places):
     assert str(three_places["given"]) in told
     assert str(three_places["environment"]) not in told
     assert "train/<class>" in told
-    assert not on_disk("pets", three_places["given"])
+    assert not on_disk("cifar10-jpeg", three_places["given"])
 
 
 def test_a_root_that_is_the_dataset_itself_or_lacks_images_to_test_is_told_so(tmp_path):

@@ -22,7 +22,7 @@ def test_code_of_your_project_runs_and_learns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (project_root() / "docs" / "your-project.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     scope: dict = {}
     for block in blocks:
         exec(compile(block, "docs/your-project.md", "exec"), scope)

@@ -88,7 +88,7 @@ def export_onnx(
                 raise OnnxExportError(
                     f"the network cannot take {images} images of image_shape {tuple(image_shape)}: {error}"
                 ) from error
-        writer.write(*(run.found for run in runs))
+        writer.write(*runs)
     shapes = runs[0]
     h = onnx.helper
     made = h.make_graph(
@@ -128,16 +128,20 @@ class _Shapes(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.found: dict[fx.Node, Any] = {}
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.pieces: dict[fx.Node, list[tuple[int, ...]]] = {}
+        self.sizes: dict[fx.Node, Any] = {}
         self.result: torch.Tensor | None = None
 
     def run_node(self, node: fx.Node) -> Any:
         value = super().run_node(node)
         if isinstance(value, torch.Tensor):
-            self.found[node] = tuple(value.shape)
+            self.shapes[node] = tuple(value.shape)
             self.result = value
         elif isinstance(value, tuple | list) and value and all(isinstance(part, torch.Tensor) for part in value):
-            self.found[node] = [tuple(part.shape) for part in value]
+            self.pieces[node] = [tuple(part.shape) for part in value]
+        elif node.op != "output":
+            self.sizes[node] = value
         return value
 
 
@@ -154,11 +158,9 @@ class _Writer:
         self.calls: Counter[str] = Counter()
         self.uses_int2 = False
 
-    def write(self, two: Mapping[fx.Node, Any], three: Mapping[fx.Node, Any]) -> None:
-        """``two``, ``three``: shapes of everything for so many images."""
-        self.shapes, self.three = ({n: s for n, s in found.items() if isinstance(s, tuple)} for found in (two, three))
-        self.pieces = {node: shapes for node, shapes in two.items() if isinstance(shapes, list)}
-        self.sizes = {node for node in self.graph.nodes if node.op != "output" and node not in two}
+    def write(self, two: _Shapes, three: _Shapes) -> None:
+        """``two``, ``three``: what was found with so many images."""
+        self.shapes, self.pieces, self.sizes, self.three = two.shapes, two.pieces, two.sizes, three
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 self.names[node] = "images"
@@ -175,7 +177,7 @@ class _Writer:
     def has_all_images(self, node: fx.Node) -> bool:
         """Whether a value still has one part for each image, in its first dimension and there alone."""
         shape = self.shapes[node]
-        return shape[:1] == (2,) and self.three[node] == (3, *shape[1:])
+        return shape[:1] == (2,) and self.three.shapes[node] == (3, *shape[1:])
 
     def _handler(self, node: fx.Node) -> Callable | None:
         if node.op == "call_module":
@@ -237,6 +239,10 @@ class _Writer:
 
     def of(self, argument: Any) -> str:
         """The name of a value: that of a node, or of a new constant."""
+        if isinstance(argument, fx.Node) and argument in self.sizes:
+            if self.sizes[argument] != self.three.sizes[argument]:
+                raise OnnxExportError(f"a value depends on the number of images (node {argument.name})")
+            argument = self.sizes[argument]
         if isinstance(argument, fx.Node):
             return self.names[argument]
         return self.constant(np.float32(argument))

@@ -184,7 +184,7 @@ def test_shapes_pools_and_functions_of_every_kind(tmp_path):
             first, second, third = x.chunk(3, dim=1)
             x = torch.cat([third * 2, first, second], 1).permute(0, 1, 3, 2)
             x = f.avg_pool2d(f.leaky_relu(self.second(x) - 1), kernel_size=4, stride=4, count_include_pad=False)
-            x = f.gelu(x) / 2 + torch.tanh(x) * f.silu(x)
+            x = f.gelu(x) / (c // 3) + torch.tanh(x) * f.silu(x)
             return f.log_softmax(self.out(x.reshape(x.size(0), -1)), dim=1)
 
     model = quantize(Functions(), 4, last_layer="quantize").eval()
@@ -227,6 +227,11 @@ class Chunked(nn.Module):
 class Parted(nn.Module):
     def forward(self, x):
         return x.chunk(2)[0]
+
+
+class PerImage(nn.Module):
+    def forward(self, x):
+        return x / x.shape[0]
 
 
 class Unbound(nn.Module):
@@ -282,7 +287,7 @@ class Together(nn.Module):
     ("network", "named"),
     [(nn.Sequential(Standardised(3, 3, 1)), "no ONNX form"), (Scaled(), "alpha"), (Aliased(), "overwrites"),
      (AliasedBehind(nn.Dropout()), "overwrites"), (AliasedBehind(nn.Sequential(nn.Identity())), "overwrites"),
-     (Chunked(), "overwrites"), (Parted(), "parted"), (Unbound(), "getitem"),
+     (Chunked(), "overwrites"), (Parted(), "parted"), (Unbound(), "getitem"), (PerImage(), "number of images"),
      (nn.Sequential(nn.MaxPool2d(2, return_indices=True)), "one tensor"),
      (nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")), "reflect"),
      (nn.Sequential(nn.Softmax()), "which dim"),

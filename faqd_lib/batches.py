@@ -44,6 +44,8 @@ class Normalizer:
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
         if len(mean) != len(std) or not all(value > 0 for value in std):
             raise ValueError(f"mean and std must have a value for each channel, std above 0; got {mean!r} and {std!r}")
+        if max(*mean, *std) > 1:
+            raise ValueError(f"mean and std are of pixels in [0, 1], got {mean!r} and {std!r}: divide them by 255")
         self.device = torch.device(device)
         scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
         self._scale = scale.float().view(1, 1, 1, -1).to(device)
@@ -54,7 +56,14 @@ class Normalizer:
         return torch.addcmul(self._shift, pixels.float(), self._scale).permute(0, 3, 1, 2)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(batch, 3, height, width) uint8 → the same shape float32, channels-last."""
+        """(batch, 3, height, width) uint8 → the same shape float32, channels-last.
+
+        Raises:
+            ValueError: ``pixels`` are something else.
+        """
+        if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8 or pixels.ndim != 4:
+            got = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, torch.Tensor) else type(pixels).__name__
+            raise ValueError(f"pixels must be a uint8 tensor (batch, channels, height, width), got {got}")
         return self.from_nhwc(pixels.permute(0, 2, 3, 1).contiguous())
 
 

@@ -156,6 +156,9 @@ def load(
     if path is None:
         looked = ", ".join(str(root / place) for root in roots for place in source.places)
         remedy = source.hint or "allow the download or fetch the official archive"
+        if tree := next((root / name for root in roots if is_tree(root / name)), None):
+            other = "ask for cifar10-jpeg, if it is CIFAR-10, or " if name == "cifar10" else ""
+            remedy += f"; {tree} is a folder of images: {other}give it another name and ask for that"
         raise DatasetError(
             f"dataset {name!r} was not found. Looked for: {looked}. Put it there ({remedy}), set FAQD_DATA or give "
             "--data-root."

@@ -24,8 +24,8 @@ import torch
 from torch import fx, nn
 
 from .files import atomic_write
-from .onnx_operators import ALIASES, CALLS, KEYWORDS, OnnxExportError
-from .packed import warn_of_uncalibrated
+from .onnx_operators import ALIASES, CALLS, KEYWORDS, OnnxExportError, known_modules
+from .packed import check_json, warn_of_uncalibrated
 from .quantize import low_bit_weights, unwrapped
 
 _ONE_TENSOR = "the network returns something else than one tensor"
@@ -60,12 +60,13 @@ def export_onnx(
     Raises:
         OnnxExportError: a module or function that is not known here (named), control flow that depends on data, a
             network that does not take such images, or missing packages.
-        ValueError: a weight from a packed file has been changed since.
+        ValueError: a weight from a packed file has been changed since, or the metadata is no JSON.
 
     Warns:
         UserWarning: an activation step is neither calibrated nor trained.
     """
     onnx, _ = _packages()
+    check_json("metadata", metadata)
     if len(image_shape) != 3 or not all(isinstance(size, int) and size > 0 for size in image_shape):
         raise OnnxExportError(f"image_shape must be (channels, height, width) of one image, got {image_shape!r}")
     model = unwrapped(model)
@@ -86,7 +87,8 @@ def export_onnx(
                 run.run(torch.zeros(images, *image_shape))
             except RuntimeError as error:
                 raise OnnxExportError(
-                    f"the network cannot take {images} images of image_shape {tuple(image_shape)}: {error}"
+                    f"the network cannot take {images} images of image_shape {tuple(image_shape)}: "
+                    f"{str(error).partition(chr(10))[0]}"
                 ) from error
         writer.write(*runs)
     shapes = runs[0]
@@ -206,10 +208,15 @@ class _Writer:
             unknown = {name for name, value in node.kwargs.items() if value is not None} - KEYWORDS
             if unknown:
                 raise OnnxExportError(f"{what} with {', '.join(sorted(unknown))} is not known here (node {node.name})")
-        else:
-            module, what, inplace = None, f"{node.op} {node.target}", False
+        else:  # a parameter that a module without a handler reads: name that module
+            owner = str(node.target).rpartition(".")[0]
+            kind = type(self.modules[owner]).__name__
+            module, what, inplace = None, f"{kind} ({owner})" if owner else f"the parameter {node.target}", False
         if handler is None:
-            raise OnnxExportError(f"no ONNX form is known here for {what} (node {node.name})")
+            raise OnnxExportError(
+                f"no ONNX form is known here for {what} (node {node.name}); known are {', '.join(known_modules())} and "
+                "their functions"
+            )
         source = node.args[0] if node.args else None
         if inplace and handler not in ALIASES and isinstance(source, fx.Node):
             names = self._names_of(source)

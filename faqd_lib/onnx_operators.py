@@ -302,3 +302,8 @@ CALLS: dict[Any, Callable[[Writer, fx.Node, Any], str]] = {
     "mean": _mean, "contiguous": _same, "chunk": _same, "split": _same,  # whose pieces are what is written
     "stochastic_depth": _same,  # torchvision's; it does nothing in evaluation mode
 }  # fmt: skip
+
+
+def known_modules() -> list[str]:
+    """Names of the modules that have a form here, in alphabetical order."""
+    return sorted(kind.__name__ for kind in CALLS if isinstance(kind, type))

@@ -10,6 +10,7 @@ Reading such a file needs torch and safetensors, nothing else. What a file holds
   were channels-last in memory, what network to build, a digest of all tensors, and whatever the user adds.
 """
 
+import inspect
 import json
 import warnings
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .calls import RECTIFIERS
 from .files import atomic_write, canonical_json, tensors_digest
 from .models import build_model
 from .quantize import join, low_bit_weights, mark_unpacked, replace_modules, uncalibrated, unwrapped
@@ -70,7 +72,8 @@ def save_packed(
         metadata: whatever else belongs to the network (class names, normalisation); JSON.
 
     Raises:
-        ValueError: nothing in the network is quantized, or a weight from a packed file has been changed since.
+        ValueError: nothing in the network is quantized, a weight from a packed file has been changed since,
+            ``architecture`` builds another network than this, or the metadata is no JSON.
 
     Warns:
         UserWarning: an activation step is neither calibrated nor trained.
@@ -82,6 +85,9 @@ def save_packed(
     if not layers and not relus:
         raise ValueError("nothing in the network is quantized: call quantize(model, …) first")
     warn_of_uncalibrated(model)
+    if architecture is not None:
+        _check_architecture(model, architecture)
+    check_json("metadata", metadata)
     norms = {
         name: module
         for name, module in modules.items()
@@ -113,6 +119,42 @@ def save_packed(
     return atomic_write(Path(path), lambda temporary: save_file(tensors, temporary, {"faqd": text}))
 
 
+def _check_architecture(model: nn.Module, architecture: Mapping[str, Any]) -> None:
+    """Now, not when the file is read and this network is gone."""
+    if not isinstance(architecture, Mapping):
+        raise ValueError(f"architecture must be a dictionary of build_model's arguments, got {architecture!r}")
+    check_json("architecture", architecture)
+    known = inspect.signature(build_model).parameters
+    for name in architecture:
+        if name not in known:
+            raise ValueError(f"architecture has {name!r}, which build_model does not take; it takes {', '.join(known)}")
+    with torch.random.fork_rng(devices=[]):
+        built = build_model(**architecture)
+    own = {name.replace("parametrizations.weight.original", "weight"): tensor.shape
+           for name, tensor in model.state_dict().items()}  # fmt: skip
+    for name, tensor in built.state_dict().items():
+        if own.get(name) != tensor.shape:
+            raise ValueError(
+                f"architecture {dict(architecture)} builds another network than this: its {name} is "
+                f"{tuple(tensor.shape)}, here it is {tuple(own[name]) if name in own else 'not there'}"
+            )
+
+
+def check_json(what: str, value: Mapping[str, Any] | None) -> None:
+    """Raise ValueError unless ``value`` is None or a dictionary that JSON gives back as it is."""
+    if value is None:
+        return
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{what} must be a dictionary whose keys are text, got {value!r}")
+    for key, part in value.items():
+        try:
+            text = json.dumps(part)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{what}[{key!r}] is no JSON ({error}): use .tolist() or float() of arrays") from error
+        if json.loads(text) != (list(part) if isinstance(part, tuple) else part):
+            raise ValueError(f"{what}[{key!r}] would come back from JSON as {text}: use text as keys, and lists")
+
+
 def warn_of_uncalibrated(model: nn.Module) -> None:
     """Warn if steps of activations are still those that they were made with, which know nothing of any image."""
     if names := uncalibrated(model):
@@ -138,7 +180,9 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Weights are unpacked into ordinary float parameters (on disk the network is small, in memory it is not), quantized
     ReLUs are put where they were. It can be described, saved and exported as it is; to train it on with quantizers,
-    ``dequantize`` and ``quantize`` it. Batch normalisations have not kept how many batches they saw.
+    ``dequantize`` and ``quantize`` it. Batch normalisations have not kept how many batches they saw. Names, shapes and
+    kinds of activations are compared with the network's, not what else a module was built with (stride, padding): that
+    is for who builds it. A network of another precision takes the file's, and takes images of that precision then.
 
     Args:
         path: of the file.
@@ -195,6 +239,9 @@ def _check_fit(path: Path | str, header: dict[str, Any], state: Mapping[str, tor
     for name in header["activations"]:
         if name not in modules:
             raise PackedFileError(f"{path} does not fit the network: it has no module {name!r}")
+        if not isinstance(modules[name], RECTIFIERS):
+            kind = type(modules[name]).__name__
+            raise PackedFileError(f"{path} does not fit the network: {name} is a ReLU there, but a {kind} here")
     for name, tensor in state.items():
         if name not in own and name not in steps:
             raise PackedFileError(f"{path} does not fit the network: it has no {name!r}")

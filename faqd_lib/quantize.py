@@ -50,7 +50,8 @@ def quantize(
 
     Args:
         model: any network. Its weights become the latent ones; a float checkpoint may be loaded before or afterwards.
-        weight_bits: 1, 2 (ternary), 3 to 8; 32 leaves weights as they are.
+        weight_bits: 1, 2 (ternary), 3 to 8; 32 leaves weights as they are (and with activations of 32 bits, too,
+            everything).
         activation_bits: 1 to 8; 32 leaves activations as they are.
         first_layer: ``"quantize"`` or ``"float"``: the first Conv2d or Linear in module order (the stem).
         last_layer: the same for the last one (the classifier). These two defaults follow the authors' released code.
@@ -230,9 +231,7 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
     relus = list(_quantized_relus(model))
     if not relus:
         return model
-    if not isinstance(images, torch.Tensor) or not images.is_floating_point() or images.ndim < 2 or len(images) < 2:
-        got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
-        raise ValueError(f"images must be a float tensor (batch, …) of at least 2 normalised images, got {got}")
+    _check_images("images", images)
     seen: dict[nn.Module, list[torch.Tensor]] = {relu: [] for relu in relus}
     calls = ActivationCalls(model)
 
@@ -271,9 +270,42 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> 
     For a network that is quantized and not trained any further: its statistics are still those of the float network,
     and at few bits that alone can take all it knew. (Training with quantizers does the same on its way.) The plain
     average over the batches, by :func:`torch.optim.swa_utils.update_bn`; modes and momenta are left as they were.
+
+    Raises:
+        ValueError: there is no batch, or one is no float tensor of images; the statistics are then as they were.
     """
-    update_bn(batches, model)
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    before = [(norm, norm.momentum, {key: value.clone() for key, value in norm.named_buffers()}) for norm in norms]
+    modes = {module: module.training for module in model.modules()}
+    seen, done = 0, False
+
+    def checked() -> Iterable[torch.Tensor]:
+        nonlocal seen
+        for batch in batches:
+            _check_images("a batch", batch)
+            seen += 1
+            yield batch
+
+    try:
+        update_bn(checked(), model)
+        if norms and not seen:
+            raise ValueError("batches held nothing: give a list of image tensors, or an iterator not used up yet")
+        done = True
+    finally:
+        if not done:  # update_bn has wiped the statistics first
+            for norm, momentum, buffers in before:
+                norm.momentum = momentum
+                for key, value in buffers.items():
+                    getattr(norm, key).copy_(value)
+        for module, training in modes.items():
+            module.training = training
     return model
+
+
+def _check_images(name: str, images: torch.Tensor) -> None:
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point() or images.ndim < 2 or len(images) < 2:
+        got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
+        raise ValueError(f"{name} must be a float tensor (batch, …) of at least 2 normalised images, got {got}")
 
 
 def quantized_weights(model: nn.Module) -> dict[str, tuple[WeightQuantizer, nn.Parameter]]:

@@ -115,6 +115,14 @@ def test_what_is_no_images_is_named():
             Images(wrong)
 
 
+@pytest.mark.parametrize("pixels", [torch.rand(2, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8), [[1]]])
+def test_what_is_no_pixels_is_named(pixels):
+    with pytest.raises(ValueError, match=r"pixels must be a uint8 tensor .*got (torch\.|list)"):
+        RAW(pixels)
+    with pytest.raises(ValueError, match="divide them by 255"):
+        Normalizer((127.0,) * 3, (60.0,) * 3, CPU)
+
+
 @pytest.mark.parametrize(("mean", "std"), [((0.5,) * 3, (0.2, 0.2, 0)), ((0.5,), (0.2,) * 3)])
 def test_a_deviation_that_cannot_be_is_named(mean, std):
     with pytest.raises(ValueError, match="std above 0"):

@@ -1,6 +1,7 @@
 """Configurations: nothing unknown, nothing of the wrong type, nothing that does not fit together; one digest each."""
 
 import json
+import re
 from typing import get_args
 
 import pydantic
@@ -18,8 +19,9 @@ from faqd_lib.config import (
     Schedule,
     WeightBits,
 )
+from faqd_lib.files import project_root
 from faqd_lib.quantizers import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS
-from faqd_lib.settings import PROFILES, Profile
+from faqd_lib.settings import PROFILES, Grid, Losses, Profile
 
 
 @pytest.fixture
@@ -324,3 +326,24 @@ def test_warmup_longer_than_the_schedule_is_refused_with_the_files_name(tmp_path
 def test_bits_offered_are_those_of_the_quantizers():
     assert set(get_args(WeightBits)) == {*WEIGHT_BITS, FLOAT_BITS}
     assert set(get_args(ActivationBits)) == {*ACTIVATION_BITS, FLOAT_BITS}
+
+
+def test_the_commented_profile_names_every_setting_and_its_default():
+    file = project_root() / "docs" / "profile.toml"
+    text = file.read_text(encoding="utf-8")
+    profile = Profile.load(file)
+
+    def settings(model: type, head: str) -> None:
+        part = text[text.index(head) :] if head else text
+        part = part[: part.find("\n[", 1)]
+        written = profile if not head else getattr(profile, head.strip("\n[]"))
+        for name, field in model.model_fields.items():
+            if name in ("name", "dataset_settings", "losses", "grid") or name.endswith("_schedule"):
+                continue
+            assert re.search(rf"^(# )?{name} = ", part, flags=re.MULTILINE), (head, name)
+            if not field.is_required():
+                assert getattr(written, name) == field.get_default(call_default_factory=True), name
+
+    for model, head in ((Profile, ""), (Schedule, "\n[teacher_schedule]"), (Losses, "\n[losses]"), (Grid, "\n[grid]")):
+        settings(model, head)
+    assert "[dataset_settings." in text

@@ -93,6 +93,14 @@ def test_tree(root, test_folder):
     assert images.note == ""
 
 
+def test_a_folder_of_images_with_an_archives_name_is_told_so(root):
+    write_tree(root / "cifar10")
+    told = message(lambda: load("cifar10", root))
+    assert f"{root / 'cifar10'} is a folder of images: ask for cifar10-jpeg, if it is CIFAR-10, or give it" in told
+    write_tree(root / "cifar100")
+    assert f"{root / 'cifar100'} is a folder of images: give it another name" in message(lambda: load("cifar100", root))
+
+
 def test_a_folder_of_one_class_is_an_error(root):
     for split in ("train", "test"):
         picture(root / "pets" / split / "cat" / "0.png", 3)

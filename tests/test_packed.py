@@ -189,6 +189,43 @@ def test_steps_that_nobody_fitted_are_warned_of(tmp_path):
 # ---- refusals
 
 
+@pytest.mark.parametrize(
+    ("architecture", "named"),
+    [
+        ({"name": "resnet8", "classes": 10}, r"'classes', which build_model does not take; it takes name, num_classes"),
+        ({"name": "resnet20", "num_classes": 10}, r"another network than this: its layer1\.1\..* here it is not there"),
+        ({"name": "resnet8", "num_classes": 7}, r"its fc\.weight is \(7, 64\), here it is \(10, 64\)"),
+        ("resnet8", "must be a dictionary"),
+    ],
+)
+def test_an_architecture_that_builds_another_network_is_refused(tmp_path, architecture, named):
+    with pytest.raises(ValueError, match=named):
+        save_packed(trained(weight_bits=1), tmp_path / "net.safetensors", architecture=architecture)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("metadata", "named"),
+    [
+        ({"mean": torch.zeros(3)}, r"metadata\['mean'\] is no JSON .*use \.tolist"),
+        (["a"], r"must be a dictionary whose keys are text, got \['a'\]"),
+        ({0: "a"}, "keys are text"),
+        ({"classes": {0: "a"}}, r"metadata\['classes'\] would come back"),
+    ],
+)
+def test_metadata_that_would_not_come_back_is_refused(tmp_path, metadata, named):
+    with pytest.raises(ValueError, match=named):
+        save_packed(trained(weight_bits=1), tmp_path / "net.safetensors", metadata=metadata)
+
+
+def test_an_activation_that_is_no_relu_here_is_refused(tmp_path):
+    path = save_packed(trained(weight_bits=1, activation_bits=4), tmp_path / "net.safetensors")
+    other = build_model("resnet8", 10)
+    other.layer1[0].relu1 = nn.SiLU()
+    with pytest.raises(PackedFileError, match=r"layer1\.0\.relu1 is a ReLU there, but a SiLU here"):
+        load_packed(path, other)
+
+
 @pytest.fixture
 def path(tmp_path):
     return save_packed(trained(weight_bits=1, activation_bits=4), tmp_path / "net.safetensors")

@@ -17,6 +17,7 @@ from faqd_lib.quantize import (
     dequantize,
     quantize,
     quantized_weights,
+    reestimate_batch_norm,
     split_parameters,
 )
 from faqd_lib.quantizers import QuantizedReLU, weight_quantizer
@@ -154,6 +155,19 @@ def test_what_cannot_be_quantized_is_listed():
         nn.Conv1d(3, 3, 1), nn.Embedding(4, 3), nn.Linear(3, 3), nn.BatchNorm1d(3), nn.GLU(), nn.Softsign()
     )
     assert [row.kind for row in describe(model)] == ["Conv1d", "Embedding", "Linear", "GLU", "Softsign"]
+
+
+@pytest.mark.parametrize("batches", [[], iter(()), [torch.rand(4, 3, 8, 8), "no images"], torch.rand(1, 3, 8, 8)])
+def test_batch_norm_that_cannot_be_estimated_stays_as_it_was(batches, images):
+    model = quantize(small_network(), 1, 4)
+    model.train()(images)
+    model.eval()[3].train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"batches held nothing|a batch must be a float tensor"):
+        reestimate_batch_norm(model, batches)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)] == [0.1]
+    assert [name for name, module in model.named_children() if module.training] == ["3"]
 
 
 def notes(model: nn.Module, images: torch.Tensor | None = None) -> dict[tuple[str, str], str]:

@@ -274,6 +274,10 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> 
     Raises:
         ValueError: there is no batch, or one is no float tensor of images; the statistics are then as they were.
     """
+    if isinstance(batches, torch.Tensor):
+        raise ValueError(
+            f"batches must be batches of images, got one tensor {tuple(batches.shape)}: put it into a list"
+        )
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     before = [(norm, norm.momentum, {key: value.clone() for key, value in norm.named_buffers()}) for norm in norms]
     modes = {module: module.training for module in model.modules()}

@@ -11,6 +11,7 @@ RECTIFIERS = (nn.ReLU, nn.ReLU6)
 _FUNCTIONS = {  # names under which torch offers activations that a network can call without a module
     "relu", "relu6", "hardtanh", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish",
     "hardswish", "hardsigmoid", "sigmoid", "logsigmoid", "tanh", "softplus", "softsign",
+    "threshold", "glu", "hardshrink", "softshrink", "tanhshrink",
 }  # fmt: skip
 
 

@@ -62,8 +62,9 @@ def describe(model: nn.Module, images: torch.Tensor | None = None) -> Descriptio
         model: quantized, read from a packed file, or float.
         images: (batch, …) input of the network, to run it once, in evaluation mode. Only then can be seen, and is
             listed, what is no module: activations that are function calls (``F.relu``), as ``relu()`` under the name
-            of the module that calls them. And it is noted what runs more than once, or not at all: a quantized ReLU
-            that is called in two places has one step for both.
+            of the module that calls them (not what only amounts to one, like ``clamp`` or ``maximum``). And it is noted
+            whose forward runs more than once, or not at all: a quantized ReLU that is called in two places has one
+            step for both.
     """
     model = unwrapped(model)
     notes, functions = _run(model, images)
@@ -133,7 +134,7 @@ def _run(model: nn.Module, images: torch.Tensor | None) -> tuple[dict[str, list[
             module.training = training
     for name, module in model.named_modules():
         if (count := calls.modules[module]) != 1:
-            notes[name] = [f"called {count} times" if count else "not called"]
+            notes[name] = [f"called {count} times" if count else "its forward is not called"]
     for (name, function), count in calls.functions.items():
         functions.setdefault(name, {})[function] = count
     return notes, functions

@@ -7,8 +7,9 @@ output channel then), its offsets into the bias. A quantized ReLU becomes ``Min`
 ``DequantizeLinear`` (UINT8, which holds every level of up to 8 bits).
 
 The network is traced with ``torch.fx``. It may consist of the modules and functions of
-:data:`faqd_lib.onnx_operators.CALLS`, which is what convolutional networks for classification, torchvision's and this
-project's, are made of; anything else is an error that names it.
+:data:`faqd_lib.onnx_operators.CALLS`, which is what this project's networks and most of torchvision's convolutional
+ones are made of; anything else is an error that names it. What a trace cannot show (a value that is overwritten and
+read again, a hook) is found by comparing outputs, and refused, too.
 """
 
 import copy
@@ -26,7 +27,7 @@ from torch import fx, nn
 from .files import atomic_write
 from .onnx_operators import ALIASES, CALLS, KEYWORDS, OnnxExportError, known_modules
 from .packed import check_json, warn_of_uncalibrated
-from .quantize import low_bit_weights, unwrapped
+from .quantize import LowBitWeight, low_bit_weights, unwrapped
 
 _ONE_TENSOR = "the network returns something else than one tensor"
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -71,14 +72,20 @@ def export_onnx(
         raise OnnxExportError(f"image_shape must be (channels, height, width) of one image, got {image_shape!r}")
     model = unwrapped(model)
     warn_of_uncalibrated(model)
-    model = copy.deepcopy(model).cpu().float().eval()
+    model = copy.deepcopy(model).cpu()
+    quantized = low_bit_weights(model)  # before the weights' own precision is gone
+    model = model.float().eval()
+    hooked, model = model, copy.deepcopy(model)
+    for module in model.modules():  # a trace does not see what hooks change: without them, it can be told
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
     try:
         graph = _Tracer().trace(model)
     except (fx.proxy.TraceError, TypeError, RuntimeError) as error:  # the last where it asks for len()
         raise OnnxExportError(f"the network cannot be traced: {error}") from error
     if not all(isinstance(node.args[0], fx.Node) for node in graph.nodes if node.op == "output"):
         raise OnnxExportError(_ONE_TENSOR)
-    writer = _Writer(model, graph)
+    writer = _Writer(model, graph, quantized)
     with torch.no_grad():
         # Shapes of everything in between, from two images and from three: what differs is how many images there are.
         runs = [_Shapes(fx.GraphModule(model, graph)) for _ in range(2)]
@@ -90,6 +97,7 @@ def export_onnx(
                     f"the network cannot take {images} images of image_shape {tuple(image_shape)}: "
                     f"{str(error).partition(chr(10))[0]}"
                 ) from error
+        _check_trace(hooked, fx.GraphModule(model, graph), image_shape)
         writer.write(*runs)
     shapes = runs[0]
     h = onnx.helper
@@ -108,6 +116,21 @@ def export_onnx(
     h.set_model_props(file, texts)
     onnx.checker.check_model(file)
     return atomic_write(Path(path), lambda temporary: temporary.write_bytes(file.SerializeToString()))
+
+
+def _check_trace(model: nn.Module, traced: nn.Module, image_shape: Sequence[int]) -> None:
+    """Raise OnnxExportError where the traced network is not the network: what a trace loses cannot be seen in it."""
+    images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng(devices=[]):
+        theirs, ours = model(images.clone()), traced(images.clone())
+    if isinstance(theirs, torch.Tensor) and isinstance(ours, torch.Tensor):
+        tolerance = 1e-4 * float(theirs.abs().max())
+        if not torch.allclose(ours, theirs, rtol=1e-4, atol=tolerance, equal_nan=True):
+            raise OnnxExportError(
+                "traced, the network gives other outputs: it overwrites a value that is read again (x += y, x *= y: "
+                "write x = x + y), drops at random in evaluation (F.dropout without training=self.training), or has "
+                "hooks"
+            )
 
 
 class _Tracer(fx.Tracer):
@@ -150,10 +173,10 @@ class _Shapes(fx.Interpreter):
 class _Writer:
     """Turns the nodes of a traced graph into nodes and initialisers of ONNX, in order."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, model: nn.Module, graph: fx.Graph, quantized: Mapping[str, LowBitWeight]) -> None:
         self.onnx, self.dtypes = _packages()
         self.graph, self.modules = graph, dict(model.named_modules())
-        self.quantized = low_bit_weights(model)
+        self.quantized = quantized
         self.nodes, self.initializers = [], []
         self.names: dict[fx.Node, str] = {}
         self.stored: set[str] = set()
@@ -217,6 +240,8 @@ class _Writer:
                 f"no ONNX form is known here for {what} (node {node.name}); known are {', '.join(known_modules())} and "
                 "their functions"
             )
+        if not node.args and "tensors" not in node.kwargs:
+            raise OnnxExportError(f"{what} (node {node.name}): give its input by position, not by name")
         source = node.args[0] if node.args else None
         if inplace and handler not in ALIASES and isinstance(source, fx.Node):
             names = self._names_of(source)

@@ -172,7 +172,7 @@ def _mean(w: Writer, node: fx.Node, _: None) -> str:
 
 def _reshape(w: Writer, node: fx.Node, _: nn.Flatten | None) -> str:
     """Flattening, ``view`` and ``reshape``: whatever was asked for, the shape is known, but for the images."""
-    if not w.has_all_images(node):
+    if not w.has_all_images(node) or not w.has_all_images(node.args[0]):
         raise OnnxExportError(f"{node.name}: images would be flattened together")
     return w.add("Reshape", [w.of(node.args[0]), w.constant(np.array([0, *w.shapes[node][1:]], np.int64))])
 
@@ -265,6 +265,8 @@ def _leaky_relu(w: Writer, node: fx.Node, module: nn.LeakyReLU | None) -> str:
 
 def _concatenate(w: Writer, node: fx.Node, _: None) -> str:
     parts = node.args[0] if node.args else node.kwargs["tensors"]
+    if isinstance(parts, fx.Node):
+        raise OnnxExportError(f"{node.name}: give cat a list of tensors, not what chunk or split returned")
     axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     return w.add("Concat", [w.of(part) for part in parts], axis=axis)
 

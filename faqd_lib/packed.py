@@ -7,7 +7,8 @@ Reading such a file needs torch and safetensors, nothing else. What a file holds
 - ``<batch norm>.batch_norm``: (4, C), the rows weight, bias, running mean, running variance;
 - every other parameter and buffer under its own name, activation steps (``<relu>.step``) among them;
 - metadata (JSON under ``"faqd"``): bits and shape of every quantized layer, bits of every quantized ReLU, which tensors
-  were channels-last in memory, what network to build, a digest of all tensors, and whatever the user adds.
+  were channels-last in memory, which parameters are another one (stored once), what network to build, a digest of all
+  tensors, and whatever the user adds.
 """
 
 import inspect
@@ -25,8 +26,8 @@ from torch import nn
 from .calls import RECTIFIERS
 from .files import atomic_write, canonical_json, tensors_digest
 from .models import build_model
-from .quantize import join, low_bit_weights, mark_unpacked, replace_modules, uncalibrated, unwrapped
-from .quantizers import QuantizedReLU
+from .quantize import LowBitWeight, join, low_bit_weights, mark_unpacked, replace_modules, uncalibrated, unwrapped
+from .quantizers import QuantizedReLU, low_bit_values
 
 FORMAT = "faqd-packed-1"
 _HEADER = {"format", "layers", "activations", "channels_last", "architecture", "metadata", "digest"}
@@ -94,7 +95,10 @@ def save_packed(
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine and module.track_running_stats
     }
     tensors, described = {}, {}
+    tied = _tied(model, layers)
     for name, low in layers.items():
+        if join(name, "weight") in tied:
+            continue
         levels = low.levels.cpu()
         codes = (levels > 0) if low.bits == 1 else levels + _offset(low.bits)
         tensors[join(name, "levels")], tensors[join(name, "scale")] = pack_bits(codes, low.bits), low.scale.cpu()
@@ -103,7 +107,11 @@ def save_packed(
         tensors[join(name, "batch_norm")] = torch.stack([getattr(norm, part).detach().cpu() for part in _BATCH_NORM])
     done = {join(name, key) for name in layers for key in ("parametrizations.weight.original", "weight")}
     done |= {join(name, part) for name in norms for part in (*_BATCH_NORM, "num_batches_tracked")}
-    tensors |= {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name not in done}
+    kept = {name: value for name, value in model.state_dict().items() if name not in done and name not in tied}
+    for name, value in kept.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}: a packed file holds tensors, no other state")
+    tensors |= {name: tensor.detach().cpu() for name, tensor in kept.items()}
     channels_last = [name for name, tensor in tensors.items() if _is_channels_last(tensor)]
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     header = {
@@ -111,12 +119,27 @@ def save_packed(
         "layers": described,
         "activations": {name: {"bits": relu.bits, "step_gradient": relu.step_gradient} for name, relu in relus.items()},
         "channels_last": channels_last,
+        "tied": tied,
         "architecture": dict(architecture) if architecture else None,
         "metadata": dict(metadata or {}),
     }
     header["digest"] = _digest(header, tensors)
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
     return atomic_write(Path(path), lambda temporary: save_file(tensors, temporary, {"faqd": text}))
+
+
+def _tied(model: nn.Module, layers: Mapping[str, LowBitWeight]) -> dict[str, str]:
+    """Parameters that are another one under another name, by the names that they have when unpacked."""
+    first: dict[object, str] = {}
+    tied = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        name = key.replace("parametrizations.weight.original", "weight")
+        low = layers.get(name.removesuffix("weight").removesuffix("."))
+        # One latent weight may be quantized in two ways.
+        how = (low.bits, low.scale.shape) if low is not None and name.split(".")[-1] == "weight" else None
+        if (owner := first.setdefault((id(parameter), how), name)) != name:
+            tied[name] = owner
+    return tied
 
 
 def _check_architecture(model: nn.Module, architecture: Mapping[str, Any]) -> None:
@@ -208,7 +231,7 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         codes = unpack_bits(tensors.pop(join(name, "levels")), bits, torch.Size(shape).numel()).view(shape)
         scale = scales[name] = tensors.pop(join(name, "scale"))
         levels = codes.to(scale.dtype).mul_(2).sub_(1) if bits == 1 else codes.to(scale.dtype).sub_(_offset(bits))
-        state[join(name, "weight")] = (scale * levels).to(getattr(torch, layer["dtype"]))
+        state[join(name, "weight")] = low_bit_values(scale, levels, getattr(torch, layer["dtype"]))
     for name in [name for name in tensors if name.split(".")[-1] == "batch_norm"]:
         rows = tensors.pop(name).unbind()
         state |= {f"{name.removesuffix('batch_norm')}{part}": row for part, row in zip(_BATCH_NORM, rows, strict=True)}
@@ -217,6 +240,9 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         name: tensor.contiguous(memory_format=torch.channels_last) if name in header["channels_last"] else tensor
         for name, tensor in tensors.items()
     }
+    # Of shared normalisations every name is there already.
+    tied = {name: owner for name, owner in header.get("tied", {}).items() if name not in state}
+    state |= {name: state[owner] for name, owner in tied.items()}
     _check_fit(path, header, state, model)
     modules = dict(model.named_modules(remove_duplicate=False))
     replace_modules(
@@ -228,6 +254,11 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     model.load_state_dict(state, strict=False, assign=True)
     for name, scale in scales.items():
         mark_unpacked(modules[name], header["layers"][name]["bits"], scale)
+    for name, owner in tied.items():
+        (place, _, key), (source, _, source_key) = name.rpartition("."), owner.rpartition(".")
+        setattr(model.get_submodule(place), key, getattr(model.get_submodule(source), source_key))
+        if source in scales and key == "weight":
+            mark_unpacked(model.get_submodule(place), header["layers"][source]["bits"], scales[source])
     return model.to(device).eval()
 
 

@@ -24,6 +24,7 @@ from .quantizers import (
     QuantizedReLU,
     WeightQuantizer,
     check_bits,
+    low_bit_values,
     sample,
     weight_quantizer,
 )
@@ -233,7 +234,8 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
         return model
     _check_images("images", images)
     seen: dict[nn.Module, list[torch.Tensor]] = {relu: [] for relu in relus}
-    calls = ActivationCalls(model)
+    network = unwrapped(model)  # hooks and a compiled forward do not go together
+    calls = ActivationCalls(network)
 
     def fit(relu: QuantizedReLU, inputs: tuple) -> None:
         seen[relu].append(sample(inputs[0]))  # one that is called in several places fits the inputs of all
@@ -246,7 +248,7 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
         for module in modes:
             module.training = isinstance(module, nn.modules.batchnorm._NormBase)
         with calls:
-            model(images)
+            network(images)
     finally:
         for handle in handles:
             handle.remove()
@@ -259,7 +261,7 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
         warnings.warn(
             f"{rectifiers} ReLU(s) of {type(model).__name__} are called as functions (F.relu) and stay float: make "
             "them nn.ReLU modules (describe(model, images) lists them)",
-            stacklevel=2,
+            stacklevel=3,  # past torch.no_grad
         )
     return model
 
@@ -330,7 +332,7 @@ def quantizer_of(module: nn.Module) -> WeightQuantizer | None:
 
 @dataclass(frozen=True)
 class LowBitWeight:
-    """What a layer with quantized weights computes with: ``(scale · levels)`` in the weight's dtype.
+    """What a layer with quantized weights computes with: :func:`low_bit_values` of these.
 
     ``scale`` () or (C_out, 1, …) and the integer ``levels``, of the weight's shape, are float32 (float64 for float64).
     """
@@ -360,7 +362,7 @@ def low_bit_weights(model: nn.Module) -> dict[str, LowBitWeight]:
             levels = torch.where(weight.signbit(), -1.0, 1.0).to(scale.dtype) if bits == 1 else (
                 (weight.to(scale.dtype) / torch.where(scale > 0, scale, 1)).round()
             )  # fmt: skip
-            if not torch.equal((scale * levels).to(weight.dtype), weight):
+            if not torch.equal(low_bit_values(scale, levels, weight.dtype), weight):
                 raise ValueError(
                     f"the weight of {name or 'the network'} was read from a packed file, at {bits} bits, and has been "
                     "changed since: call dequantize(model), then quantize(model, …) anew"

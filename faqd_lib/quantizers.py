@@ -40,7 +40,8 @@ class WeightQuantizer(nn.Module):
 
     One scale s for the tensor (the paper), or one for each output channel (the first dimension). Scales are computed
     in float64 and are no parameters: they follow the weights. Quantized again, quantized weights stay what they are
-    (in float16 and bfloat16 to one unit in the last place).
+    (in float16 and bfloat16 to one unit in the last place; with 3 bits or more per channel, in rows of more than some
+    thousand weights, on CPUs and uncompiled only: see :class:`UniformWeight`).
 
     Subclasses define :meth:`fit`.
     """
@@ -84,15 +85,19 @@ class WeightQuantizer(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            scale, levels = self.levels(weight)
-            quantized = scale * levels
-            if weight.dtype == torch.float16:  # the nearest levels may lie beyond its range
-                quantized.clamp_(torch.finfo(weight.dtype).min, torch.finfo(weight.dtype).max)
-            quantized = quantized.to(weight.dtype)
+            quantized = low_bit_values(*self.levels(weight), weight.dtype)
         return _StraightThrough.apply(weight, quantized)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}{', per channel' if self.per_channel else ''}"
+
+
+def low_bit_values(scale: torch.Tensor, levels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``scale · levels`` in ``dtype``: what a layer computes with."""
+    values = scale * levels
+    if dtype == torch.float16:  # the nearest levels may lie beyond its range
+        values.clamp_(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    return values.to(dtype)
 
 
 class BinaryWeight(WeightQuantizer):
@@ -130,8 +135,10 @@ class UniformWeight(WeightQuantizer):
     The squared error over s has many minima. It is ‖w‖² − ⟨|w|, q⟩²/⟨q, q⟩ with q the nearest levels, and q changes
     only where s passes some |w_i|/(m − ½), m = 1..L, by one level of one weight: sorted, two cumulative sums give the
     error in every interval, and the best one is the global optimum. Short rows are searched so, and long ones of few
-    distinct values, whose error has narrow minima (per channel on CPUs only); for others a grid of steps is scanned on
-    a fine histogram. Nearest level and least-squares step then alternate twice on the weights.
+    distinct values (up to 128), whose error has narrow minima; for others a grid of steps is scanned on a fine
+    histogram, which finds the error of the optimum to 1 % where values are spread, and may miss it by more where a few
+    values out of hundreds hold nearly all weights. (Long rows of few values are not looked for per channel elsewhere
+    than on CPUs, nor in a compiled network.) Nearest level and least-squares step then alternate twice on the weights.
     Example, 4 bits: (−0.7, 0.1, 0.3) → s = 0.1, levels (−7, 1, 3).
 
     Raises:

@@ -206,9 +206,10 @@ def test_a_shape_that_does_not_fit_is_named(tmp_path, shape):
         export_onnx(nn.Conv2d(3, 3, 1), tmp_path / "net.onnx", shape)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("weights", "activations"), [(1, 4), (2, 32), (8, 32)])
-def test_a_network_from_a_packed_file_keeps_its_bits(tmp_path, weights, activations):
-    model = with_statistics(calibrate(quantize(build_model("resnet8", 10), weights, activations), IMAGES))
+def test_a_network_from_a_packed_file_keeps_its_bits(tmp_path, weights, activations, dtype):
+    model = with_statistics(calibrate(quantize(build_model("resnet8", 10), weights, activations), IMAGES)).to(dtype)
     path = save_packed(model, tmp_path / "net.safetensors")
     first = export_onnx(model, tmp_path / "first.onnx", (3, 32, 32))
     wrapped = nn.DataParallel(load_packed(path, build_model("resnet8", 10)))
@@ -232,6 +233,58 @@ class Parted(nn.Module):
 class PerImage(nn.Module):
     def forward(self, x):
         return x / x.shape[0]
+
+
+class AddsInPlace(nn.Module):
+    """A trace has x + 1 for x += 1."""
+
+    def forward(self, x):
+        x = x * 2
+        kept = x
+        x += 1
+        return x + kept
+
+
+class ScalesAPiece(nn.Module):
+    def forward(self, x):
+        x = x * 2
+        first, _, _ = x.chunk(3, dim=1)
+        first *= 0.5
+        return x
+
+
+class ShiftsAView(nn.Module):
+    def forward(self, x):
+        x = x * 2
+        flat = x.view(x.size(0), -1)
+        flat -= 1
+        return x
+
+
+class AlwaysDrops(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(x)
+
+
+def hooked() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+    model[0].register_forward_hook(lambda _module, _inputs, output: output + 1)
+    return model
+
+
+class Turned(nn.Module):
+    def forward(self, x):
+        return x.permute(1, 0, 2, 3).reshape(x.size(0), -1)
+
+
+class Joined(nn.Module):
+    def forward(self, x):
+        return torch.cat(x.chunk(3, 1), 1)
+
+
+class ByName(nn.Sequential):
+    def forward(self, x):
+        return self[0](input=x)
 
 
 class Unbound(nn.Module):
@@ -289,6 +342,9 @@ class Together(nn.Module):
      (AliasedBehind(nn.Dropout()), "overwrites"), (AliasedBehind(nn.Sequential(nn.Identity())), "overwrites"),
      (Chunked(), "overwrites"), (Parted(), "parted"), (Unbound(), "getitem"),
      (nn.Sequential(nn.GroupNorm(1, 3)), r"GroupNorm \(0\)"), (PerImage(), "number of images"),
+     (AddsInPlace(), "read again"), (ScalesAPiece(), "read again"), (ShiftsAView(), "read again"),
+     (AlwaysDrops(), "read again"), (hooked(), "read again"), (Turned(), "flattened"), (Joined(), "list of tensors"),
+     (ByName(nn.Conv2d(3, 3, 1)), "by position"),
      (nn.Sequential(nn.MaxPool2d(2, return_indices=True)), "one tensor"),
      (nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")), "reflect"),
      (nn.Sequential(nn.Softmax()), "which dim"),

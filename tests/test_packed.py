@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -183,6 +184,50 @@ def test_wrappers_are_taken_off(tmp_path):
 def test_steps_that_nobody_fitted_are_warned_of(tmp_path):
     model = quantize(build_model("resnet8", 10), 4, 4)
     with pytest.warns(UserWarning, match=r"7 activation step\(s\) .* \(relu, .*call calibrate"):
+        save_packed(model, tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize("bits", [{"weight_bits": 1}, {"weight_bits": 4}, {"weight_bits": 4, "overrides": {"a": 8}}])
+def test_shared_weights_are_stored_once_and_shared_again(tmp_path, bits):
+    def network() -> nn.Sequential:
+        parts = [(name, nn.Linear(6, 6, bias=False)) for name in ("a", "b", "c", "d")]
+        parts[1][1].weight, parts[3][1].weight = parts[0][1].weight, parts[2][1].weight
+        return nn.Sequential(OrderedDict(parts))
+
+    model = quantize(network(), **bits, last_layer="quantize").eval()
+    path = save_packed(model, tmp_path / "net.safetensors")
+    for fresh in (network(), nn.Sequential(OrderedDict((n, nn.Linear(6, 6, bias=False)) for n in "abcd"))):
+        loaded = load_packed(path, fresh)
+        x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(loaded(x), model(x))
+        assert (loaded.a.weight is loaded.b.weight) == ("overrides" not in bits)
+        assert save_packed(loaded, tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+        assert [row.bits for row in describe(loaded)] == [row.bits for row in describe(model)]
+        if "overrides" not in bits:  # one weight at two widths is two weights, once it is unpacked
+            assert str(describe(loaded)) == str(describe(model))
+            assert weight_bytes(loaded) == weight_bytes(model)
+
+
+def test_half_precision_at_the_end_of_its_range(tmp_path):
+    layer = nn.Sequential(nn.Linear(64, 4), nn.Identity()).half()
+    with torch.no_grad():
+        layer[0].weight.copy_(torch.linspace(-65504, 65504, 256).view(4, 64))
+    model = quantize(layer, 8, last_layer="quantize")
+    loaded = load_packed(
+        save_packed(model, tmp_path / "net.safetensors"), nn.Sequential(nn.Linear(64, 4), nn.Identity())
+    )
+    assert torch.equal(loaded[0].weight, model[0].weight)
+    assert loaded[0].weight.isfinite().all()
+    assert str(describe(loaded)) == str(describe(model))
+
+
+def test_state_that_is_no_tensor_is_refused(tmp_path):
+    class Talks(nn.Linear):
+        def get_extra_state(self):
+            return {"a": 1}
+
+    model = quantize(nn.Sequential(Talks(3, 3), nn.Linear(3, 3)), 4)
+    with pytest.raises(ValueError, match=r"0\._extra_state is a dict"):
         save_packed(model, tmp_path / "net.safetensors")
 
 

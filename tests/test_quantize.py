@@ -170,6 +170,20 @@ def test_batch_norm_that_cannot_be_estimated_stays_as_it_was(batches, images):
     assert [name for name, module in model.named_children() if module.training] == ["3"]
 
 
+@pytest.mark.parametrize("called", [False, True])
+def test_a_compiled_network_is_calibrated(called, images):
+    model = quantize(small_network(), 4, 4)
+    expected = [relu.step.item() for relu in calibrate(copy.deepcopy(model), images) if isinstance(relu, QuantizedReLU)]
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    if called:
+        compiled(images)
+    assert calibrate(compiled, images) is compiled
+    assert [relu.step.item() for relu in model if isinstance(relu, QuantizedReLU)] == expected
+    compiled(images)
+    assert notes(compiled, images) == {}
+
+
 def notes(model: nn.Module, images: torch.Tensor | None = None) -> dict[tuple[str, str], str]:
     return {(row.layer, row.kind): row.note for row in describe(model, images) if row.note}
 
@@ -200,7 +214,7 @@ def test_with_images_calls_that_are_no_modules_are_listed(images):
         ("", "relu_()"): "a call, no module",
         ("relu", "ReLU"): "called 2 times",
         ("gate", "sigmoid()"): "a call, no module",
-        ("spare", "SiLU"): "not called",
+        ("spare", "SiLU"): "its forward is not called",
     }
     assert model.training
 

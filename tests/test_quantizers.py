@@ -171,7 +171,7 @@ LONG = 8200  # at 8 bits far more than an exact search of all its values looks a
 
 @pytest.mark.parametrize("bits", [3, 5, 7, 8])
 @pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("distinct", [1, 2, 4, 11])
+@pytest.mark.parametrize("distinct", [1, 2, 4, 11, 128])
 def test_long_tensors_of_few_distinct_values(bits, per_channel, distinct):
     for seed in range(4):
         values = torch.rand(distinct, generator=generator(seed), dtype=torch.float64) + 0.01

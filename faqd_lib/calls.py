@@ -1,12 +1,15 @@
-"""What a network calls when it runs: its modules, and activations that are no modules."""
+"""What a network is made of and calls when it runs: its modules, and activations that are no modules."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .quantizers import QuantizedReLU
 
+WEIGHTED = (nn.Conv2d, nn.Linear)
 RECTIFIERS = (nn.ReLU, nn.ReLU6)
 _FUNCTIONS = {  # names under which torch offers activations that a network can call without a module
     "relu", "relu6", "hardtanh", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish",
@@ -51,6 +54,17 @@ class ActivationCalls(TorchFunctionMode):
         if name.rstrip("_") in _FUNCTIONS and self._running and not is_activation(self._running[-1]):
             self.functions[self._names[self._running[-1]], name] += 1
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Training or evaluation mode of every module as before, whatever happens inside."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def is_activation(module: nn.Module) -> bool:

@@ -163,7 +163,13 @@ def load(
             f"dataset {name!r} was not found. Looked for: {looked}. Put it there ({remedy}), set FAQD_DATA or give "
             "--data-root."
         )
-    return _assemble(name, source, *_cached(name, source, path, image_size), path.name)
+    decoded, fingerprint = _cached(name, source, path, image_size)
+    if source.classes is not None and decoded.classes != source.classes:
+        raise DatasetError(
+            f"{path} is not {name}: its classes are {', '.join(decoded.classes[:4])}…, not {source.classes[0]}, "
+            f"{source.classes[1]}…. Give the folder another name, and ask for it by that name"
+        )
+    return _assemble(name, source, decoded, fingerprint, path.name)
 
 
 def _fingerprint(decoded: Decoded) -> str:

@@ -8,14 +8,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .calls import ActivationCalls, is_activation
+from .calls import WEIGHTED, ActivationCalls, is_activation, kept_modes
 from .quantize import low_bit_weights, uncalibrated, unwrapped
 from .quantizers import FLOAT_BITS, QuantizedReLU
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_WEIGHTED = (nn.Conv2d, nn.Linear)
 _NOT_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, parametrize.ParametrizationList)
 
 
@@ -78,7 +77,7 @@ def describe(model: nn.Module, images: torch.Tensor | None = None) -> Descriptio
 
     for name, module in model.named_modules():
         kind = type(module).__name__.removeprefix("Parametrized")
-        if isinstance(module, _WEIGHTED):
+        if isinstance(module, WEIGHTED):
             if (owner := first.setdefault(_stored(module), name)) != name:
                 notes.setdefault(name, []).append(f"the weight of {owner}")
             bits, levels, scale = FLOAT_BITS, 0, torch.tensor([])
@@ -125,13 +124,8 @@ def _run(model: nn.Module, images: torch.Tensor | None) -> tuple[dict[str, list[
     functions: dict[str, dict[str, int]] = {}
     if images is None:
         return notes, functions
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with ActivationCalls(model) as calls:
-            model.eval()(images)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with kept_modes(model), ActivationCalls(model) as calls:
+        model.eval()(images)
     for name, module in model.named_modules():
         if (count := calls.modules[module]) != 1:
             notes[name] = [f"called {count} times" if count else "its forward is not called"]

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import update_bn
 
-from .calls import RECTIFIERS, ActivationCalls
+from .calls import RECTIFIERS, WEIGHTED, ActivationCalls, kept_modes
 from .quantizers import (
     ACTIVATION_BITS,
     FLOAT_BITS,
@@ -31,7 +31,6 @@ from .quantizers import (
 
 LAYER_POLICIES = ("quantize", "float")
 SHORTCUTS = ("shortcut", "downsample")  # parts of module names that mark a residual network's shortcut layers
-_WEIGHTED = (nn.Conv2d, nn.Linear)
 _UNPACKED = "_faqd_unpacked"  # attribute of a layer whose weight was read from a packed file: (bits, scale)
 
 
@@ -102,7 +101,7 @@ def quantize(
     replace_modules(model, made)
     _hook_once(model, _accept_float_network)
     for module in model.modules():
-        if module is not model and quantized_weights(module) and not isinstance(module, _WEIGHTED):
+        if module is not model and quantized_weights(module) and not isinstance(module, WEIGHTED):
             _hook_once(module, _accept_float_part)
     return model
 
@@ -134,7 +133,7 @@ def _check_quantizable(
 
 def _quantizable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """(layers with weights, ReLUs) by name, in module order."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, _WEIGHTED)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
     relus = {name: module for name, module in model.named_modules() if type(module) in RECTIFIERS}
     return layers, relus
 
@@ -242,18 +241,15 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
         relu.fit(torch.cat(seen[relu]))
 
     handles = [relu.register_forward_pre_hook(fit) for relu in relus]
-    modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
-        for module in modes:
-            module.training = isinstance(module, nn.modules.batchnorm._NormBase)
-        with calls:
+        with kept_modes(model), calls:
+            for module in model.modules():
+                module.training = isinstance(module, nn.modules.batchnorm._NormBase)
             network(images)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
     called = (count for (_, name), count in calls.functions.items() if name.rstrip("_") in ("relu", "relu6"))
@@ -282,7 +278,6 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> 
         )
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     before = [(norm, norm.momentum, {key: value.clone() for key, value in norm.named_buffers()}) for norm in norms]
-    modes = {module: module.training for module in model.modules()}
     seen, done = 0, False
 
     def checked() -> Iterable[torch.Tensor]:
@@ -293,7 +288,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> 
             yield batch
 
     try:
-        update_bn(checked(), model)
+        with kept_modes(model):
+            update_bn(checked(), model)
         if norms and not seen:
             raise ValueError("batches held nothing: give a list of image tensors, or an iterator not used up yet")
         done = True
@@ -303,8 +299,6 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> 
                 norm.momentum = momentum
                 for key, value in buffers.items():
                     getattr(norm, key).copy_(value)
-        for module, training in modes.items():
-            module.training = training
     return model
 
 

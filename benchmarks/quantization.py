@@ -11,6 +11,7 @@ with a fixed scale, 4-bit activations with a learned one. Prints a table; writes
 
 import importlib.util
 import statistics
+from collections.abc import Callable
 from importlib.metadata import version
 
 import pandas as pd
@@ -66,7 +67,10 @@ def networks(device: str, images: torch.Tensor) -> dict[str, nn.Module]:
     return made
 
 
-def steps(device: str, batch: int, precision: str, rounds: int) -> pd.DataFrame:
+Calls = dict[str, Callable[[], object]]
+
+
+def training_steps(device: str, batch: int, precision: str) -> Calls:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, 32, 32, generator=generator).to(device, memory_format=torch.channels_last)
     labels = torch.randint(10, (batch,), generator=generator).to(device)
@@ -82,7 +86,10 @@ def steps(device: str, batch: int, precision: str, rounds: int) -> pd.DataFrame:
             optimizer.step()
 
         calls[name] = step
-    times = take_turns(calls, rounds, device)
+    return calls
+
+
+def table(device: str, batch: int, precision: str, calls: Calls, times: dict[str, list[float]]) -> pd.DataFrame:
     rows = []
     for name, call in calls.items():
         # Of each round's pair: what slows the machine for a while slows both.
@@ -109,10 +116,14 @@ def main() -> None:
     machine = environment(arguments.device)
     machine["brevitas"] = version("brevitas") if importlib.util.find_spec("brevitas") else "not installed"
     announce(machine)
-    rows = []
+    device, batch = arguments.device, arguments.batch
     # Emulated bf16 takes ten times as long, and everything else nothing beside it.
-    for precision in arguments.precisions or dict.fromkeys(("float32", precision_that_pays(arguments.device))):
-        rows += show(precision, steps(arguments.device, arguments.batch, precision, arguments.rounds))
+    precisions = arguments.precisions or dict.fromkeys(("float32", precision_that_pays(device)))
+    calls = {precision: training_steps(device, batch, precision) for precision in precisions}
+    times = {precision: take_turns(calls[precision], arguments.rounds, device) for precision in precisions}
+    rows = []
+    for precision in precisions:  # memory last: a process in which the profiler has run is slower ever after
+        rows += show(precision, table(device, batch, precision, calls[precision], times[precision]))
     write(arguments.out, "quantization", {"environment": machine, "steps": rows})
 
 

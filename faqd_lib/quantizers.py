@@ -20,7 +20,7 @@ SMALLEST_STEP = 1e-6  # of activations: a step that training drives below it wou
 _EXACT = 2**13  # values times levels of a row, at most, for an exact search of its step; longer ones are scanned
 _FEW = 128  # distinct magnitudes, at most, of a longer row that is searched exactly, too: what 8 bits can have
 _OCTAVES = 16  # range of the histogram for that, downward from the largest magnitude
-_CHUNK = 2**18  # numbers that a CPU core works on at a time: 1 MiB of float32, what its own cache holds
+_CHUNK = 2**20  # bytes of a tensor that CPU cores work on at a time: what their own caches hold
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -72,10 +72,9 @@ class WeightQuantizer(nn.Module):
         channels = self.per_channel and weight.ndim > 0
         dtype = torch.promote_types(weight.dtype, torch.float32)
         # In float64: rival steps of a uniform grid differ in the last digits of a sum, and squares do not overflow.
-        wide = weight.double()
-        scale, levels = self.fit(wide.reshape(len(weight), -1) if channels else wide.reshape(1, -1))
+        scale, levels = self.fit(weight.reshape(len(weight) if channels else 1, -1).double())
         scale, levels = scale.to(dtype), levels.to(dtype)
-        if weight.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(scale.isfinite().all()):
+        if weight.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(float(scale.amax())):
             raise ValueError(
                 f"cannot quantize a weight of shape {tuple(weight.shape)} that holds NaN or an infinity: the training "
                 "diverged (lower the learning rate), or the checkpoint is damaged"
@@ -109,7 +108,7 @@ class BinaryWeight(WeightQuantizer):
     bits = 1
 
     def fit(self, rows):
-        return rows.abs().mean(1, keepdim=True), torch.where(rows < 0, -1.0, 1.0).to(rows.dtype)
+        return rows.abs().mean(1, keepdim=True), (rows < 0).to(rows.dtype).mul_(-2).add_(1)
 
 
 class TernaryWeight(WeightQuantizer):
@@ -383,13 +382,25 @@ def _flat(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def _chunks(*tensors: torch.Tensor):
     """Pieces of flat tensors: small enough for a core's cache on a CPU, whole elsewhere."""
-    size = _CHUNK if tensors[0].device.type == "cpu" else max(1, tensors[0].numel())
+    size = _chunk_size(tensors[0])
+    if tensors[0].numel() <= size:
+        return [tensors]
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+def _chunk_size(x: torch.Tensor) -> int:
+    return _CHUNK // x.element_size() if x.device.type == "cpu" else x.numel()
 
 
 def _wide(step: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The step as one element in float32 at least: a scalar would let bfloat16 input be divided in bfloat16."""
     return step.clamp_min(SMALLEST_STEP).to(torch.promote_types(x.dtype, torch.float32)).reshape(1)
+
+
+def _buffers(number: int, x: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Room for a chunk's numbers: allocated once a call, because memory fresh from the system costs page faults."""
+    size = min(_chunk_size(x), x.numel())
+    return [torch.empty(size, dtype=dtype, device=x.device) for _ in range(number)]
 
 
 def _inside(values: torch.Tensor, x: torch.Tensor, top: torch.Tensor | float, out: torch.Tensor) -> torch.Tensor:
@@ -406,9 +417,15 @@ def _inside(values: torch.Tensor, x: torch.Tensor, top: torch.Tensor | float, ou
 def _quantized_relu(x: torch.Tensor, step: torch.Tensor, highest: int, coarse: bool) -> torch.Tensor:
     y = torch.empty_like(x)  # without gaps: strides follow x's order of dimensions
     step = _wide(step, x)
+    if x.dtype == step.dtype:
+        for source, target in _chunks(_flat(x, y), _flat(y, y)):
+            torch.div(source, step, out=target).clamp_(0, highest).round_().mul_(step)
+        return y
+    (work,) = _buffers(1, x, step.dtype)
+    steps = step.reciprocal()  # a product takes half as long, and its last digit is none of x
     for source, target in _chunks(_flat(x, y), _flat(y, y)):
-        levels = (source / step).clamp_(0, highest).round_()
-        torch.mul(levels, step, out=target)
+        wide = work[: source.numel()].copy_(source)
+        target.copy_(wide.mul_(steps).clamp_(0, highest).round_().mul_(step))
     return y
 
 
@@ -427,20 +444,26 @@ def _quantized_relu_backward(
     total = torch.zeros((), dtype=guarded.dtype, device=x.device)
     # As a number where that costs nothing: elsewhere the host would have to wait for it.
     top = float(guarded) * highest if x.device.type == "cpu" else guarded * highest
+    narrow = x.dtype != total.dtype
+    steps = guarded.reciprocal()  # as in the forward pass
+    work = [] if coarse else _buffers(3 if narrow else 1, x, total.dtype)
     for source, result, g, target in _chunks(*(_flat(tensor, to_x) for tensor in (x, y, gradient, to_x))):
-        _inside(g, source, top, out=target)
-        wide = g.to(total.dtype)
+        room = work if work and len(work[0]) == len(source) else [buffer[: len(source)] for buffer in work]
         if coarse:
-            inside, above = target.sum(dtype=total.dtype), torch.where(source.to(total.dtype) >= top, wide, 0).sum()
+            inside = _inside(g, source, top, out=target).sum(dtype=total.dtype)
+            above = torch.where(source.to(total.dtype) >= top, g.to(total.dtype), 0).sum()
             total += inside * 2.0 ** round(math.log2(highest + 1) - 1) + above * highest
-            continue
-        if result.dtype != total.dtype:  # it is rounded to fewer digits than the difference below needs
-            result = (source / guarded).clamp_(0, highest).round_().mul_(guarded)
-        # α·(round(x/α) − x/α) = y − x inside, α·Q = y above, 0 = y below
-        kept = _inside(source, source, top, out=torch.empty_like(source))
-        total += torch.dot(wide, result - kept)
+        elif narrow:  # y is rounded to fewer digits than y − x needs: α·(Σ g·round(x/α) − Σ g·x/α inside), clipped
+            ratio, wide, inside = room
+            target.copy_(_inside(wide.copy_(g), ratio.copy_(source), top, out=inside))
+            kept = torch.dot(inside, ratio.mul_(steps).clamp_(0, highest))
+            total += torch.dot(wide, ratio.round_()) - kept
+        else:  # α·(round(x/α) − x/α) = y − x inside, α·Q = y above, 0 = y below
+            _inside(g, source, top, out=target)
+            kept = _inside(source, source, top, out=room[0])
+            total += torch.dot(g, torch.sub(result, kept, out=kept))
     total /= math.sqrt(max(1, features(x)) * highest)
-    return to_x, (total if coarse else total / guarded.squeeze()).to(step.dtype)
+    return to_x, (total if coarse or narrow else total / guarded.squeeze()).to(step.dtype)
 
 
 @_quantized_relu_backward.register_fake

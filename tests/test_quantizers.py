@@ -491,7 +491,7 @@ def test_memory_layout_and_chunks_change_nothing(layout, step_gradient, chunk, m
     }[layout]()
     expected_step, expected = quantized_relu(0.2, 4, step_gradient).double(), x.clone().requires_grad_()
     expected_step(expected).backward(upstream)
-    monkeypatch.setattr(quantizers, "_CHUNK", chunk)
+    monkeypatch.setattr(quantizers, "_CHUNK", chunk * x.element_size())
     relu = quantized_relu(0.2, 4, step_gradient).double()
     leaf = arranged.detach().requires_grad_()
     output = relu(leaf)

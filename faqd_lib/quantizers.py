@@ -422,10 +422,9 @@ def _quantized_relu(x: torch.Tensor, step: torch.Tensor, highest: int, coarse: b
             torch.div(source, step, out=target).clamp_(0, highest).round_().mul_(step)
         return y
     (work,) = _buffers(1, x, step.dtype)
-    steps = step.reciprocal()  # a product takes half as long, and its last digit is none of x
     for source, target in _chunks(_flat(x, y), _flat(y, y)):
         wide = work[: source.numel()].copy_(source)
-        target.copy_(wide.mul_(steps).clamp_(0, highest).round_().mul_(step))
+        target.copy_(wide.div_(step).clamp_(0, highest).round_().mul_(step))
     return y
 
 
@@ -445,7 +444,7 @@ def _quantized_relu_backward(
     # As a number where that costs nothing: elsewhere the host would have to wait for it.
     top = float(guarded) * highest if x.device.type == "cpu" else guarded * highest
     narrow = x.dtype != total.dtype
-    steps = guarded.reciprocal()  # as in the forward pass
+    steps = guarded.reciprocal()  # a product takes half as long as a quotient, and sums do not feel its last digit
     work = [] if coarse else _buffers(3 if narrow else 1, x, total.dtype)
     for source, result, g, target in _chunks(*(_flat(tensor, to_x) for tensor in (x, y, gradient, to_x))):
         room = work if work and len(work[0]) == len(source) else [buffer[: len(source)] for buffer in work]

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .activation_kernels import SMALLEST_STEP
 from .models import SubsampleAndPad
-from .quantizers import SMALLEST_STEP, QuantizedReLU
+from .quantizers import QuantizedReLU
 
 
 class OnnxExportError(ValueError):

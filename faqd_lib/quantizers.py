@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .activation_kernels import SMALLEST_STEP, quantized_relu
+
 WEIGHT_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 ACTIVATION_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 FLOAT_BITS = 32
 STEP_GRADIENTS = ("lsq", "coarse", "frozen")
-SMALLEST_STEP = 1e-6  # of activations: a step that training drives below it would turn its layer off for ever
 
 _EXACT = 2**13  # values times levels of a row, at most, for an exact search of its step; longer ones are scanned
 _FEW = 128  # distinct magnitudes, at most, of a longer row that is searched exactly, too: what 8 bits can have
 _OCTAVES = 16  # range of the histogram for that, downward from the largest magnitude
-_CHUNK = 2**20  # bytes of a tensor that CPU cores work on at a time: what their own caches hold
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -334,7 +334,7 @@ class QuantizedReLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         step = self.step.detach() if self.step_gradient == "frozen" else self.step
-        return _quantized_relu(x, step, self.highest, self.step_gradient == "coarse")
+        return quantized_relu(x, step, self.highest, self.step_gradient == "coarse")
 
     @torch.no_grad()
     def fit(self, x: torch.Tensor) -> None:
@@ -366,118 +366,3 @@ def sample(x: torch.Tensor, most: int = 65536) -> torch.Tensor:
         chosen = torch.randint(values.numel(), (most,), generator=torch.Generator().manual_seed(0))
         values = values[chosen.to(x.device)]
     return values.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def features(x: torch.Tensor) -> int:
-    """Number of elements for one image of a batch (N, …); all elements of a tensor that has no other dimension."""
-    return x[0].numel() if x.ndim > 1 and len(x) else x.numel()
-
-
-def _flat(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """All elements in the order in which they lie in memory, that of ``like``, which has no gaps."""
-    if x.stride() != like.stride():
-        x = torch.empty_like(like, dtype=x.dtype).copy_(x)
-    return x.as_strided((x.numel(),), (1,), x.storage_offset())
-
-
-def _chunks(*tensors: torch.Tensor):
-    """Pieces of flat tensors: small enough for a core's cache on a CPU, whole elsewhere."""
-    size = _chunk_size(tensors[0])
-    if tensors[0].numel() <= size:
-        return [tensors]
-    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
-
-
-def _chunk_size(x: torch.Tensor) -> int:
-    return _CHUNK // x.element_size() if x.device.type == "cpu" else x.numel()
-
-
-def _wide(step: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The step as one element in float32 at least: a scalar would let bfloat16 input be divided in bfloat16."""
-    return step.clamp_min(SMALLEST_STEP).to(torch.promote_types(x.dtype, torch.float32)).reshape(1)
-
-
-def _buffers(number: int, x: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Room for a chunk's numbers: allocated once a call, because memory fresh from the system costs page faults."""
-    size = min(_chunk_size(x), x.numel())
-    return [torch.empty(size, dtype=dtype, device=x.device) for _ in range(number)]
-
-
-def _inside(values: torch.Tensor, x: torch.Tensor, top: torch.Tensor | float, out: torch.Tensor) -> torch.Tensor:
-    """``values`` where 0 < x < top, 0 elsewhere, also where ``values`` is infinite; written to ``out``.
-
-    Where x is NaN either of the two: the loss is NaN then, and training stops.
-    """
-    if isinstance(top, float):
-        return torch.ops.aten.hardtanh_backward.grad_input(values, x, 0.0, top, grad_input=out)
-    return out.copy_(torch.where((x > 0) & (x < top), values, 0))
-
-
-@torch.library.custom_op("faqd::quantized_relu", mutates_args=())
-def _quantized_relu(x: torch.Tensor, step: torch.Tensor, highest: int, coarse: bool) -> torch.Tensor:
-    y = torch.empty_like(x)  # without gaps: strides follow x's order of dimensions
-    step = _wide(step, x)
-    if x.dtype == step.dtype:
-        for source, target in _chunks(_flat(x, y), _flat(y, y)):
-            torch.div(source, step, out=target).clamp_(0, highest).round_().mul_(step)
-        return y
-    (work,) = _buffers(1, x, step.dtype)
-    for source, target in _chunks(_flat(x, y), _flat(y, y)):
-        wide = work[: source.numel()].copy_(source)
-        target.copy_(wide.div_(step).clamp_(0, highest).round_().mul_(step))
-    return y
-
-
-@_quantized_relu.register_fake
-def _(x, step, highest, coarse):
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("faqd::quantized_relu_backward", mutates_args=())
-def _quantized_relu_backward(
-    gradient: torch.Tensor, x: torch.Tensor, y: torch.Tensor, step: torch.Tensor, highest: int, coarse: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    to_x = torch.empty_like(x)
-    # The gradient passes the guard of a step that is too small, so that such a step can recover.
-    guarded = _wide(step, x)
-    total = torch.zeros((), dtype=guarded.dtype, device=x.device)
-    # As a number where that costs nothing: elsewhere the host would have to wait for it.
-    top = float(guarded) * highest if x.device.type == "cpu" else guarded * highest
-    narrow = x.dtype != total.dtype
-    steps = guarded.reciprocal()  # a product takes half as long as a quotient, and sums do not feel its last digit
-    work = [] if coarse else _buffers(3 if narrow else 1, x, total.dtype)
-    for source, result, g, target in _chunks(*(_flat(tensor, to_x) for tensor in (x, y, gradient, to_x))):
-        room = work if work and len(work[0]) == len(source) else [buffer[: len(source)] for buffer in work]
-        if coarse:
-            inside = _inside(g, source, top, out=target).sum(dtype=total.dtype)
-            above = torch.where(source.to(total.dtype) >= top, g.to(total.dtype), 0).sum()
-            total += inside * 2.0 ** round(math.log2(highest + 1) - 1) + above * highest
-        elif narrow:  # y is rounded to fewer digits than y − x needs: α·(Σ g·round(x/α) − Σ g·x/α inside), clipped
-            ratio, wide, inside = room
-            target.copy_(_inside(wide.copy_(g), ratio.copy_(source), top, out=inside))
-            kept = torch.dot(inside, ratio.mul_(steps).clamp_(0, highest))
-            total += torch.dot(wide, ratio.round_()) - kept
-        else:  # α·(round(x/α) − x/α) = y − x inside, α·Q = y above, 0 = y below
-            _inside(g, source, top, out=target)
-            kept = _inside(source, source, top, out=room[0])
-            total += torch.dot(g, torch.sub(result, kept, out=kept))
-    total /= math.sqrt(max(1, features(x)) * highest)
-    return to_x, (total if coarse or narrow else total / guarded.squeeze()).to(step.dtype)
-
-
-@_quantized_relu_backward.register_fake
-def _(gradient, x, y, step, highest, coarse):
-    return torch.empty_like(x), torch.empty_like(step)
-
-
-def _keep_input(ctx, inputs, output) -> None:
-    x, step, ctx.highest, ctx.coarse = inputs
-    ctx.save_for_backward(x, output, step)  # the output costs no memory: the next layer keeps it, too
-
-
-def _both_gradients(ctx, gradient: torch.Tensor):
-    x, y, step = ctx.saved_tensors
-    return *_quantized_relu_backward(gradient, x, y, step, ctx.highest, ctx.coarse), None, None
-
-
-_quantized_relu.register_autograd(_both_gradients, setup_context=_keep_input)

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faqd_lib import quantizers
-from faqd_lib.quantizers import QuantizedReLU, UniformWeight, best_step, features, weight_quantizer
+from faqd_lib import activation_kernels, quantizers
+from faqd_lib.activation_kernels import features
+from faqd_lib.quantizers import QuantizedReLU, UniformWeight, best_step, weight_quantizer
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 HIGHEST = {1: 1, 2: 1} | {bits: 2 ** (bits - 1) - 1 for bits in BITS[2:]}
@@ -491,7 +492,7 @@ def test_memory_layout_and_chunks_change_nothing(layout, step_gradient, chunk, m
     }[layout]()
     expected_step, expected = quantized_relu(0.2, 4, step_gradient).double(), x.clone().requires_grad_()
     expected_step(expected).backward(upstream)
-    monkeypatch.setattr(quantizers, "_CHUNK", chunk * x.element_size())
+    monkeypatch.setattr(activation_kernels, "_CHUNK", chunk * x.element_size())
     relu = quantized_relu(0.2, 4, step_gradient).double()
     leaf = arranged.detach().requires_grad_()
     output = relu(leaf)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from . import planning
+from .activation_kernels import compiled
 from .batches import Batches, Normalizer
 from .checkpoints import (
     CheckpointWarning,
@@ -24,13 +25,13 @@ from .description import weight_bytes
 from .measure import environment
 from .models import parameter_count
 from .progress import Reports
+from .quantizers import FLOAT_BITS
 from .results import RunStore, accuracies
 from .settings import Profile, SuiteState
 from .train import Learner, train
 
 # What of the environment must be the same for the same bits.
-SAME_BITS = ("torch", "processor", "threads", "device", "commit")
-
+SAME_BITS = ("torch", "processor", "threads", "device", "commit", "activation_kernels")
 
 _BETWEEN_REPORTS = 5.0  # seconds, of progress within an epoch
 
@@ -91,6 +92,9 @@ def _train_cohort(suite: Workplace, cohort: Sequence[RunConfig], label: str, pro
     splits = {"test": test} if validation is None else {"validation": validation, "test": test}
     learners = [suite.learner(c, batches) for c in cohort]
     here = environment(suite.device)
+    if suite.device.type == "cpu" and any(c.quantization.activation_bits != FLOAT_BITS for c in cohort):
+        # Before the first step, which is measured.
+        here["activation_kernels"] = "compiled" if compiled() else "not compiled"
     for learner in learners:
         remove_unfinished_writes(suite.store.run_folder(learner.config))
         _resume(suite.store, learner, here, progress)

@@ -334,7 +334,7 @@ class QuantizedReLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         step = self.step.detach() if self.step_gradient == "frozen" else self.step
-        return quantized_relu(x, step, self.highest, self.step_gradient == "coarse")
+        return quantized_relu(x, step, self.highest, self.step_gradient == "coarse", self.training)
 
     @torch.no_grad()
     def fit(self, x: torch.Tensor) -> None:

@@ -1,6 +1,9 @@
 """Weight and activation quantizers alone: levels, scales, gradients, whatever the tensor."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -545,7 +548,78 @@ def test_operators_meet_torchs_own_checks():
     x = torch.randn(2, 3, 4, 4, generator=generator(17)).requires_grad_()
     step = torch.tensor(0.2, requires_grad=True)
     for coarse in (False, True):
-        torch.library.opcheck(torch.ops.faqd.quantized_relu.default, (x, step, 15, coarse))
+        torch.library.opcheck(torch.ops.faqd.quantized_relu.default, (x, step, 15, coarse, False))
+
+
+def gradients(x: torch.Tensor, bits: int, step_gradient: str, training: bool) -> tuple[torch.Tensor, ...]:
+    relu = quantized_relu(0.0937, bits, step_gradient).train(training)
+    leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    output = relu(leaf)
+    upstream = torch.randn(x.shape, generator=generator(21)).to(x.dtype)
+    output.backward(upstream.to(memory_format=torch.channels_last))
+    return output.detach(), leaf.grad, relu.step.grad
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize("step_gradient", ["lsq", "coarse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_kernels_give_the_same_numbers(bits, step_gradient, dtype):
+    assert activation_kernels.compiled() is not None
+    x = (torch.randn(3, 32, 30, 31, generator=generator(20)) * 4).to(dtype)
+    assert x.numel() >= activation_kernels._COMPILED_FROM
+    for arranged in (x, x.to(memory_format=torch.channels_last), torch.cat((x, x), dim=3)[..., :31]):
+        in_training, otherwise = (gradients(arranged, bits, step_gradient, mode) for mode in (True, False))
+        assert torch.equal(in_training[0], otherwise[0])
+        assert torch.equal(in_training[1], otherwise[1])
+        assert in_training[0].stride() == otherwise[0].stride()
+        assert in_training[2].item() == pytest.approx(otherwise[2].item(), rel=1e-4 if dtype == torch.float32 else 2e-2)
+
+
+def test_compiled_kernels_are_used_for_large_tensors_in_training_only(monkeypatch):
+    calls = []
+
+    def spy(function):
+        def called(*arguments):
+            calls.append(arguments[0].numel())
+            return function(*arguments)
+
+        return called
+
+    kernels = [spy(function) for function in (activation_kernels._values, activation_kernels._gradients)]
+    monkeypatch.setattr(activation_kernels, "compiled", lambda: kernels)
+    enough = activation_kernels._COMPILED_FROM
+    for training in (True, False):
+        for count in (enough - 1, enough):
+            quantized_relu(0.2).train(training)(torch.ones(1, count).requires_grad_()).sum().backward()
+    assert calls == [enough, enough]  # values, gradients
+
+
+def without_a_compiler(**environment: str) -> subprocess.CompletedProcess:
+    code = """
+import torch
+from faqd_lib.quantizers import QuantizedReLU
+relu, x = QuantizedReLU(4), torch.linspace(-1, 4, 2**17).unsqueeze(0).requires_grad_()
+relu(x).sum().backward()
+trained = relu(x).sum(), x.grad.clone(), relu.step.grad.clone()
+x.grad = relu.step.grad = None
+relu.eval()(x).sum().backward()
+assert all(map(torch.equal, trained, (relu(x).sum(), x.grad, relu.step.grad)))
+"""
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+
+
+def test_without_a_compiler_it_is_said_once_and_training_goes_on(tmp_path):
+    missing = str(tmp_path / "no-compiler")
+    said = without_a_compiler(CXX=missing, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")).stderr
+    assert said.count("no C++ compiler works here") == 1
+    assert missing in said
+    assert "TORCH_COMPILE_DISABLE=1" in said
+
+
+def test_torchs_own_switch_turns_the_compiler_off_in_silence():
+    assert "compiler" not in without_a_compiler(TORCH_COMPILE_DISABLE="1").stderr
 
 
 def test_unknown_step_gradient_is_named():

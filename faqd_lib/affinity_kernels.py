@@ -196,12 +196,15 @@ def _(student, teacher, method, norm, projections, with_gradient):
 
 def _keep_gradient(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)  # nobody differentiates the gradient: zeros as large as a map would be made for it
     ctx.student_dtype = inputs[0].dtype
 
 
 def _scaled_gradient(ctx, of_total: torch.Tensor, of_gradient: torch.Tensor | None):
     if torch.is_grad_enabled():  # only under create_graph: the saved gradient would silently count as constant
         raise RuntimeError("the affinity loss has no second derivative: call backward without create_graph=True")
+    if of_total is None:
+        return (None,) * 6
     (gradient,) = ctx.saved_tensors
     # Multiplied before the cast: the scale of float16 training does not fit into float16 by itself.
     return (gradient * of_total).to(ctx.student_dtype), None, None, None, None, None

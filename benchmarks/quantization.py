@@ -4,9 +4,9 @@
     pip install brevitas && python benchmarks/quantization.py
 
 A ResNet-20's step on random images: forward, cross-entropy, backward, SGD; channels-last. Float; with 1-bit
-weights (1W32A); with 4-bit activations, too (1W4A); and, where Brevitas is installed, the same by it: 1-bit weights
-with a fixed scale, 4-bit activations with a learned one. Prints a table; writes ``quantization.json`` to ``--out``
-(``results/benchmarks`` if left out).
+weights (1W32A); with 4-bit activations, too (1W4A), as the suite trains them and without compiled kernels; and, where
+Brevitas is installed, the same by it: 1-bit weights with a fixed scale, 4-bit activations with a learned one. Prints a
+table; writes ``quantization.json`` to ``--out`` (``results/benchmarks`` if left out).
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from reporting import announce, options, parse, show, spread, write
 from torch import nn
 
-from faqd_lib import build_model, calibrate, quantize
+from faqd_lib import build_model, calibrate, compile_activations, quantize
 from faqd_lib.measure import environment, peak_bytes, take_turns
 from faqd_lib.quantize import replace_modules
 from faqd_lib.train import precision_that_pays
@@ -47,7 +47,7 @@ def brevitas_network(model: nn.Module) -> nn.Module:
     return model
 
 
-def networks(device: str, images: torch.Tensor) -> dict[str, nn.Module]:
+def networks(device: str, images: torch.Tensor, precision: str) -> dict[str, nn.Module]:
     def fresh() -> nn.Module:
         return build_model("resnet20", 10, image_size=32, seed=1)
 
@@ -55,6 +55,7 @@ def networks(device: str, images: torch.Tensor) -> dict[str, nn.Module]:
         "float": fresh(),
         "1W32A": quantize(fresh(), weight_bits=1),
         "1W4A": quantize(fresh(), weight_bits=1, activation_bits=4),
+        "1W4A, not compiled": quantize(fresh(), weight_bits=1, activation_bits=4),
         "1W4A, coarse": quantize(fresh(), weight_bits=1, activation_bits=4, step_gradient="coarse"),
     }
     if importlib.util.find_spec("brevitas"):
@@ -63,6 +64,8 @@ def networks(device: str, images: torch.Tensor) -> dict[str, nn.Module]:
         model.to(device, memory_format=torch.channels_last)
         if "Brevitas" not in name:  # which calibrates itself in its first steps
             calibrate(model, images)
+        if name in ("1W4A", "1W4A, coarse") and torch.device(device).type == "cpu":
+            compile_activations(model, torch.bfloat16 if precision == "bf16" else torch.float32)
         model.train()
     return made
 
@@ -75,7 +78,7 @@ def training_steps(device: str, batch: int, precision: str) -> Calls:
     images = torch.randn(batch, 3, 32, 32, generator=generator).to(device, memory_format=torch.channels_last)
     labels = torch.randint(10, (batch,), generator=generator).to(device)
     calls = {}
-    for name, model in networks(device, images).items():
+    for name, model in networks(device, images, precision).items():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
         def step(model=model, optimizer=optimizer):

@@ -11,7 +11,14 @@ from .description import describe
 from .distill import DistillationObjective
 from .models import FeatureTap, build_model
 from .packed import load_packed, save_packed
-from .quantize import calibrate, dequantize, quantize, reestimate_batch_norm, split_parameters
+from .quantize import (
+    calibrate,
+    compile_activations,
+    dequantize,
+    quantize,
+    reestimate_batch_norm,
+    split_parameters,
+)
 
 
 def __getattr__(name: str) -> object:
@@ -34,6 +41,7 @@ __all__ = [
     "affinity_statistics",
     "build_model",
     "calibrate",
+    "compile_activations",
     "dequantize",
     "describe",
     "feature_affinity_loss",

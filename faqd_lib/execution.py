@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from . import planning
-from .activation_kernels import compiled
 from .batches import Batches, Normalizer
 from .checkpoints import (
     CheckpointWarning,
@@ -25,7 +24,6 @@ from .description import weight_bytes
 from .measure import environment
 from .models import parameter_count
 from .progress import Reports
-from .quantizers import FLOAT_BITS
 from .results import RunStore, accuracies
 from .settings import Profile, SuiteState
 from .train import Learner, train
@@ -92,9 +90,6 @@ def _train_cohort(suite: Workplace, cohort: Sequence[RunConfig], label: str, pro
     splits = {"test": test} if validation is None else {"validation": validation, "test": test}
     learners = [suite.learner(c, batches) for c in cohort]
     here = environment(suite.device)
-    if suite.device.type == "cpu" and any(c.quantization.activation_bits != FLOAT_BITS for c in cohort):
-        # Before the first step, which is measured.
-        here["activation_kernels"] = "compiled" if compiled() else "not compiled"
     for learner in learners:
         remove_unfinished_writes(suite.store.run_folder(learner.config))
         _resume(suite.store, learner, here, progress)
@@ -130,7 +125,7 @@ def _train_cohort(suite: Workplace, cohort: Sequence[RunConfig], label: str, pro
             parameters=parameter_count(trained.model),
             weight_bytes=weight_bytes(trained.model),
             cost=trained.cost,
-            environment=here,
+            environment=here | trained.kernels,
             dataset_note=suite.state.note,
             predictions=trained.predictions,
             labels=test.labels,
@@ -150,7 +145,7 @@ def _epochs(learners: Sequence[Learner]) -> float:
 def save_checkpoint(store: RunStore, learner: Learner, here: dict[str, str | int]) -> None:
     """Write what a run needs to go on from where it is."""
     tensors, facts = learner.state()
-    facts |= {"digest": learner.config.digest, "environment": here}
+    facts |= {"digest": learner.config.digest, "environment": here | learner.kernels}
     write_checkpoint(store.run_folder(learner.config), tensors, Facts(**facts))
 
 
@@ -163,6 +158,7 @@ def _resume(store: RunStore, learner: Learner, here: dict[str, str | int], progr
     learner.load_state(tensors, facts.model_dump())
     progress.skip(_epochs([learner]))
     progress.say(f"{learner.config.run_id} goes on from its checkpoint after step {learner.steps}")
+    here = here | learner.kernels
     if changed := [key for key in SAME_BITS if here.get(key) != facts.environment.get(key)]:
         what = ", ".join(f"{key} {facts.environment.get(key)} then, {here.get(key)} now" for key in changed)
         warnings.warn(

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import update_bn
 
+from .activation_kernels import kernels
 from .calls import RECTIFIERS, WEIGHTED, ActivationCalls, kept_modes
 from .quantizers import (
     ACTIVATION_BITS,
@@ -260,6 +261,30 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
             stacklevel=3,  # past torch.no_grad
         )
     return model
+
+
+def compile_activations(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
+    """Train quantized activations by kernels that ``torch.compile`` makes, a tenth of a training step faster on CPUs.
+
+    For training in a loop of one's own, outside ``torch.compile``; in evaluation mode, on other devices, for small
+    tensors, and in traces nothing changes. A second derivative is refused. Numbers are the same but for the last
+    digits of the steps' gradients. Takes some fifteen seconds the first time on a machine, two or three later on.
+
+    Args:
+        model: a network with quantized activations; what is in it so far.
+        dtype: of the activations in training: ``torch.bfloat16`` under autocast.
+
+    Returns:
+        Whether there are such kernels: not without quantized activations on the CPU, nor under
+        ``TORCH_COMPILE_DISABLE=1``.
+
+    Warns:
+        UserWarning: compiling fails, as it does without a C++ compiler; training then goes on as before.
+    """
+    relus = [relu for relu in _quantized_relus(model) if relu.step.device.type == "cpu"]
+    for relu in relus:
+        relu.compiled = kernels(dtype, relu.is_coarse) is not None
+    return any(relu.compiled for relu in relus)
 
 
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> nn.Module:

@@ -324,8 +324,14 @@ class QuantizedReLU(nn.Module):
             raise ValueError(f"step_gradient must be one of {', '.join(STEP_GRADIENTS)}, got {step_gradient!r}")
         self.bits, self.step_gradient = bits, step_gradient
         self.highest = 2**bits - 1
+        self.compiled = False  # see faqd_lib.quantize.compile_activations
         self.step = nn.Parameter(torch.tensor(gaussian_step(self.highest), dtype=torch.float32))
         self.__dict__["replaces"] = nn.ReLU() if replaces is None else replaces  # not a submodule: it is not in use
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether the step has the coarse gradient."""
+        return self.step_gradient == "coarse"
 
     @property
     def is_initial(self) -> bool:
@@ -334,7 +340,7 @@ class QuantizedReLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         step = self.step.detach() if self.step_gradient == "frozen" else self.step
-        return quantized_relu(x, step, self.highest, self.step_gradient == "coarse", self.training)
+        return quantized_relu(x, step, self.highest, self.is_coarse, self.compiled and self.training)
 
     @torch.no_grad()
     def fit(self, x: torch.Tensor) -> None:

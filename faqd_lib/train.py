@@ -22,7 +22,7 @@ from .data import Images
 from .distill import DistillationObjective
 from .measure import Stopwatch, exact_kernels, peak_bytes
 from .models import FeatureTap
-from .quantize import blend, split_parameters
+from .quantize import blend, compile_activations, split_parameters
 
 CHECK_EVERY = {"cpu": 1}  # steps between looks at the loss; elsewhere a look waits for the device
 CHECK_EVERY_ELSEWHERE = 50
@@ -78,6 +78,10 @@ class Learner:
             nesterov=o.momentum > 0,
             weight_decay=o.weight_decay,
         )
+        self.kernels: dict[str, str] = {}  # what of them a record has to say
+        if activation_steps and o.epochs and activation_steps[0].device.type == "cpu":
+            made = compile_activations(model, torch.bfloat16 if o.precision == "bf16" else torch.float32)
+            self.kernels["activation_kernels"] = "compiled" if made else "not compiled"
         self.history: list[dict[str, float]] = []
         self.predictions: torch.Tensor | None = None  # of the last test; a checkpoint does not hold them
         self.steps = 0
@@ -248,14 +252,15 @@ def evaluate(model: nn.Module, images: Images, normalizer: Normalizer, batch_siz
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run: the network in evaluation mode, its history, what it cost, and which class it took every test
-    image for."""
+    """A finished run: the network in evaluation mode, its history, what it cost, which class it took every test image
+    for, and what its record has to say of compiled kernels."""
 
     config: RunConfig
     model: nn.Module
     history: list[dict[str, float]]
     cost: dict[str, float]
     predictions: torch.Tensor
+    kernels: dict[str, str]
 
 
 @dataclass
@@ -407,7 +412,7 @@ def _finish(learner: Learner, batch_size: int, cohort: int) -> Trained:
         "peak_step_bytes": learner.peak_bytes,
         "cohort": cohort,
     }
-    return Trained(learner.config, learner.model.eval(), learner.history, cost, learner.predictions)
+    return Trained(learner.config, learner.model.eval(), learner.history, cost, learner.predictions, learner.kernels)
 
 
 def projection_seed(seed: int) -> int:

@@ -1,16 +1,20 @@
 """Weight and activation quantizers alone: levels, scales, gradients, whatever the tensor."""
 
+import copy
 import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from faqd_lib import activation_kernels, quantizers
+from faqd_lib import activation_kernels, compile_activations, quantize, quantizers
 from faqd_lib.activation_kernels import features
 from faqd_lib.quantizers import QuantizedReLU, UniformWeight, best_step, weight_quantizer
 
@@ -548,62 +552,160 @@ def test_operators_meet_torchs_own_checks():
     x = torch.randn(2, 3, 4, 4, generator=generator(17)).requires_grad_()
     step = torch.tensor(0.2, requires_grad=True)
     for coarse in (False, True):
-        torch.library.opcheck(torch.ops.faqd.quantized_relu.default, (x, step, 15, coarse, False))
+        torch.library.opcheck(torch.ops.faqd.quantized_relu.default, (x, step, 15, coarse))
 
 
-def gradients(x: torch.Tensor, bits: int, step_gradient: str, training: bool) -> tuple[torch.Tensor, ...]:
-    relu = quantized_relu(0.0937, bits, step_gradient).train(training)
-    leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+@pytest.fixture(scope="module")
+def compiler():
+    if activation_kernels.kernels(torch.float32, False) is None:
+        pytest.skip("torch.compile does not work here")
+
+
+needs_compiler = pytest.mark.usefixtures("compiler")
+
+
+def gradients(x: torch.Tensor, bits: int, step_gradient: str, compiled: bool) -> tuple[torch.Tensor, ...]:
+    relu = quantized_relu(0.0937, bits, step_gradient)
+    relu.compiled = compiled
+    leaf = x.detach().requires_grad_()
     output = relu(leaf)
     upstream = torch.randn(x.shape, generator=generator(21)).to(x.dtype)
     output.backward(upstream.to(memory_format=torch.channels_last))
     return output.detach(), leaf.grad, relu.step.grad
 
 
+def large(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    x = (torch.randn(3, 32, 30, 31, generator=generator(20)) * 4).to(dtype)
+    assert x.numel() >= activation_kernels._COMPILED_FROM
+    return x
+
+
+@needs_compiler
 @pytest.mark.parametrize("bits", [1, 4, 8])
 @pytest.mark.parametrize("step_gradient", ["lsq", "coarse"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_kernels_give_the_same_numbers(bits, step_gradient, dtype):
-    assert activation_kernels.compiled() is not None
-    x = (torch.randn(3, 32, 30, 31, generator=generator(20)) * 4).to(dtype)
-    assert x.numel() >= activation_kernels._COMPILED_FROM
-    for arranged in (x, x.to(memory_format=torch.channels_last), torch.cat((x, x), dim=3)[..., :31]):
-        in_training, otherwise = (gradients(arranged, bits, step_gradient, mode) for mode in (True, False))
-        assert torch.equal(in_training[0], otherwise[0])
-        assert torch.equal(in_training[1], otherwise[1])
-        assert in_training[0].stride() == otherwise[0].stride()
-        assert in_training[2].item() == pytest.approx(otherwise[2].item(), rel=1e-4 if dtype == torch.float32 else 2e-2)
+    x = large(dtype)
+    for arranged in (
+        x,
+        x.to(memory_format=torch.channels_last),
+        torch.cat((x, x), dim=3)[..., :31],
+        x[:1].expand_as(x),
+    ):
+        compiled, otherwise = (gradients(arranged, bits, step_gradient, which) for which in (True, False))
+        assert torch.equal(compiled[0], otherwise[0])
+        assert torch.equal(compiled[1], otherwise[1])
+        assert compiled[0].stride() == otherwise[0].stride()
+        assert compiled[2].item() == pytest.approx(otherwise[2].item(), rel=1e-4 if dtype == torch.float32 else 2e-2)
 
 
-def test_compiled_kernels_are_used_for_large_tensors_in_training_only(monkeypatch):
-    calls = []
+@needs_compiler
+def test_compiled_kernels_are_made_for_every_use_and_never_too_often():
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                for step_gradient in ("lsq", "coarse"):
+                    with torch.autocast("cpu", torch.bfloat16):
+                        gradients(large(dtype), 4, step_gradient, True)
+                    gradients(large(dtype), 1, step_gradient, True)
+    finally:
+        torch.set_num_threads(before)
 
-    def spy(function):
-        def called(*arguments):
-            calls.append(arguments[0].numel())
-            return function(*arguments)
 
-        return called
+@needs_compiler
+def test_compiled_kernels_are_made_once_whatever_threads_ask(monkeypatch):
+    monkeypatch.setattr(activation_kernels, "_made", {})
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: activation_kernels.kernels(torch.float32, False), range(4)))
+        found = list(pool.map(lambda _: gradients(large(), 4, "lsq", True), range(8)))
+    assert set(made) == {activation_kernels._made[torch.float32, False, torch.get_num_threads()]}
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
 
-    kernels = [spy(function) for function in (activation_kernels._values, activation_kernels._gradients)]
-    monkeypatch.setattr(activation_kernels, "compiled", lambda: kernels)
+
+def test_compiled_kernels_are_for_large_plain_tensors_in_training(monkeypatch):
+    class Spy:
+        def forward(self, x, step, highest):
+            calls.append(x.numel())
+            return x.clone()
+
+        def backward(self, gradient, x, step, highest, coarse):
+            return gradient, torch.zeros_like(step)
+
+    calls: list[int] = []
+    monkeypatch.setattr(activation_kernels, "kernels", lambda dtype, coarse: Spy())
     enough = activation_kernels._COMPILED_FROM
-    for training in (True, False):
-        for count in (enough - 1, enough):
-            quantized_relu(0.2).train(training)(torch.ones(1, count).requires_grad_()).sum().backward()
-    assert calls == [enough, enough]  # values, gradients
+
+    def run(count: int, training: bool = True, asked: bool = True):
+        relu = quantized_relu(0.2).train(training)
+        relu.compiled = asked
+        relu(torch.ones(1, count).requires_grad_()).sum().backward()
+
+    for count, training, asked in ((enough - 1, True, True), (enough, False, True), (enough, True, False)):
+        run(count, training, asked)
+    with FlopCounterMode(display=False):
+        run(enough)
+    assert calls == []
+    run(enough)
+    assert calls == [enough]
+
+
+@needs_compiler
+def test_compiled_kernels_outputs_may_be_overwritten():
+    relu = quantized_relu(0.2, 4, "frozen")
+    relu.compiled = True
+    y = relu(large())
+    y *= torch.ones(1, requires_grad=True)
+    assert relu(large()).detach_()._base is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_second_derivative_is_refused(compiled):
+    relu = quantized_relu(0.2)
+    relu.compiled = compiled
+    x = large().requires_grad_()
+    (gradient,) = torch.autograd.grad(relu(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|no autograd formula|differentiat"):
+        gradient.square().sum().backward()
+
+
+@needs_compiler
+def test_copies_and_compiled_students_train_with_compiled_kernels():
+    network = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()), 1, 4)
+    assert compile_activations(network)
+    network = copy.deepcopy(network)
+    assert network[1].compiled
+    x = torch.randn(16, 3, 40, 40, generator=generator(22))
+    losses = []
+    for model in (network, torch.compile(network)):
+        loss = model(x).square().mean()
+        losses.append(loss.item())
+        loss.backward()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_compile_activations_says_what_there_is(monkeypatch):
+    assert not compile_activations(quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), 1))
+    asked = []
+    monkeypatch.setattr(sys.modules["faqd_lib.quantize"], "kernels", lambda *variant: asked.append(variant))
+    network = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), 1, 4, step_gradient="coarse")
+    assert not compile_activations(network, torch.bfloat16)
+    assert asked == [(torch.bfloat16, True)]
 
 
 def without_a_compiler(**environment: str) -> subprocess.CompletedProcess:
     code = """
 import torch
-from faqd_lib.quantizers import QuantizedReLU
-relu, x = QuantizedReLU(4), torch.linspace(-1, 4, 2**17).unsqueeze(0).requires_grad_()
-relu(x).sum().backward()
-trained = relu(x).sum(), x.grad.clone(), relu.step.grad.clone()
-x.grad = relu.step.grad = None
-relu.eval()(x).sum().backward()
-assert all(map(torch.equal, trained, (relu(x).sum(), x.grad, relu.step.grad)))
+from torch import nn
+from faqd_lib import compile_activations, quantize
+network = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), 1, 4)
+assert not compile_activations(network)
+assert not compile_activations(network)
+network(torch.randn(16, 3, 40, 40)).sum().backward()
+assert network[1].step.grad != 0
 """
     return subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True
@@ -613,13 +715,13 @@ assert all(map(torch.equal, trained, (relu(x).sum(), x.grad, relu.step.grad)))
 def test_without_a_compiler_it_is_said_once_and_training_goes_on(tmp_path):
     missing = str(tmp_path / "no-compiler")
     said = without_a_compiler(CXX=missing, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")).stderr
-    assert said.count("no C++ compiler works here") == 1
+    assert said.count("without compiled kernels") == 1
     assert missing in said
     assert "TORCH_COMPILE_DISABLE=1" in said
 
 
 def test_torchs_own_switch_turns_the_compiler_off_in_silence():
-    assert "compiler" not in without_a_compiler(TORCH_COMPILE_DISABLE="1").stderr
+    assert without_a_compiler(TORCH_COMPILE_DISABLE="1").stderr == ""
 
 
 def test_unknown_step_gradient_is_named():

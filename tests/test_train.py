@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from faqd_lib import activation_kernels
 from faqd_lib.batches import Batches
 from faqd_lib.config import OptimizationConfig, RunConfig
 from faqd_lib.data import ImageData, Images
@@ -388,3 +389,16 @@ def test_a_label_free_learner_is_kept_blind_among_labelled_batches(tiny_suite):
         (trained,) = train([suite.learner(config, batches)], batches, teacher, (), {"test": suite.splits[2]}).trained
         digests.append(tensors_digest(trained.model.state_dict()))
     assert digests[0] == digests[1]
+
+
+def test_compiled_activations_are_the_same_bits_in_a_cohort_and_are_recorded(tiny_suite, monkeypatch):
+    if not activation_kernels.kernels(torch.float32, False):
+        pytest.skip("torch.compile does not work here")
+    monkeypatch.setattr(activation_kernels, "_COMPILED_FROM", 1)
+    together, alone = tiny_suite("a"), tiny_suite("b")
+    quantized, weights_only = (together.student("KD", weight_bits=1, activation_bits=bits) for bits in (4, 32))
+    of_quantized, of_weights_only = together.run([quantized, weights_only])
+    alone.run([quantized])
+    assert same_bits(weights(together, quantized), weights(alone, quantized))
+    assert of_quantized.environment["activation_kernels"] == "compiled"
+    assert "activation_kernels" not in of_weights_only.environment

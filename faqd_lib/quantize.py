@@ -278,9 +278,14 @@ def compile_activations(model: nn.Module, dtype: torch.dtype = torch.float32) ->
         Whether there are such kernels: not without quantized activations on the CPU, nor under
         ``TORCH_COMPILE_DISABLE=1``.
 
+    Raises:
+        ValueError: ``dtype`` is not a floating-point type.
+
     Warns:
         UserWarning: compiling fails, as it does without a C++ compiler; training then goes on as before.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be that of activations, torch.float32 or torch.bfloat16, got {dtype!r}")
     relus = [relu for relu in _quantized_relus(model) if relu.step.device.type == "cpu"]
     for relu in relus:
         relu.compiled = kernels(dtype, relu.is_coarse) is not None

@@ -694,6 +694,8 @@ def test_compile_activations_says_what_there_is(monkeypatch):
     network = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), 1, 4, step_gradient="coarse")
     assert not compile_activations(network, torch.bfloat16)
     assert asked == [(torch.bfloat16, True)]
+    with pytest.raises(ValueError, match=r"torch\.int8"):
+        compile_activations(network, torch.int8)
 
 
 def without_a_compiler(**environment: str) -> subprocess.CompletedProcess:

@@ -271,24 +271,25 @@ def compile_activations(model: nn.Module, dtype: torch.dtype = torch.float32) ->
     digits of the steps' gradients. Takes some fifteen seconds the first time on a machine, two or three later on.
 
     Args:
-        model: a network with quantized activations; what is in it so far.
+        model: a network with quantized activations.
         dtype: of the activations in training: ``torch.bfloat16`` under autocast.
 
     Returns:
-        Whether there are such kernels: not without quantized activations on the CPU, nor under
-        ``TORCH_COMPILE_DISABLE=1``.
+        Whether there are such kernels: not on other devices, nor under ``TORCH_COMPILE_DISABLE=1``.
 
     Raises:
-        ValueError: ``dtype`` is not a floating-point type.
+        ValueError: nothing in the network is a quantized activation, or ``dtype`` is not a floating-point type.
 
     Warns:
         UserWarning: compiling fails, as it does without a C++ compiler; training then goes on as before.
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype must be that of activations, torch.float32 or torch.bfloat16, got {dtype!r}")
-    relus = [relu for relu in _quantized_relus(model) if relu.step.device.type == "cpu"]
+    relus = list(_quantized_relus(model))
+    if not relus:
+        raise ValueError("the network has no quantized activations: call quantize(model, activation_bits=…) first")
     for relu in relus:
-        relu.compiled = kernels(dtype, relu.is_coarse) is not None
+        relu.compiled = relu.step.device.type == "cpu" and kernels(dtype, relu.is_coarse) is not None
     return any(relu.compiled for relu in relus)
 
 

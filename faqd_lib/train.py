@@ -78,14 +78,14 @@ class Learner:
             nesterov=o.momentum > 0,
             weight_decay=o.weight_decay,
         )
+        device = next(model.parameters()).device
         self.kernels: dict[str, str] = {}  # what of them a record has to say
-        if activation_steps and o.epochs and activation_steps[0].device.type == "cpu":
+        if activation_steps and o.epochs and device.type == "cpu":
             made = compile_activations(model, torch.bfloat16 if o.precision == "bf16" else torch.float32)
             self.kernels["activation_kernels"] = "compiled" if made else "not compiled"
         self.history: list[dict[str, float]] = []
         self.predictions: torch.Tensor | None = None  # of the last test; a checkpoint does not hold them
         self.steps = 0
-        device = next(model.parameters()).device
         self.watch, self.loss_watch = Stopwatch(device), Stopwatch(device)
         self.data_seconds = self.teacher_seconds = 0.0  # its share of what the cohort has in common
         self.peak_bytes = 0

@@ -688,7 +688,8 @@ def test_copies_and_compiled_students_train_with_compiled_kernels():
 
 
 def test_compile_activations_says_what_there_is(monkeypatch):
-    assert not compile_activations(quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), 1))
+    with pytest.raises(ValueError, match="call quantize"):
+        compile_activations(quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), 1))
     asked = []
     monkeypatch.setattr(sys.modules["faqd_lib.quantize"], "kernels", lambda *variant: asked.append(variant))
     network = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), 1, 4, step_gradient="coarse")

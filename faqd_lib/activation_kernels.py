@@ -238,8 +238,8 @@ def kernels(dtype: torch.dtype, coarse: bool) -> _Kernels | None:
                 _made[key] = None
                 reason = f"{type(error.inner_exception).__name__}: {error.inner_exception}".splitlines()[0]
                 warnings.warn(
-                    "training with quantized activations goes on without compiled kernels, a tenth slower and with "
-                    f"the same numbers to rounding, because compiling failed ({reason}): install a C++ compiler (g++ "
+                    "training with quantized activations goes on without compiled kernels, slower and with the "
+                    f"same numbers to rounding, because compiling failed ({reason}): install a C++ compiler (g++ "
                     "or clang) if there is none, or set TORCH_COMPILE_DISABLE=1",
                     stacklevel=2,
                 )
@@ -263,12 +263,12 @@ class _Compiled(torch.autograd.Function):
 def _is_plain(x: torch.Tensor) -> bool:
     """Whether compiled kernels can take it: nobody traces, counts or pretends, and it is large enough."""
     return (
-        type(x) in (torch.Tensor, torch.nn.Parameter)
-        and x.device.type == "cpu"
-        and x.numel() >= _COMPILED_FROM
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and x.numel() >= _COMPILED_FROM
     )
 
 

@@ -264,7 +264,7 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
 
 
 def compile_activations(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
-    """Train quantized activations by kernels that ``torch.compile`` makes, a tenth of a training step faster on CPUs.
+    """Train quantized activations by kernels that ``torch.compile`` makes: faster on CPUs.
 
     For training in a loop of one's own, outside ``torch.compile``; in evaluation mode, on other devices, for small
     tensors, and in traces nothing changes. A second derivative is refused. Numbers are the same but for the last

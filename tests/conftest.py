@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from faqd_lib import activation_kernels
 from faqd_lib.batches import stream
 from faqd_lib.config import (
     AFFINITY_RECIPE,
@@ -161,3 +163,11 @@ def run_config() -> RunConfig:
         optimization=OptimizationConfig(epochs=2, batch_size=16),
         objective=ObjectiveConfig(label_weight=1.0),
     )
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """Skips where there is no C++ compiler; where there is one, compiled kernels must come of it."""
+    if os.environ.get("TORCH_COMPILE_DISABLE") or not any(map(shutil.which, ("g++", "clang++"))):
+        pytest.skip("needs a C++ compiler (g++ or clang), and TORCH_COMPILE_DISABLE unset")
+    assert activation_kernels.kernels(torch.float32, False) is not None

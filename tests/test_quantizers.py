@@ -12,6 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from faqd_lib import activation_kernels, compile_activations, quantize, quantizers
@@ -555,12 +557,6 @@ def test_operators_meet_torchs_own_checks():
         torch.library.opcheck(torch.ops.faqd.quantized_relu.default, (x, step, 15, coarse))
 
 
-@pytest.fixture(scope="module")
-def compiler():
-    if activation_kernels.kernels(torch.float32, False) is None:
-        pytest.skip("torch.compile does not work here")
-
-
 needs_compiler = pytest.mark.usefixtures("compiler")
 
 
@@ -610,6 +606,7 @@ def test_compiled_kernels_are_made_for_every_use_and_never_too_often():
                     with torch.autocast("cpu", torch.bfloat16):
                         gradients(large(dtype), 4, step_gradient, True)
                     gradients(large(dtype), 1, step_gradient, True)
+                    assert activation_kernels._made[dtype, step_gradient == "coarse", threads] is not None
     finally:
         torch.set_num_threads(before)
 
@@ -650,6 +647,21 @@ def test_compiled_kernels_are_for_large_plain_tensors_in_training(monkeypatch):
     assert calls == []
     run(enough)
     assert calls == [enough]
+
+
+@needs_compiler
+def test_compiled_kernels_stay_out_of_traces_and_pretended_tensors():
+    relu = quantized_relu(0.2)
+    relu.compiled = True
+    x = large()
+    assert torch.equal(torch.jit.trace(relu, x, check_trace=False)(x), relu(x))
+    assert torch.equal(make_fx(relu)(x)(x), relu(x))
+    mode = FakeTensorMode()
+    pretended, step = (mode.from_tensor(tensor.detach()).requires_grad_() for tensor in (x, relu.step))
+    with mode:
+        output = activation_kernels.quantized_relu(pretended, step, 15, False, True)
+        output.sum().backward()
+    assert output.shape == pretended.grad.shape == x.shape
 
 
 @needs_compiler

@@ -391,9 +391,8 @@ def test_a_label_free_learner_is_kept_blind_among_labelled_batches(tiny_suite):
     assert digests[0] == digests[1]
 
 
+@pytest.mark.usefixtures("compiler")
 def test_compiled_activations_are_the_same_bits_in_a_cohort_and_are_recorded(tiny_suite, monkeypatch):
-    if not activation_kernels.kernels(torch.float32, False):
-        pytest.skip("torch.compile does not work here")
     monkeypatch.setattr(activation_kernels, "_COMPILED_FROM", 1)
     together, alone = tiny_suite("a"), tiny_suite("b")
     quantized, weights_only = (together.student("KD", weight_bits=1, activation_bits=bits) for bits in (4, 32))

@@ -16,7 +16,7 @@ tables; writes ``training.json`` and ``training.png`` to ``--out`` (``results/be
 import itertools
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -30,10 +30,11 @@ from faqd_lib import FeatureTap, build_model, plots
 from faqd_lib._torchvision import torchvision
 from faqd_lib.batches import Batch, Batches
 from faqd_lib.config import RunConfig
+from faqd_lib.cuda_graphs import Recorder, own_stream
 from faqd_lib.measure import Stopwatch, environment, peak_bytes, take_turns
 from faqd_lib.settings import Profile
 from faqd_lib.suite import Suite
-from faqd_lib.train import _Teacher as TeacherPass
+from faqd_lib.train import TeacherPass
 
 STAGES = ("layer1", "layer2", "layer3")
 COHORTS = (1, 2, 4, 8)
@@ -59,12 +60,17 @@ def endless(batches: Batches) -> Iterator[Batch]:
 
 
 def cohort_step(
-    suite: Suite, configs: Sequence[RunConfig], teacher: str | None, like: RunConfig | None = None
+    suite: Suite,
+    configs: Sequence[RunConfig],
+    teacher: str | None,
+    like: RunConfig | None = None,
+    cuda_graphs: bool = True,
 ) -> Callable[[], None]:
     """One step of the suite's own training loop for these students: data, the teacher's pass, every student's step.
 
     Without students: what they have in common, for one such as ``like``.
     """
+    recorder = Recorder(suite.device) if cuda_graphs and suite.device.type == "cuda" else None
     training, like = suite.splits[0], like or configs[0]
     images = training.unlabelled() if like.label_free else training
     batches = Batches(images, like.optimization.batch_size, 1, suite.normalizer)
@@ -76,19 +82,31 @@ def cohort_step(
     wants_maps = like.objective.affinity_weight > 0 or any(
         learner.objective.affinity_weight > 0 for learner in learners
     )
-    teaches = TeacherPass(model, STAGES if wants_maps else (), suite.precision)
+    teaches = TeacherPass(model, STAGES if wants_maps else (), suite.precision, recorder)
     source = endless(batches)
     for learner in learners:
         learner.model.train()
+        learner.record_with(recorder)
 
     def step() -> None:
         batch = next(source)
+        batch = batch if recorder is None else recorder.placed(batch)
         logits, maps = teaches(batch.images)
         for learner in learners:
             labels = None if learner.config.label_free else batch.labels
             learner.step(0, batch.images, labels, logits, maps)
 
     return step
+
+
+def peaks(calls: Mapping[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
+    """Peak memory of each call in MiB. The calls after this one are recorded, on CUDA: their memory is set aside."""
+    found = {}
+    for name, call in calls.items():
+        call()
+        found[name] = peak_bytes(call, device) / 2**20
+        call()
+    return found
 
 
 def row(times: list[float], images: int, **labels) -> dict:
@@ -105,12 +123,18 @@ def steps(suite: Suite, batch: int, rounds: int, teacher: str) -> pd.DataFrame:
         "+ FA": (suite.student("FAQD", teacher=teacher, **faqd), teacher),
         "+ FFA, k = 6, in place of FA": (suite.student("FFAQD", k=6, teacher=teacher, **faqd), teacher),
     }
-    calls = {name: cohort_step(suite, [config], model) for name, (config, model) in kinds.items()}
+    if suite.device.type == "cuda":
+        kinds |= {f"{name}, not recorded": kind for name, kind in kinds.items()}
+    calls = {
+        name: cohort_step(suite, [config], model, cuda_graphs="not recorded" not in name)
+        for name, (config, model) in kinds.items()
+    }
+    memory = peaks(calls, suite.device)
     times = take_turns(calls, rounds, suite.device)
     rows = [
         row(times[name], batch, step=name, teacher=teacher if kinds[name][1] else "", batch=batch,
-            peak_MiB=peak_bytes(call, suite.device) / 2**20)
-        for name, call in calls.items()
+            peak_MiB=memory[name])
+        for name in calls
     ]  # fmt: skip
     for each in rows:
         each["time / float"] = each["median_ms"] / rows[0]["median_ms"]
@@ -135,6 +159,7 @@ def cohorts(suite: Suite, batch: int, rounds: int, teachers: Sequence[str]) -> p
             for bits in (1, 2, 4, 32)
         ]
         calls = {f"{count}": cohort_step(suite, configs[:count], teacher) for count in COHORTS}
+        peaks(calls, suite.device)
         times = take_turns(calls, rounds, suite.device)
         alone = statistics.median(times["1"])
         for count in COHORTS:
@@ -231,12 +256,13 @@ def against_plain(suite: Suite, batch: int, rounds: int, workers: int) -> pd.Dat
         "suite, 1 student": cohort_step(suite, configs[:1], teacher),
         "suite, 8 students": cohort_step(suite, configs, teacher),
     }
+    memory = peaks(calls, suite.device)
     images = {"plain": 100, "suite, 1 student": batch, "suite, 8 students": 8 * batch}
     times = take_turns(calls, rounds, suite.device)
     rows = [
         row(times[name], images[name], implementation=name, teacher=teacher,
-            peak_MiB=peak_bytes(call, suite.device) / 2**20)
-        for name, call in calls.items()
+            peak_MiB=memory[name])
+        for name in calls
     ]  # fmt: skip
     for students, found in zip((0, 1, 8), rows, strict=True):
         found["times the plain images/s"] = found["images_per_second"] / rows[0]["images_per_second"]
@@ -274,7 +300,8 @@ def main() -> None:
         }
         result = {"environment": machine, "precision": suite.precision}
         for name in arguments.parts:
-            frame = parts[name]()
+            with own_stream(suite.device):
+                frame = parts[name]()
             result[name] = show(f"{name}, {suite.precision}", frame)
             if name == "cohorts":
                 print(*plots.save(figure_of(frame), arguments.out, "training"))

@@ -27,7 +27,7 @@ cache, reach the student only, and go through the normalisation by dF = (dX − 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -180,13 +180,35 @@ class FastFeatureAffinityLoss(nn.Module):
         # The state of a torch.Generator as a tensor: the compiler cannot follow a generator, but it can a tensor.
         with torch.inference_mode(False):  # a tensor that was made inside could not move on outside
             self.generator_state = torch.Generator().manual_seed(seed).get_state()
+        self._ahead: list[torch.Tensor] = []
+        self._ahead_used = 0
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         def draw(pixels: int) -> torch.Tensor:
-            state = self.generator_state.clone() if self.frozen else self.generator_state
-            return _draw_and_advance(state, pixels, self.k, self.distribution)
+            if self._ahead_used == len(self._ahead):
+                return self._draw(pixels)
+            self._ahead_used += 1
+            return self._ahead[self._ahead_used - 1]
 
         return _loss(student, teacher, "projection", "l2", self.reduction, draw)
+
+    def _draw(self, pixels: int) -> torch.Tensor:
+        state = self.generator_state.clone() if self.frozen else self.generator_state
+        return _draw_and_advance(state, pixels, self.k, self.distribution)
+
+    def draw_ahead(self, pixels: Sequence[int], device: torch.device) -> None:
+        """Draw now what the next calls need, one for maps of each of these sizes in turn (height times width).
+
+        They are put where those of the ``draw_ahead`` before lay, in float32: a CUDA graph of these calls can draw
+        nothing itself, but finds new projections there at each replay.
+        """
+        drawn = [self._draw(number) for number in pixels]
+        if [z.shape for z in self._ahead] != [z.shape for z in drawn]:
+            self._ahead = [torch.empty_like(z, device=device) for z in drawn]
+        for buffer, z in zip(self._ahead, drawn, strict=True):
+            # From ordinary memory the host would wait for the copy.
+            buffer.copy_(z.pin_memory() if device.type == "cuda" else z, non_blocking=True)
+        self._ahead_used = 0
 
     def get_extra_state(self) -> torch.Tensor:
         """The generator's state, for ``state_dict()``."""

@@ -96,6 +96,14 @@ class DistillationObjective(nn.Module):
             self.affinity_loss = FastFeatureAffinityLoss(k, distribution, seed)
         self.adapters = nn.ModuleList(Adapter(channels) for channels in adapter_channels)
 
+    def draw_ahead(self, pixels: Sequence[int], device: torch.device) -> None:
+        """What the next call would draw at random is drawn now, for student's maps of these sizes (height times width).
+
+        See :meth:`faqd_lib.affinity.FastFeatureAffinityLoss.draw_ahead`; other losses draw nothing.
+        """
+        if isinstance(self.affinity_loss, FastFeatureAffinityLoss):
+            self.affinity_loss.draw_ahead(pixels, device)
+
     def forward(
         self,
         student_logits: torch.Tensor,

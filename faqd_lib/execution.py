@@ -114,6 +114,7 @@ def _train_cohort(suite: Workplace, cohort: Sequence[RunConfig], label: str, pro
     result = train(
         learners, batches, teacher, () if teacher is None else teacher.feature_names, splits, on_epoch,
         every(suite.profile.checkpoint_seconds), lambda learner: save_checkpoint(suite.store, learner, here), on_batch,
+        suite.profile.cuda_graphs,
     )  # fmt: skip
     for trained in result.trained:
         suite.store.save(

@@ -209,6 +209,16 @@ def best_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
     return (step * peak + 0 * peak).to(magnitudes.dtype)
 
 
+def running_sums(rows: torch.Tensor) -> torch.Tensor:
+    """Cumulative sums along each row of (rows, n), the same bits at every call.
+
+    CUDA adds a single row in whatever order its blocks get to it; several rows have a block each.
+    """
+    if len(rows) > 1 or rows.device.type != "cuda":
+        return rows.cumsum(1)
+    return rows.expand(2, -1).contiguous().cumsum(1)[:1]
+
+
 def _exact_step(magnitudes: torch.Tensor, highest: int, counts: torch.Tensor | None = None) -> torch.Tensor:
     """``counts``: how often each of ``magnitudes`` is there, of the same shape; None for once."""
     # Descending: each breakpoint that s passes on its way down raises one value from level m − 1 to m.
@@ -217,7 +227,7 @@ def _exact_step(magnitudes: torch.Tensor, highest: int, counts: torch.Tensor | N
     counts = torch.ones_like(magnitudes) if counts is None else counts
 
     def up_to(terms: torch.Tensor) -> torch.Tensor:
-        return terms.flatten(1).gather(1, order).cumsum(1)
+        return running_sums(terms.flatten(1).gather(1, order))
 
     gain = up_to((counts * magnitudes).unsqueeze(2).expand(-1, -1, highest))
     energy = up_to(counts.unsqueeze(2) * (2 * m - 1))
@@ -235,7 +245,7 @@ def _scanned_steps(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
     # How many weights, and their sum, lie below each edge between two bins: float64 holds both without rounding that
     # could matter.
     below = F.pad(counts.cumsum(1), (1, 0))
-    mass = F.pad((values * counts).cumsum(1), (1, 0))
+    mass = F.pad(running_sums(values * counts), (1, 0))
     half = torch.arange(highest, device=values.device, dtype=values.dtype) + 0.5
 
     def scan(steps: torch.Tensor, best: int) -> torch.Tensor:

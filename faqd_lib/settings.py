@@ -93,6 +93,7 @@ class Profile(Frozen):
     seeds: Count = 1
     checkpoint_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 120.0  # of training between checkpoints
     cohort: Count = 8
+    cuda_graphs: bool = True  # on CUDA: steps recorded and replayed; the same bits
     teacher_schedule: Schedule
     student_schedule: Schedule
     fine_tuning_schedule: Schedule
@@ -208,7 +209,7 @@ class SuiteState(Frozen):
 # Settings under which the same runs are the same runs: they may differ from what the folder was begun with, as may
 # the grid, which only says which runs there are.
 FREE_SETTINGS = {"reason"} | {
-    f"profile.{name}" for name in ("seeds", "cohort", "series_datasets", "dataset", "checkpoint_seconds")
+    f"profile.{name}" for name in ("seeds", "cohort", "cuda_graphs", "series_datasets", "dataset", "checkpoint_seconds")
 }
 
 

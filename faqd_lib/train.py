@@ -18,6 +18,7 @@ from torch import nn
 
 from .batches import Batches, Normalizer, stream
 from .config import OptimizationConfig, RunConfig
+from .cuda_graphs import Pieces, Recorder, own_stream
 from .data import Images
 from .distill import DistillationObjective
 from .measure import Stopwatch, exact_kernels, peak_bytes
@@ -51,6 +52,15 @@ def precision_that_pays(device: torch.device | str) -> str:
     )
 
 
+class _Inputs(NamedTuple):
+    """What a step reads that others have made."""
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    teacher_logits: torch.Tensor | None
+    teacher_maps: Sequence[torch.Tensor]
+
+
 class Learner:
     """One network in training: weights, optimizer, objective and history."""
 
@@ -68,17 +78,21 @@ class Learner:
         weights, activation_steps = split_parameters(model)
         self.parameters = [*weights, *activation_steps, *objective.parameters()]
         o = config.optimization
+        device = next(model.parameters()).device
+        on_cuda = device.type == "cuda"
+        # A recorded step reads its rate from the device's memory, which of torch's updates only the fused one can.
+        self._rate = torch.full((), o.learning_rate, device=device) if on_cuda else None
         self.optimizer = torch.optim.SGD(
             [
                 {"params": [*weights, *objective.parameters()]},
                 {"params": activation_steps, "weight_decay": 0.0},  # decay would shrink the clipping range
             ],
-            lr=o.learning_rate,
+            lr=o.learning_rate if self._rate is None else self._rate,
             momentum=o.momentum,
             nesterov=o.momentum > 0,
             weight_decay=o.weight_decay,
+            fused=on_cuda or None,
         )
-        device = next(model.parameters()).device
         self.kernels: dict[str, str] = {}  # what of them a record has to say
         if activation_steps and o.epochs and device.type == "cpu":
             made = compile_activations(model, torch.bfloat16 if o.precision == "bf16" else torch.float32)
@@ -94,6 +108,14 @@ class Learner:
         self._names: list[str] = []
         self._terms = torch.empty(0, steps_per_epoch, device=device)
         self._filled = self._checked = 0
+        self._map_pixels: list[int] = []
+        self.record_with(None)
+
+    def record_with(self, recorder: Recorder | None) -> None:
+        """Whether the steps to come are recorded, to be replayed; the inputs of :meth:`step` must then lie still."""
+        self._pieces = Pieces(self._forward, self._compare, self._descend, recorder=recorder)
+        if self._rate is not None:
+            self.kernels["cuda_graphs"] = "off" if recorder is None else "on"
 
     def step(
         self,
@@ -104,42 +126,67 @@ class Learner:
         teacher_maps: Sequence[torch.Tensor],
     ) -> None:
         """One update; the peak memory of the first one is measured."""
+        self._inputs = _Inputs(images, labels, teacher_logits, teacher_maps)
         self.watch.start()
         if self.steps:
-            self._update(epoch, images, labels, teacher_logits, teacher_maps)
+            self._update()
         else:
-            self.peak_bytes = peak_bytes(
-                lambda: self._update(epoch, images, labels, teacher_logits, teacher_maps), images.device
-            )
+            self.peak_bytes = peak_bytes(self._update, images.device)
+        self._note()
         self.watch.stop()
         self.steps += 1
-
-    def _update(self, epoch, images, labels, teacher_logits, teacher_maps) -> None:
-        o = self.config.optimization
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(o, self.steps, self.steps_per_epoch)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=o.precision == "bf16"):
-            logits = self.model(images)
-            self.loss_watch.start()
-            terms = self.objective(logits, self.tap.features, teacher_logits, teacher_maps, labels)
-            self.loss_watch.stop()
-        self.optimizer.zero_grad(set_to_none=True)
-        terms["total"].backward()
-        terms["gradient_norm"] = nn.utils.clip_grad_norm_(self.parameters, o.clip_norm)
-        self._note(terms)
         if self._filled - self._checked >= CHECK_EVERY.get(images.device.type, CHECK_EVERY_ELSEWHERE):
             self._check(epoch)
-        blend(self.model, self.config.quantization.blending)
-        self.optimizer.step()
+
+    def _update(self) -> None:
+        rate = learning_rate(self.config.optimization, self.steps, self.steps_per_epoch)
+        if self._rate is None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+        else:
+            self._rate.fill_(rate)
+        if self._pieces.are_recorded:
+            self.objective.draw_ahead(self._map_pixels, self._inputs.images.device)
+        images, labels, logits, maps = self._inputs
+        self._pieces.begin([images, labels, logits, *maps])
+        self._pieces.run(0)
+        self.loss_watch.start()
+        self._pieces.run(1)
+        self.loss_watch.stop()
+        self._pieces.run(2)
+        # Nothing of a step may outlive it but its terms: graph and maps would keep the memory that the next one needs.
+        self._inputs, self._logits, self._found = None, None, {}
         self.tap.clear()
 
-    def _note(self, terms: Mapping[str, torch.Tensor]) -> None:
-        new = not self._names
-        self._names = self._names or list(terms)
-        values = torch.stack([terms[name].detach() for name in self._names])
-        if new:
-            self._terms = values.new_empty(len(values), self.steps_per_epoch)
-        self._terms[:, self._filled] = values
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.optimization.precision == "bf16"
+        return torch.autocast(self._inputs.images.device.type, torch.bfloat16, enabled=enabled)
+
+    def _forward(self) -> None:
+        with self._autocast():
+            self._logits = self.model(self._inputs.images)
+        self._map_pixels = [feature_map.shape[2:].numel() for feature_map in self.tap.features]
+
+    def _compare(self) -> None:
+        _, labels, logits, maps = self._inputs
+        with self._autocast():
+            self._found = self.objective(self._logits, self.tap.features, logits, maps, labels)
+
+    def _descend(self) -> None:
+        o = self.config.optimization
+        self.optimizer.zero_grad(set_to_none=True)
+        self._found["total"].backward()
+        self._found["gradient_norm"] = nn.utils.clip_grad_norm_(self.parameters, o.clip_norm)
+        blend(self.model, self.config.quantization.blending)
+        self.optimizer.step()
+        self._names = self._names or list(self._found)
+        self._values = torch.stack([self._found[name].detach() for name in self._names])
+
+    def _note(self) -> None:
+        """Put the terms of the step that has just been taken to those of the epoch."""
+        if not self._terms.numel():
+            self._terms = self._values.new_empty(len(self._values), self.steps_per_epoch)
+        self._terms[:, self._filled] = self._values
         self._filled += 1
 
     def _check(self, epoch: int) -> None:
@@ -208,10 +255,13 @@ class Learner:
             parameter = self.parameters[int(index)]
             self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
         device = next(self.model.parameters()).device
-        self._names, self._filled = [], 0
         kept = {name: values.to(device) for name, values in parts.get("terms", {}).items()}
-        for step in range(max(map(len, kept.values()), default=0)):
-            self._note({name: values[step] for name, values in kept.items()})
+        self._names, self._terms, self._filled = list(kept), self._terms[:0], 0
+        if kept:
+            rows = torch.stack(list(kept.values()))
+            self._filled = rows.shape[1]
+            self._terms = rows.new_empty(len(rows), self.steps_per_epoch)
+            self._terms[:, : self._filled] = rows
         self.watch.seconds, self.loss_watch.seconds = (parts["seconds"][name].tolist() for name in ("step", "loss"))
         self.steps, self._checked, self.peak_bytes = facts["steps"], facts["checked"], facts["peak_bytes"]
         self.history = [dict(row) for row in facts["history"]]
@@ -237,17 +287,17 @@ def evaluate(model: nn.Module, images: Images, normalizer: Normalizer, batch_siz
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    loss, predictions = 0.0, []
+    loss, predictions = torch.zeros((), dtype=torch.float64, device=device), []
     for start in range(0, len(images), batch_size):
         pixels = images.pixels[start : start + batch_size].to(device)
         labels = images.labels[start : start + batch_size].to(device)
         logits = model(normalizer(pixels)).float()
-        predictions.append(logits.argmax(1).cpu())
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        predictions.append(logits.argmax(1))
+        loss += F.cross_entropy(logits, labels, reduction="sum")
     model.train(was_training)
-    predicted = torch.cat(predictions)
+    predicted = torch.cat(predictions).cpu()
     correct = int((predicted == images.labels.cpu()).sum())
-    return Evaluation(100 * correct / len(images), loss / len(images), predicted)
+    return Evaluation(100 * correct / len(images), float(loss) / len(images), predicted)
 
 
 @dataclass(frozen=True)
@@ -282,6 +332,7 @@ def train(
     checkpoint_due: Callable[[], bool] = lambda: False,
     checkpoint: Callable[[Learner], None] = lambda learner: None,
     on_batch: Callable[[int, int], None] = lambda epoch, done: None,
+    cuda_graphs: bool = True,
 ) -> CohortResult:
     """Train a cohort to the end.
 
@@ -295,11 +346,32 @@ def train(
         on_epoch: called after every epoch with its number (from 0) and the learners that have just finished it.
         on_batch: called after every batch with the epoch (from 0) and how many of its batches are done.
         checkpoint_due: asked after every batch whether ``checkpoint`` is to be called, for each learner in training.
+        cuda_graphs: whether steps on CUDA are recorded and replayed, with the same bits
+            (:mod:`faqd_lib.cuda_graphs`).
 
     Returns:
         A learner whose loss stops being finite is reported as failed; the others go on undisturbed.
     """
+    with own_stream(batches.device):
+        return _train(
+            learners,
+            batches,
+            teacher,
+            feature_names,
+            splits,
+            on_epoch,
+            checkpoint_due,
+            checkpoint,
+            on_batch,
+            cuda_graphs,
+        )
+
+
+def _train(
+    learners, batches, teacher, feature_names, splits, on_epoch, checkpoint_due, checkpoint, on_batch, cuda_graphs
+) -> CohortResult:
     result, active = CohortResult(), list(learners)
+    recorder = Recorder(batches.device) if cuda_graphs and batches.device.type == "cuda" else None
 
     def attempt(learner: Learner, action: Callable[..., None], *arguments: object) -> None:
         try:
@@ -309,10 +381,13 @@ def train(
             active.remove(learner)
 
     wants_maps = any(learner.objective.affinity_weight > 0 for learner in learners)
-    teaches = _Teacher(teacher, feature_names if wants_maps else (), learners[0].config.optimization.precision)
+    teaches = TeacherPass(
+        teacher, feature_names if wants_maps else (), learners[0].config.optimization.precision, recorder
+    )
     shared = _SharedCost(batches.device)
     for learner in learners:
         learner.model.train()
+        learner.record_with(recorder)
 
     def end_epoch(epoch: int) -> None:
         shared.settle()
@@ -330,7 +405,8 @@ def train(
         # Who goes on from a checkpoint may be elsewhere in the epoch than the others.
         first = min((at for learner in active if (at := learner.position(epoch)) is not None), default=len(batches))
         shared.data.start()
-        for index, batch in enumerate(batches.epoch(epoch, first), start=first):
+        for index, made in enumerate(batches.epoch(epoch, first), start=first):
+            batch = made if recorder is None else recorder.placed(made)
             shared.data.stop()
             shared.teacher.start()
             teacher_logits, teacher_maps = teaches(batch.images)
@@ -373,22 +449,36 @@ class _SharedCost:
         self.data.seconds.clear(), self.teacher.seconds.clear(), self.sharers.clear()
 
 
-class _Teacher:
+class TeacherPass:
     """The one pass through the teacher that a whole cohort shares; without a teacher, nothing."""
 
-    def __init__(self, model: nn.Module | None, feature_names: Sequence[str], precision: str) -> None:
+    def __init__(
+        self, model: nn.Module | None, feature_names: Sequence[str], precision: str, recorder: Recorder | None = None
+    ) -> None:
         self.model, self.precision = model, precision
         self.tap = None if model is None else FeatureTap(model.eval(), feature_names)
+        self._pieces = Pieces(self._pass, recorder=recorder)
+        self._images: torch.Tensor | None = None
+        self._result: tuple[torch.Tensor | None, list[torch.Tensor]] = None, []
 
-    @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """Logits and tapped maps of a batch."""
         if self.model is None:
             return None, []
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self.model(images)
-        maps = self.tap.features
+        self._images = images
+        self._pieces.begin([images])
+        self._pieces.run(0)
+        if self._pieces.are_recorded:
+            return self._result
+        result, self._result = self._result, (None, [])  # or the last batch's maps would live beside the next one's
+        return result
+
+    @torch.no_grad()
+    def _pass(self) -> None:
+        with torch.autocast(self._images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = self.model(self._images)
+        self._result = logits, self.tap.features
         self.tap.clear()
-        return logits, maps
 
     def close(self) -> None:
         if self.tap is not None:

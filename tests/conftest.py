@@ -29,6 +29,9 @@ from faqd_lib.suite import Suite
 # The user's own settings, as they were before any test changed them.
 USER_SETTINGS = {name: value for name, value in os.environ.items() if name.startswith("FAQD_")}
 
+# Where tiny suites train: FAQD_TEST_DEVICE=cuda runs the tests of the training loop on a GPU.
+DEVICE = torch.device(os.environ.get("FAQD_TEST_DEVICE", "cpu"))
+
 # The same examples on every machine and in every run; nothing is written into the checkout.
 settings.register_profile("faqd", max_examples=20, deadline=None, derandomize=True, database=None)
 settings.load_profile("faqd")
@@ -133,7 +136,7 @@ def make_tiny_suite(folder: Path, data: ImageData, **profile) -> Suite:
         affinity_recipe=AFFINITY_RECIPE,
         quantizer_recipe=QUANTIZER_RECIPE,
     )
-    suite = Suite(state, RunStore(folder), torch.device("cpu"))
+    suite = Suite(state, RunStore(folder), DEVICE)
     suite.__dict__["data"] = data
     return suite
 

@@ -14,6 +14,7 @@ from faqd_lib.batches import Batches
 from faqd_lib.config import OptimizationConfig, RunConfig
 from faqd_lib.data import ImageData, Images
 from faqd_lib.files import tensors_digest
+from faqd_lib.measure import environment
 from faqd_lib.models import FeatureTap
 from faqd_lib.quantize import dequantize
 from faqd_lib.results import RunRecord
@@ -78,7 +79,7 @@ def test_evaluate_by_hand(tiny_suite):
     accuracy, cross_entropy, predictions = evaluate(model, images, suite.normalizer, batch_size=7)
     assert model.training
     with torch.no_grad():
-        logits = model.eval()(suite.normalizer(images.pixels))
+        logits = model.eval()(suite.normalizer(images.pixels.to(suite.device))).cpu()
     assert torch.equal(predictions, logits.argmax(1))
     assert accuracy == pytest.approx(100 * (logits.argmax(1) == images.labels).double().mean().item())
     assert cross_entropy == pytest.approx(F.cross_entropy(logits, images.labels).item(), rel=1e-5)
@@ -376,7 +377,7 @@ def test_cost_is_measured(tiny_suite):
     assert record.cost["peak_step_bytes"] > 16 * 16 * 8 * 8 * 4  # more than one feature map of the batch
     assert record.cost["step_milliseconds"] > 0
     assert record.cost["training_seconds"] > record.cost["shared_seconds"] > 0
-    assert record.environment["device"] == "cpu"
+    assert record.environment["device"] == environment(suite.device)["device"]
 
 
 def test_a_label_free_learner_is_kept_blind_among_labelled_batches(tiny_suite):

@@ -1,0 +1,100 @@
+"""CUDA graphs: the kernels of a step launched together, not one by one.
+
+The kernels of a small network take less time than the host needs to launch each of them. So work that is the same at
+every step, and finds its input at the same place, is recorded once and replayed from then on: the same kernels on the
+same numbers, hence the same bits.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from .batches import Batch
+
+_AS_IT_COMES = 2  # calls before a recording: by then libraries, momentum and workspaces are what they will be
+
+
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """A context in which work on CUDA is queued on a stream of its own: the default one cannot be recorded."""
+    if device.type != "cuda":
+        yield
+        return
+    around, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    stream.wait_stream(around)
+    with torch.cuda.stream(stream):
+        yield
+    around.wait_stream(stream)
+
+
+class Recorder:
+    """What a cohort's recordings share: their memory, and batches that always lie at the same place.
+
+    They share memory because they are replayed one after the other, from the first piece of one to its last: what one
+    leaves behind in it, other than the results that are still referred to, is not needed when the next one comes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._batch: Batch | None = None
+
+    def placed(self, batch: Batch) -> Batch:
+        """The batch, copied to where all batches lie."""
+        if self._batch is None:
+            labels = None if batch.labels is None else torch.empty_like(batch.labels)
+            self._batch = Batch(torch.empty_like(batch.images), labels)
+        self._batch.images.copy_(batch.images)
+        if batch.labels is not None:
+            self._batch.labels.copy_(batch.labels)
+        return self._batch
+
+    def record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """A graph of what ``work`` launches; nothing of it is computed yet."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream(self.device)):
+            work()
+        return graph
+
+
+class Pieces:
+    """Work in pieces that are always run in order, with room between them for what cannot be recorded (a clock).
+
+    Without a recorder every piece is an ordinary call. With one, the first calls are, too; then all pieces are recorded
+    one after the other, and replayed ever after. They must take what changes from call to call from the same memory
+    (:meth:`Recorder.placed`) and may leave results in attributes: those stay the same tensors, with new numbers.
+    """
+
+    def __init__(self, *works: Callable[[], None], recorder: Recorder | None = None) -> None:
+        self.works, self.recorder = works, recorder
+        self._calls = 0
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._places: list[int] = []
+
+    @property
+    def are_recorded(self) -> bool:
+        """Whether there are recordings, or the next :meth:`begin` makes them."""
+        return bool(self._graphs) or (self.recorder is not None and self._calls >= _AS_IT_COMES)
+
+    def begin(self, inputs: Sequence[torch.Tensor | None]) -> None:
+        """To be called before the first piece, with everything that the pieces read and others have written.
+
+        Raises:
+            ValueError: recorded pieces are given inputs at another place than those that they were recorded with.
+        """
+        if self.are_recorded:
+            places = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
+            if not self._graphs:
+                self._graphs = [self.recorder.record(work) for work in self.works]
+                self._places = places
+            elif places != self._places:
+                raise ValueError("what was recorded reads its inputs where they were then: put them there (placed)")
+        self._calls += 1
+
+    def run(self, index: int) -> None:
+        """One piece, in its turn."""
+        if self._graphs:
+            self._graphs[index].replay()
+        else:
+            self.works[index]()

@@ -17,6 +17,7 @@ import itertools
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -55,6 +56,12 @@ def suite_in(folder: Path, batch: int, device: str) -> Suite:
     return Suite.open(profile, "digits", results=folder, device=device)
 
 
+def with_compiling(suite: Suite) -> Suite:
+    """The same suite with passes by ``torch.compile``."""
+    profile = suite.profile.model_copy(update={"compile": True})
+    return replace(suite, state=suite.state.model_copy(update={"profile": profile}))
+
+
 def endless(batches: Batches) -> Iterator[Batch]:
     return itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
 
@@ -79,10 +86,12 @@ def cohort_step(
     if teacher is not None:
         model = build_model(teacher, 10, image_size=32, seed=0)
         model = model.to(suite.device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    wants_maps = like.objective.affinity_weight > 0 or any(
-        learner.objective.affinity_weight > 0 for learner in learners
+    wants_maps = (
+        like.optimization.compiled
+        or like.objective.affinity_weight > 0
+        or any(learner.objective.affinity_weight > 0 for learner in learners)
     )
-    teaches = TeacherPass(model, STAGES if wants_maps else (), suite.precision, recorder)
+    teaches = TeacherPass(model, STAGES if wants_maps else (), suite.precision, suite.profile.compile, recorder)
     source = endless(batches)
     for learner in learners:
         learner.model.train()
@@ -113,29 +122,30 @@ def row(times: list[float], images: int, **labels) -> dict:
     return {**labels, **spread(times), "images_per_second": images / statistics.median(times)}
 
 
-def steps(suite: Suite, batch: int, rounds: int, teacher: str) -> pd.DataFrame:
+def steps(suite: Suite, batch: int, rounds: int, teacher: str, compiling: bool) -> pd.DataFrame:
     """What a student's step is made of."""
     faqd = {"weight_bits": 1, "activation_bits": 4}
-    kinds = {
-        "float, labels": (suite.float_student(), None),
-        "+ quantization (1W4A)": (suite.student("labels", **faqd), None),
-        "+ KD": (suite.student("KD", teacher=teacher, **faqd), teacher),
-        "+ FA": (suite.student("FAQD", teacher=teacher, **faqd), teacher),
-        "+ FFA, k = 6, in place of FA": (suite.student("FFAQD", k=6, teacher=teacher, **faqd), teacher),
-    }
+    variants = {"": (suite, True)}
     if suite.device.type == "cuda":
-        kinds |= {f"{name}, not recorded": kind for name, kind in kinds.items()}
-    calls = {
-        name: cohort_step(suite, [config], model, cuda_graphs="not recorded" not in name)
-        for name, (config, model) in kinds.items()
-    }
+        variants["not recorded"] = (suite, False)
+    if compiling:
+        variants["compiled"] = (with_compiling(suite), True)
+    rows_of, calls = {}, {}
+    for variant, (chosen, cuda_graphs) in variants.items():
+        kinds = {
+            "float, labels": (chosen.float_student(), None),
+            "+ quantization (1W4A)": (chosen.student("labels", **faqd), None),
+            "+ KD": (chosen.student("KD", teacher=teacher, **faqd), teacher),
+            "+ FA": (chosen.student("FAQD", teacher=teacher, **faqd), teacher),
+            "+ FFA, k = 6, in place of FA": (chosen.student("FFAQD", k=6, teacher=teacher, **faqd), teacher),
+        }
+        for kind, (config, model) in kinds.items():
+            name = f"{kind}, {variant}" if variant else kind
+            rows_of[name] = {"step": kind, "how": variant, "teacher": model or "", "batch": batch}
+            calls[name] = cohort_step(chosen, [config], model, cuda_graphs=cuda_graphs)
     memory = peaks(calls, suite.device)
     times = take_turns(calls, rounds, suite.device)
-    rows = [
-        row(times[name], batch, step=name, teacher=teacher if kinds[name][1] else "", batch=batch,
-            peak_MiB=memory[name])
-        for name in calls
-    ]  # fmt: skip
+    rows = [row(times[name], batch, **rows_of[name], peak_MiB=memory[name]) for name in calls]
     for each in rows:
         each["time / float"] = each["median_ms"] / rows[0]["median_ms"]
     source, watch = endless(Batches(suite.splits[0].unlabelled(), batch, 1, suite.normalizer)), Stopwatch(suite.device)
@@ -143,7 +153,7 @@ def steps(suite: Suite, batch: int, rounds: int, teacher: str) -> pd.DataFrame:
         watch.start()
         next(source)
         watch.stop()
-    data = row(watch.read()[1:], batch, step="data alone", teacher="", batch=batch)
+    data = row(watch.read()[1:], batch, step="data alone", how="", teacher="", batch=batch)
     data["time / float"] = data["median_ms"] / rows[0]["median_ms"]
     data |= {"wanted": f"≤ {MOST_FOR_DATA}", "met": data["time / float"] <= MOST_FOR_DATA}
     return pd.DataFrame([*rows, data])
@@ -243,31 +253,29 @@ def plain_step(suite: Suite, teacher_name: str, workers: int) -> Callable[[], No
     return step
 
 
-def against_plain(suite: Suite, batch: int, rounds: int, workers: int) -> pd.DataFrame:
+def against_plain(suite: Suite, batch: int, rounds: int, workers: int, compiling: bool) -> pd.DataFrame:
     """One FAQD student and eight, taught by a ResNet-110, against the plain implementation."""
     teacher = "resnet110"
-    configs = [
-        suite.student("FAQD", weight_bits=bits, teacher=teacher, affinity_weight=weight)
-        for weight in (30.0, 10.0)
-        for bits in (1, 2, 4, 32)
-    ]
-    calls = {
-        "plain": plain_step(suite, teacher, workers),
-        "suite, 1 student": cohort_step(suite, configs[:1], teacher),
-        "suite, 8 students": cohort_step(suite, configs, teacher),
-    }
+    calls, students = {"plain": plain_step(suite, teacher, workers)}, {"plain": 0}
+    for how, chosen in ({"suite": suite} | ({"suite, compiled": with_compiling(suite)} if compiling else {})).items():
+        configs = [
+            chosen.student("FAQD", weight_bits=bits, teacher=teacher, affinity_weight=weight)
+            for weight in (30.0, 10.0)
+            for bits in (1, 2, 4, 32)
+        ]
+        for count in LEAST_AGAINST_PLAIN:
+            name = f"{how}, {count} student{'s' * (count > 1)}"
+            calls[name], students[name] = cohort_step(chosen, configs[:count], teacher), count
     memory = peaks(calls, suite.device)
-    images = {"plain": 100, "suite, 1 student": batch, "suite, 8 students": 8 * batch}
     times = take_turns(calls, rounds, suite.device)
     rows = [
-        row(times[name], images[name], implementation=name, teacher=teacher,
-            peak_MiB=memory[name])
-        for name in calls
-    ]  # fmt: skip
-    for students, found in zip((0, 1, 8), rows, strict=True):
+        row(times[name], count * batch or 100, implementation=name, teacher=teacher, peak_MiB=memory[name])
+        for name, count in students.items()
+    ]
+    for count, found in zip(students.values(), rows, strict=True):
         found["times the plain images/s"] = found["images_per_second"] / rows[0]["images_per_second"]
-        if students:
-            least = LEAST_AGAINST_PLAIN[students]
+        if count:
+            least = LEAST_AGAINST_PLAIN[count]
             found |= {"wanted": f"≥ {least}", "met": found["times the plain images/s"] >= least}
     return pd.DataFrame(rows)
 
@@ -287,6 +295,7 @@ def main() -> None:
     parser.add_argument("--teachers", nargs="+", default=["resnet20", "resnet56", "resnet110"], help="of the cohorts")
     parser.add_argument("--batch", type=int, default=128, help="images a step of the suite's own loop (128)")
     parser.add_argument("--workers", type=int, default=0, help="of the plain implementation's DataLoader (0)")
+    parser.add_argument("--compile", action="store_true", help="compiled students and teachers, too (minutes more)")
     arguments = parse(parser)
     machine = environment(arguments.device)
     announce(machine)
@@ -294,9 +303,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         suite = suite_in(Path(scratch), batch, arguments.device)
         parts = {
-            "steps": lambda: steps(suite, batch, rounds, arguments.teachers[0]),
+            "steps": lambda: steps(suite, batch, rounds, arguments.teachers[0], arguments.compile),
             "cohorts": lambda: cohorts(suite, batch, rounds, arguments.teachers),
-            "plain": lambda: against_plain(suite, batch, rounds, arguments.workers),
+            "plain": lambda: against_plain(suite, batch, rounds, arguments.workers, arguments.compile),
         }
         result = {"environment": machine, "precision": suite.precision}
         for name in arguments.parts:

@@ -260,6 +260,23 @@ class _Compiled(torch.autograd.Function):
         return *ctx.made.backward(gradient, *ctx.saved_tensors, *ctx.how), None, None, None
 
 
+class _Traced(torch.autograd.Function):
+    """The same inside of a network that is compiled: in one pass with what is computed before and after it."""
+
+    @staticmethod
+    def forward(ctx, x, step, highest, coarse):
+        ctx.save_for_backward(x, step)
+        ctx.how = highest, coarse
+        return _values(x, _wide(step, x), highest)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x, step), (highest, coarse) = ctx.saved_tensors, ctx.how
+        middle = _middle(highest) if coarse else 0
+        to_x, total = _gradients(gradient, x, _wide(step, x), highest, middle)
+        return to_x, (total / _root(x, highest)).to(step.dtype), None, None
+
+
 def _is_plain(x: torch.Tensor) -> bool:
     """Whether compiled kernels can take it: nobody traces, counts or pretends, and it is large enough."""
     return (
@@ -282,6 +299,8 @@ def quantized_relu(x: torch.Tensor, step: torch.Tensor, highest: int, coarse: bo
         coarse: which gradient α gets.
         compiled: use :func:`kernels`, here and in the backward pass, if ``x`` is large and on the CPU.
     """
+    if compiled and torch.compiler.is_dynamo_compiling():
+        return _Traced.apply(x, step, highest, coarse)
     if compiled and _is_plain(x) and (made := kernels(x.dtype, coarse)):
         return _Compiled.apply(x, step, highest, coarse, made)
     return _operator(x, step, highest, coarse)

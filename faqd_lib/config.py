@@ -207,11 +207,14 @@ class OptimizationConfig(Schedule):
     precision: Precision = "float32"
     # Of a network that is not trained: unlabelled batches over which its batch normalisation is estimated anew.
     batch_norm_batches: Annotated[int, Field(ge=0)] = _later(0)
+    compiled: bool = _later(False)  # passes through teacher and student by torch.compile: other last digits
 
     @model_validator(mode="after")
     def _estimates_or_trains(self) -> Self:
         if self.epochs and self.batch_norm_batches:
             raise ValueError("batch_norm_batches is for epochs = 0: training estimates batch normalisation by itself")
+        if self.compiled and not self.epochs:
+            raise ValueError("compiled is of training steps, and epochs = 0 has none")
         return self
 
 

@@ -162,13 +162,15 @@ class FeatureTap:
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"a module is tapped twice in {list(self.names)}")
         self._caught: OrderedDict[str, torch.Tensor] = OrderedDict()
-        self._versions: dict[str, int] = {}
+        self._versions: dict[str, int | None] = {}
         self._handles = [modules[name].register_forward_hook(self._catcher(name)) for name in self.names]
 
     def _catcher(self, name: str):
         def catch(_module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
             self._caught[name] = output
-            self._versions[name] = 0 if output.is_inference() else output._version
+            # A compiler follows no versions. What it makes of a network overwrites nothing that is still read.
+            counted = not torch.compiler.is_compiling() and not output.is_inference()
+            self._versions[name] = output._version if counted else None
 
         return catch
 
@@ -179,8 +181,8 @@ class FeatureTap:
         if missing:
             raise RuntimeError(f"no forward pass has reached {missing} yet: call the network first")
         for name in self.names:
-            tensor = self._caught[name]
-            if not tensor.is_inference() and tensor._version != self._versions[name]:
+            version = self._versions[name]
+            if version is not None and self._caught[name]._version != version:
                 raise RuntimeError(
                     f"the output of {name!r} was overwritten by a module behind it (an in-place ReLU?): tap that one, "
                     "or set its inplace=False"

@@ -31,7 +31,7 @@ def cohorts(configs: Sequence[RunConfig], largest: int) -> list[list[RunConfig]]
     groups: dict[tuple, list[RunConfig]] = {}
     for config in sorted(configs, key=lambda config: config.teacher is None):  # runs without a teacher join last
         o = config.optimization
-        shared = (config.data, config.seed, o.epochs, o.batch_size, o.precision, config.label_free)
+        shared = (config.data, config.seed, o.epochs, o.batch_size, o.precision, o.compiled, config.label_free)
         key = (*shared, config.teacher)
         if config.teacher is None:
             key = next((other for other in groups if other[:-1] == shared), key)

@@ -84,7 +84,10 @@ class WeightQuantizer(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            quantized = low_bit_values(*self.levels(weight), weight.dtype)
+            if torch.compiler.is_dynamo_compiling() and type(self) is type(weight_quantizer(self.bits)):
+                quantized = _quantized_weight(weight, self.bits, self.per_channel)
+            else:
+                quantized = low_bit_values(*self.levels(weight), weight.dtype)
         return _StraightThrough.apply(weight, quantized)
 
     def extra_repr(self) -> str:
@@ -170,6 +173,17 @@ def weight_quantizer(bits: int, per_channel: bool = False) -> WeightQuantizer:
     if bits <= 2:
         return (BinaryWeight, TernaryWeight)[bits - 1](per_channel)
     return UniformWeight(bits, per_channel)
+
+
+@torch.library.custom_op("faqd::quantized_weight", mutates_args=())
+def _quantized_weight(weight: torch.Tensor, bits: int, per_channel: bool) -> torch.Tensor:
+    """The same values in a compiled network as in any other: the compiler takes the quantizer as it is."""
+    return low_bit_values(*weight_quantizer(bits, per_channel).levels(weight), weight.dtype)
+
+
+@_quantized_weight.register_fake
+def _(weight, bits, per_channel):
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 def check_bits(name: str, bits: int, offered: tuple[int, ...]) -> None:

@@ -184,7 +184,7 @@ class Suite:
     # ---- configurations of runs
 
     def _optimization(self, schedule: Schedule) -> OptimizationConfig:
-        return OptimizationConfig(**schedule.model_dump(), precision=self.precision)
+        return OptimizationConfig(**schedule.model_dump(), precision=self.precision, compiled=self.profile.compile)
 
     def teacher(self, model: str | None = None) -> RunConfig:
         """The float teacher (the profile's first one by default), trained on labels with seed 0.

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .batches import Batches, Normalizer, stream
-from .config import OptimizationConfig, RunConfig
+from .compiled import compiled
+from .config import OptimizationConfig, Precision, RunConfig
 from .cuda_graphs import Pieces, Recorder, own_stream
 from .data import Images
 from .distill import DistillationObjective
@@ -94,7 +95,8 @@ class Learner:
             fused=on_cuda or None,
         )
         self.kernels: dict[str, str] = {}  # what of them a record has to say
-        if activation_steps and o.epochs and device.type == "cpu":
+        self._network = compiled(model, training=True) if o.compiled else model
+        if activation_steps and o.epochs and device.type == "cpu" and not o.compiled:
             made = compile_activations(model, torch.bfloat16 if o.precision == "bf16" else torch.float32)
             self.kernels["activation_kernels"] = "compiled" if made else "not compiled"
         self.history: list[dict[str, float]] = []
@@ -164,7 +166,7 @@ class Learner:
 
     def _forward(self) -> None:
         with self._autocast():
-            self._logits = self.model(self._inputs.images)
+            self._logits = self._network(self._inputs.images)
         self._map_pixels = [feature_map.shape[2:].numel() for feature_map in self.tap.features]
 
     def _compare(self) -> None:
@@ -370,6 +372,7 @@ def train(
 def _train(
     learners, batches, teacher, feature_names, splits, on_epoch, checkpoint_due, checkpoint, on_batch, cuda_graphs
 ) -> CohortResult:
+    o = learners[0].config.optimization
     result, active = CohortResult(), list(learners)
     recorder = Recorder(batches.device) if cuda_graphs and batches.device.type == "cuda" else None
 
@@ -380,10 +383,9 @@ def _train(
             result.failed[learner.config.run_id] = error
             active.remove(learner)
 
-    wants_maps = any(learner.objective.affinity_weight > 0 for learner in learners)
-    teaches = TeacherPass(
-        teacher, feature_names if wants_maps else (), learners[0].config.optimization.precision, recorder
-    )
+    # A compiled teacher's maps are always taken: what is fused, and so the logits' last digits, depends on its outputs.
+    wants_maps = o.compiled or any(learner.objective.affinity_weight > 0 for learner in learners)
+    teaches = TeacherPass(teacher, feature_names if wants_maps else (), o.precision, o.compiled, recorder)
     shared = _SharedCost(batches.device)
     for learner in learners:
         learner.model.train()
@@ -398,7 +400,7 @@ def _train(
         if finished := [learner for learner in ending if learner in active]:
             on_epoch(epoch, finished)
 
-    epochs = learners[0].config.optimization.epochs
+    epochs = o.epochs
     if epochs == 0:  # quantized after training: there is nothing to do but to look
         end_epoch(-1)
     for epoch in range(min(len(learner.history) for learner in learners), epochs):
@@ -453,17 +455,23 @@ class TeacherPass:
     """The one pass through the teacher that a whole cohort shares; without a teacher, nothing."""
 
     def __init__(
-        self, model: nn.Module | None, feature_names: Sequence[str], precision: str, recorder: Recorder | None = None
+        self,
+        model: nn.Module | None,
+        feature_names: Sequence[str],
+        precision: Precision,
+        compile_it: bool = False,
+        recorder: Recorder | None = None,
     ) -> None:
-        self.model, self.precision = model, precision
+        self.precision = precision
         self.tap = None if model is None else FeatureTap(model.eval(), feature_names)
+        self._network = compiled(model, training=False) if compile_it and model is not None else model
         self._pieces = Pieces(self._pass, recorder=recorder)
         self._images: torch.Tensor | None = None
         self._result: tuple[torch.Tensor | None, list[torch.Tensor]] = None, []
 
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """Logits and tapped maps of a batch."""
-        if self.model is None:
+        if self._network is None:
             return None, []
         self._images = images
         self._pieces.begin([images])
@@ -476,7 +484,7 @@ class TeacherPass:
     @torch.no_grad()
     def _pass(self) -> None:
         with torch.autocast(self._images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self.model(self._images)
+            logits = self._network(self._images)
         self._result = logits, self.tap.features
         self.tap.clear()
 

@@ -83,6 +83,23 @@ def test_with_labels_and_as_a_teacher_too(cuda_suite):
     assert outcomes(recorded, runs(recorded)) == outcomes(plain, runs(plain))
 
 
+def test_compiled_recorded_or_not_alone_or_in_a_cohort_are_the_same_bits(cuda_suite):
+    def runs(suite: Suite) -> list[RunConfig]:
+        coarse = {"step_gradient": "coarse"}
+        return [
+            suite.student("KD", weight_bits=1, activation_bits=4, quantization=coarse),
+            suite.student("FFAQD", weight_bits=4, activation_bits=4, k=2),
+        ]
+
+    whole, plain = cuda_suite("whole", compile=True), cuda_suite("plain", compile=True, cuda_graphs=False)
+    expected = outcomes(whole, runs(whole))
+    assert outcomes(plain, runs(plain)) == expected
+    alone = cuda_suite("alone", compile=True, cohort=1)
+    assert outcomes(alone, runs(alone)[::-1])[::-1] == expected
+    eager = cuda_suite("eager")
+    assert [config.digest for config in runs(eager)] != [config.digest for config in runs(whole)]
+
+
 @pytest.mark.parametrize("after", [1, 3, 4, 7])
 def test_interrupted_and_resumed_are_the_same_bits(cuda_suite, after):
     suite = cuda_suite("whole")
@@ -190,7 +207,7 @@ def test_no_step_waits_for_the_device(cuda_suite, recorded):
         recorder = Recorder(CUDA) if recorded else None
         learners = [suite.learner(config, batches) for config in configs]
         teacher = suite.build(suite.teacher()).eval().requires_grad_(False)
-        teaches = TeacherPass(teacher, teacher.feature_names, "bf16", recorder)
+        teaches = TeacherPass(teacher, teacher.feature_names, "bf16", recorder=recorder)
         for learner in learners:
             learner.model.train()
             learner.record_with(recorder)

@@ -1,0 +1,65 @@
+"""Passes through a network by ``torch.compile``: each layer's normalisation, ReLU and sum in one pass over memory.
+
+The numbers are others in the last digits, because what is computed in one go is not rounded in between. They repeat to
+the bit all the same, and are those of the network whether it trains alone or beside others.
+"""
+
+import types
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .quantizers import QuantizedReLU
+
+
+class CompilationError(RuntimeError):
+    """A network cannot be compiled here; the message says why and what to do."""
+
+
+def compiled(model: nn.Module, training: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that calls ``model``, compiled as one whole at its first call, for input of one shape.
+
+    Args:
+        model: of static control flow, on its device. Hooks of :class:`~faqd_lib.models.FeatureTap` stay at work.
+        training: whether gradients are wanted. If not, the network's parameters and statistics must stay as they are
+            from the first call on: they are folded into one another.
+
+    Raises:
+        CompilationError: from here where compiling is switched off, from the first call where there is no compiler.
+    """
+    if torch._dynamo.config.disable:
+        raise CompilationError(
+            "the run's passes are to be compiled (compile = true), but TORCH_COMPILE_DISABLE switches that off: unset "
+            "it, or set compile = false"
+        )
+    for module in model.modules():
+        if isinstance(module, QuantizedReLU):
+            module.compiled = True
+    options = {} if training else {"freezing": True}
+    if hasattr(torch._inductor.config, "deterministic"):
+        options["deterministic"] = True  # what is chosen by timing candidates may be another one the next time
+
+    def whole(x: torch.Tensor) -> torch.Tensor:
+        return model(x)
+
+    work = torch.compile(_own_code(whole), fullgraph=True, dynamic=False, options=options)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        try:
+            return work(x)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = f"{type(error.inner_exception).__name__}: {error.inner_exception}".splitlines()[0]
+            raise CompilationError(
+                f"{type(model).__name__} cannot be compiled ({reason}): a C++ compiler (g++ or clang) is needed, on "
+                "CUDA Triton, too; or set compile = false"
+            ) from error
+
+    return call
+
+
+def _own_code(function: Callable) -> Callable:
+    """The same with a code object of its own: torch counts by these how often it compiles, and gives up after eight."""
+    return types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__
+    )

@@ -34,6 +34,7 @@ from .config import (
 from .distill import DistillationObjective
 from .engines import chosen_engine
 from .files import require_writable
+from .measure import exact_kernels
 from .models import MODEL_NAMES, FeatureTap, build_model
 from .progress import Progress
 from .quantize import calibrate, quantize, reestimate_batch_norm
@@ -312,6 +313,7 @@ class Suite:
         """The trained network of a finished run, in evaluation mode."""
         return self.store.load_weights(config, self.build(config, initial_weights=False)).eval()
 
+    @exact_kernels()
     def learner(self, config: RunConfig, batches: Batches) -> Learner:
         """A run's network before its first step: quantized, steps calibrated on the first batch, with its objective."""
         model = self.build(config)

@@ -8,13 +8,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
 
 from faqd_lib import activation_kernels
 from faqd_lib.batches import Batches
 from faqd_lib.config import OptimizationConfig, RunConfig
 from faqd_lib.data import ImageData, Images
 from faqd_lib.files import tensors_digest
-from faqd_lib.measure import environment
+from faqd_lib.measure import environment, exact_kernels
 from faqd_lib.models import FeatureTap
 from faqd_lib.quantize import dequantize
 from faqd_lib.results import RunRecord
@@ -78,7 +79,7 @@ def test_evaluate_by_hand(tiny_suite):
     images = suite.splits[2]
     accuracy, cross_entropy, predictions = evaluate(model, images, suite.normalizer, batch_size=7)
     assert model.training
-    with torch.no_grad():
+    with torch.no_grad(), exact_kernels():
         logits = model.eval()(suite.normalizer(images.pixels.to(suite.device))).cpu()
     assert torch.equal(predictions, logits.argmax(1))
     assert accuracy == pytest.approx(100 * (logits.argmax(1) == images.labels).double().mean().item())
@@ -392,6 +393,7 @@ def test_a_label_free_learner_is_kept_blind_among_labelled_batches(tiny_suite):
     assert digests[0] == digests[1]
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="such kernels are the CPU's")
 @pytest.mark.usefixtures("compiler")
 def test_compiled_activations_are_the_same_bits_in_a_cohort_and_are_recorded(tiny_suite, monkeypatch):
     monkeypatch.setattr(activation_kernels, "_COMPILED_FROM", 1)

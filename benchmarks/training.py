@@ -31,12 +31,12 @@ from faqd_lib import FeatureTap, build_model, plots
 from faqd_lib._torchvision import torchvision
 from faqd_lib.batches import Batch, Batches
 from faqd_lib.config import RunConfig
-from faqd_lib.cuda_graphs import Recorder, own_stream
+from faqd_lib.cuda_graphs import own_stream
 from faqd_lib.data import Images
 from faqd_lib.measure import Stopwatch, environment, peak_bytes, take_turns
 from faqd_lib.settings import Profile
 from faqd_lib.suite import Suite
-from faqd_lib.train import TeacherPass
+from faqd_lib.train import Cohort
 
 STAGES = ("layer1", "layer2", "layer3")
 COHORTS = (1, 2, 4, 8)
@@ -78,7 +78,6 @@ def cohort_step(
 
     Without students: what they have in common, for one such as ``like``.
     """
-    recorder = Recorder(suite.device) if cuda_graphs and suite.device.type == "cuda" else None
     training, like = suite.splits[0], like or configs[0]
     # An epoch longer than any benchmark: a learner has room for the terms of one.
     training = Images(training.pixels.repeat(16, 1, 1, 1), training.labels.repeat(16))
@@ -89,24 +88,11 @@ def cohort_step(
     if teacher is not None:
         model = build_model(teacher, 10, image_size=32, seed=0)
         model = model.to(suite.device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    wants_maps = (
-        like.optimization.compiled
-        or like.objective.affinity_weight > 0
-        or any(learner.objective.affinity_weight > 0 for learner in learners)
-    )
-    teaches = TeacherPass(model, STAGES if wants_maps else (), suite.precision, suite.profile.compile, recorder)
-    source = endless(batches)
-    for learner in learners:
-        learner.model.train()
-        learner.record_with(recorder)
+    cohort = Cohort(learners, model, STAGES, suite.device, optimization=like.optimization, cuda_graphs=cuda_graphs)
+    source = cohort.placed(endless(batches))
 
     def step() -> None:
-        batch = next(source)
-        batch = batch if recorder is None else recorder.placed(batch)
-        logits, maps = teaches(batch.images)
-        for learner in learners:
-            labels = None if learner.config.label_free else batch.labels
-            learner.step(0, batch.images, labels, logits, maps)
+        cohort.step(0, next(source), learners)
 
     return step
 

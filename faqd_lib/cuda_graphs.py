@@ -1,8 +1,9 @@
-"""CUDA graphs: the kernels of a step launched together, not one by one.
+"""CUDA graphs and streams: the kernels of a step launched together, and those of several students side by side.
 
 The kernels of a small network take less time than the host needs to launch each of them. So work that is the same at
-every step, and finds its input at the same place, is recorded once and replayed from then on: the same kernels on the
-same numbers, hence the same bits.
+every step, and finds its input at the same place, is recorded once and replayed from then on. And they leave most of a
+GPU idle: so each student of a cohort has a stream of its own. Either way they are the same kernels on the same numbers,
+hence the same bits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,16 +29,34 @@ def own_stream(device: torch.device) -> Iterator[None]:
     around.wait_stream(stream)
 
 
-class Recorder:
-    """What a cohort's recordings share: their memory, and batches that always lie at the same place.
+class Lanes:
+    """A stream for each of several workers who read what was made on the stream around them."""
 
-    They share memory because they are replayed one after the other, from the first piece of one to its last: what one
-    leaves behind in it, other than the results that are still referred to, is not needed when the next one comes.
-    """
+    def __init__(self, device: torch.device, count: int) -> None:
+        self._device = device
+        self._streams = [torch.cuda.Stream(device) for _ in range(count)] if device.type == "cuda" else []
+
+    @contextmanager
+    def lane(self, index: int) -> Iterator[None]:
+        """A context for one of them: it begins when the work around, so far, is done."""
+        if not self._streams:
+            yield
+            return
+        self._streams[index].wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._streams[index]):
+            yield
+
+    def join(self) -> None:
+        """The work around goes on when that in all lanes, so far, is done."""
+        for stream in self._streams:
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+
+
+class Recorder:
+    """Makes recordings, for which batches always lie at the same place."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._pool = torch.cuda.graph_pool_handle()
         self._batch: Batch | None = None
 
     def placed(self, batch: Batch) -> Batch:
@@ -50,12 +69,17 @@ class Recorder:
             self._batch.labels.copy_(batch.labels)
         return self._batch
 
-    def record(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """A graph of what ``work`` launches; nothing of it is computed yet."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream(self.device)):
-            work()
-        return graph
+    def record(self, works: Sequence[Callable[[], None]]) -> list[torch.cuda.CUDAGraph]:
+        """Graphs of what each of ``works`` launches, to be replayed in this order; nothing is computed yet.
+
+        They share memory of their own: what one of them leaves behind, others of other workers may not overwrite.
+        """
+        graphs, pool = [], torch.cuda.graph_pool_handle()
+        for work in works:
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1], pool=pool, stream=torch.cuda.current_stream(self.device)):
+                work()
+        return graphs
 
 
 class Pieces:
@@ -86,7 +110,7 @@ class Pieces:
         if self.are_recorded:
             places = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
             if not self._graphs:
-                self._graphs = [self.recorder.record(work) for work in self.works]
+                self._graphs = self.recorder.record(self.works)
                 self._places = places
             elif places != self._places:
                 raise ValueError("what was recorded reads its inputs where they were then: put them there (placed)")

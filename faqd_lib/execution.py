@@ -21,12 +21,13 @@ from .checkpoints import (
 from .config import RunConfig
 from .data import ImageData, Images
 from .description import weight_bytes
+from .learner import Learner
 from .measure import environment
 from .models import parameter_count
 from .progress import Reports
 from .results import RunStore, accuracies
 from .settings import Profile, SuiteState
-from .train import Learner, train
+from .train import train
 
 # What of the environment must be the same for the same bits.
 SAME_BITS = ("torch", "processor", "threads", "device", "commit", "activation_kernels")

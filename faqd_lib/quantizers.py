@@ -19,6 +19,8 @@ FLOAT_BITS = 32
 STEP_GRADIENTS = ("lsq", "coarse", "frozen")
 
 _EXACT = 2**13  # values times levels of a row, at most, for an exact search of its step; longer ones are scanned
+_EXACT_CUDA = 2**20  # the same of all rows together: there sorting is cheap, and a scan's many small kernels are not
+_FOLD = 1024  # numbers that one block of CUDA's sums up
 _FEW = 128  # distinct magnitudes, at most, of a longer row that is searched exactly, too: what 8 bits can have
 _OCTAVES = 16  # range of the histogram for that, downward from the largest magnitude
 
@@ -40,8 +42,8 @@ class WeightQuantizer(nn.Module):
 
     One scale s for the tensor (the paper), or one for each output channel (the first dimension). Scales are computed
     in float64 and are no parameters: they follow the weights. Quantized again, quantized weights stay what they are
-    (in float16 and bfloat16 to one unit in the last place; with 3 bits or more per channel, in rows of more than some
-    thousand weights, on CPUs and uncompiled only: see :class:`UniformWeight`).
+    (in float16 and bfloat16 to one unit in the last place; with 3 bits or more per channel, in layers of more than some
+    hundred thousand weights, on CPUs only: see :class:`UniformWeight`).
 
     Subclasses define :meth:`fit`.
     """
@@ -136,11 +138,11 @@ class UniformWeight(WeightQuantizer):
 
     The squared error over s has many minima. It is ‖w‖² − ⟨|w|, q⟩²/⟨q, q⟩ with q the nearest levels, and q changes
     only where s passes some |w_i|/(m − ½), m = 1..L, by one level of one weight: sorted, two cumulative sums give the
-    error in every interval, and the best one is the global optimum. Short rows are searched so, and long ones of few
-    distinct values (up to 128), whose error has narrow minima; for others a grid of steps is scanned on a fine
-    histogram, which finds the error of the optimum to 1 % where values are spread, and may miss it by more where a few
-    values out of hundreds hold nearly all weights. (Long rows of few values are not looked for per channel elsewhere
-    than on CPUs, nor in a compiled network.) Nearest level and least-squares step then alternate twice on the weights.
+    error in every interval, and the best one is the global optimum. Short rows are searched so (on CUDA all but the
+    longest), and long ones of few distinct values (up to 128), whose error has narrow minima; for others a grid of
+    steps is scanned on a fine histogram, which finds the error of the optimum to 1 % where values are spread, and may
+    miss it by more where a few values out of hundreds hold nearly all weights. (Long rows of few values are not looked
+    for per channel elsewhere than on CPUs.) Nearest level and least-squares step then alternate twice on the weights.
     Example, 4 bits: (−0.7, 0.1, 0.3) → s = 0.1, levels (−7, 1, 3).
 
     Raises:
@@ -208,7 +210,8 @@ def best_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
     """
     peak = magnitudes.amax(1, keepdim=True)
     unit = magnitudes.double() / torch.where(peak > 0, peak, 1)
-    candidates = (_exact_step if unit.shape[1] * highest <= _EXACT else _scanned_steps)(unit, highest)
+    exact = unit.shape[1] * highest <= _EXACT or (unit.device.type == "cuda" and unit.numel() * highest <= _EXACT_CUDA)
+    candidates = (_exact_step if exact else _scanned_steps)(unit, highest)
     step, explained = torch.zeros_like(unit[:, :1]), torch.full_like(unit[:, :1], -1)
     for candidate in candidates.split(1, dim=1):
         for _ in range(2):
@@ -226,11 +229,17 @@ def best_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
 def running_sums(rows: torch.Tensor) -> torch.Tensor:
     """Cumulative sums along each row of (rows, n), the same bits at every call.
 
-    CUDA adds a single row in whatever order its blocks get to it; several rows have a block each.
+    CUDA adds a single row in whatever order its blocks get to it; several rows have a block each. So a single one is
+    folded into many there.
     """
     if len(rows) != 1 or rows.device.type != "cuda":
         return rows.cumsum(1)
-    return rows.expand(2, -1).contiguous().cumsum(1)[:1]
+    count = rows.shape[1]
+    folded = F.pad(rows, (0, -count % _FOLD)).view(-1, _FOLD).cumsum(1)
+    if len(folded) > 1:
+        before = folded[:-1, -1].expand(2, -1).contiguous().cumsum(1)[0]
+        folded[1:] += before.unsqueeze(1)
+    return folded.view(1, -1)[:, :count]
 
 
 def _exact_step(magnitudes: torch.Tensor, highest: int, counts: torch.Tensor | None = None) -> torch.Tensor:

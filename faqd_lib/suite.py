@@ -34,6 +34,7 @@ from .config import (
 from .distill import DistillationObjective
 from .engines import chosen_engine
 from .files import require_writable
+from .learner import Learner, precision_that_pays, projection_seed
 from .measure import exact_kernels
 from .models import MODEL_NAMES, FeatureTap, build_model
 from .progress import Progress
@@ -41,7 +42,7 @@ from .quantize import calibrate, quantize, reestimate_batch_norm
 from .quantizers import FLOAT_BITS
 from .results import ResultsError, RunRecord, RunStore
 from .settings import Profile, SuiteState, claim, read_state, suite_folder
-from .train import Learner, evaluate, precision_that_pays, projection_seed
+from .train import evaluate
 
 # Of unlabelled images, for a network that is quantized after training: 2,048 images at batch 128.
 _BATCH_NORM_BATCHES = 16

@@ -12,9 +12,10 @@ from faqd_lib.affinity import FastFeatureAffinityLoss, FeatureAffinityLoss
 from faqd_lib.batches import Batches, stream
 from faqd_lib.config import RunConfig
 from faqd_lib.cuda_graphs import Pieces, Recorder, own_stream
+from faqd_lib.learner import NonFiniteLossError
 from faqd_lib.quantizers import running_sums, weight_quantizer
 from faqd_lib.suite import Suite
-from faqd_lib.train import NonFiniteLossError, TeacherPass, train
+from faqd_lib.train import Cohort, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")
@@ -208,21 +209,13 @@ def test_no_step_waits_for_the_device(cuda_suite, recorded):
     configs = every_kind(suite)
     batches = Batches(suite.splits[0].unlabelled(), 16, 1, suite.normalizer)
     with own_stream(CUDA):
-        recorder = Recorder(CUDA) if recorded else None
         learners = [suite.learner(config, batches) for config in configs]
         teacher = suite.build(suite.teacher()).eval().requires_grad_(False)
-        teaches = TeacherPass(teacher, teacher.feature_names, "bf16", recorder=recorder)
-        for learner in learners:
-            learner.model.train()
-            learner.record_with(recorder)
-        source = itertools.chain.from_iterable(batches.epoch(epoch) for epoch in range(2))
+        cohort = Cohort(learners, teacher, teacher.feature_names, CUDA, cuda_graphs=recorded)
+        source = cohort.placed(itertools.chain.from_iterable(batches.epoch(epoch) for epoch in range(2)))
 
         def step() -> None:
-            batch = next(source)
-            batch = batch if recorder is None else recorder.placed(batch)
-            logits, maps = teaches(batch.images)
-            for learner in learners:
-                learner.step(0, batch.images, None, logits, maps)
+            cohort.step(0, next(source), learners)
 
         for _ in range(3):  # the first one measures memory, the third one records
             step()

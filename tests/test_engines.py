@@ -14,10 +14,10 @@ import torch
 from faqd_lib import execution
 from faqd_lib.config import RunConfig
 from faqd_lib.engines import EngineError, RayEngine, _follow, chosen_engine
+from faqd_lib.learner import NonFiniteLossError
 from faqd_lib.progress import Progress
 from faqd_lib.results import RunStore
 from faqd_lib.suite import Suite
-from faqd_lib.train import NonFiniteLossError
 
 PROFILE = """
 shows_results = false

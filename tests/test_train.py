@@ -15,21 +15,14 @@ from faqd_lib.batches import Batches
 from faqd_lib.config import OptimizationConfig, RunConfig
 from faqd_lib.data import ImageData, Images
 from faqd_lib.files import tensors_digest
+from faqd_lib.learner import Evaluation, NonFiniteLossError, learning_rate, precision_that_pays, projection_seed
 from faqd_lib.measure import environment, exact_kernels
 from faqd_lib.models import FeatureTap
 from faqd_lib.quantize import dequantize
 from faqd_lib.results import RunRecord
 from faqd_lib.suite import Suite
 from faqd_lib.tables import runs_frame
-from faqd_lib.train import (
-    Evaluation,
-    NonFiniteLossError,
-    evaluate,
-    learning_rate,
-    precision_that_pays,
-    projection_seed,
-    train,
-)
+from faqd_lib.train import evaluate, train
 
 
 def weights(suite: Suite, config: RunConfig) -> dict[str, torch.Tensor]:

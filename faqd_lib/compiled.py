@@ -36,18 +36,19 @@ def compiled(model: nn.Module, training: bool) -> Callable[[torch.Tensor], torch
     for module in model.modules():
         if isinstance(module, QuantizedReLU):
             module.compiled = True
-    options = {} if training else {"freezing": True}
-    if hasattr(torch._inductor.config, "deterministic"):
-        options["deterministic"] = True  # what is chosen by timing candidates may be another one the next time
+    # Deterministic: what is chosen by timing candidates may be another one the next time.
+    settings = {"deterministic": True, "freezing": not training}
 
     def whole(x: torch.Tensor) -> torch.Tensor:
         return model(x)
 
-    work = torch.compile(_own_code(whole), fullgraph=True, dynamic=False, options=options)
+    work = torch.compile(_own_code(whole), fullgraph=True, dynamic=False)
 
     def call(x: torch.Tensor) -> torch.Tensor:
         try:
-            return work(x)
+            # As torch.compile's own options they would come too late for freezing.
+            with torch._inductor.config.patch(settings):
+                return work(x)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             reason = f"{type(error.inner_exception).__name__}: {error.inner_exception}".splitlines()[0]
             raise CompilationError(

@@ -6,6 +6,7 @@ GPU idle: so each student of a cohort has a stream of its own. Either way they a
 hence the same bits.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -75,11 +76,25 @@ class Recorder:
         They share memory of their own: what one of them leaves behind, others of other workers may not overwrite.
         """
         graphs, pool = [], torch.cuda.graph_pool_handle()
-        for work in works:
-            graphs.append(torch.cuda.CUDAGraph())
-            with torch.cuda.graph(graphs[-1], pool=pool, stream=torch.cuda.current_stream(self.device)):
-                work()
+        with _nothing_collected():
+            for work in works:
+                graphs.append(torch.cuda.CUDAGraph())
+                with torch.cuda.graph(graphs[-1], pool=pool, stream=torch.cuda.current_stream(self.device)):
+                    work()
         return graphs
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """A context in which Python frees no garbage: an old recording among it, freed now, would spoil the new one."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Pieces:
@@ -115,6 +130,13 @@ class Pieces:
             elif places != self._places:
                 raise ValueError("what was recorded reads its inputs where they were then: put them there (placed)")
         self._calls += 1
+
+    def release(self) -> None:
+        """Free the recordings and their memory; the work is done for good."""
+        if self._graphs:
+            torch.cuda.synchronize(self.recorder.device)
+        self._graphs.clear()
+        self.works = ()
 
     def run(self, index: int) -> None:
         """One piece, in its turn."""

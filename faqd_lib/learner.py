@@ -206,6 +206,11 @@ class Learner:
                 )
         self._checked = self._filled
 
+    def close(self) -> None:
+        """Take the hooks off the network and free what was recorded; there are no steps any more."""
+        self.tap.close()
+        self._pieces.release()
+
     def end_epoch(self, epoch: int, evaluations: Mapping[str, Evaluation]) -> None:
         """Append the epoch's mean loss terms and its evaluations."""
         self._check(epoch)

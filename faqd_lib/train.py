@@ -133,7 +133,7 @@ def train(
             if not cohort.active:
                 break
             end_epoch(epoch)
-        cohort.teaches.close()
+        cohort.close()
         for learner in cohort.active:
             if learner.predictions is None:  # its checkpoint was that of a finished training
                 learner.predictions = evaluate(learner.model, splits["test"], batches.normalizer).predictions
@@ -162,7 +162,7 @@ class Cohort:
         optimization: OptimizationConfig | None = None,
         cuda_graphs: bool = True,
     ) -> None:
-        self.active, self.failed = list(learners), {}
+        self._learners, self.active, self.failed = list(learners), list(learners), {}
         o = optimization or learners[0].config.optimization
         self._recorder = Recorder(device) if cuda_graphs and device.type == "cuda" else None
         # A compiled teacher's maps are always taken: what is fused, and so its logits' last digits, depends on what is
@@ -198,6 +198,12 @@ class Cohort:
                 self.attempt(learner, learner.step, epoch, batch.images, labels, teacher_logits, teacher_maps)
         self._lanes.join()
         self.shared.students.stop()
+
+    def close(self) -> None:
+        """Take the hooks off the networks and free what was recorded; there are no steps any more."""
+        self.teaches.close()
+        for learner in self._learners:
+            learner.close()
 
     def attempt(self, learner: Learner, action: Callable[..., None], *arguments: object) -> None:
         """Do something of a learner's; if its numbers are not finite any more, it is out."""
@@ -275,10 +281,10 @@ class TeacherPass:
     def close(self) -> None:
         if self.tap is not None:
             self.tap.close()
+        self._pieces.release()
 
 
 def _finish(learner: Learner, batch_size: int, cohort: int) -> Trained:
-    learner.tap.close()
     every = learner.watch.read()
     measured = every[1:] or every  # the first step carries the memory measurement
     own = sum(measured)

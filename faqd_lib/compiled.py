@@ -36,18 +36,20 @@ def compiled(model: nn.Module, training: bool) -> Callable[[torch.Tensor], torch
     for module in model.modules():
         if isinstance(module, QuantizedReLU):
             module.compiled = True
+    from torch._inductor import config as inductor  # seconds, which not every import of this module should cost
+
     # Deterministic: what is chosen by timing candidates may be another one the next time.
-    settings = {"deterministic": True, "freezing": not training}
+    options = {"deterministic": True, "freezing": not training}
 
     def whole(x: torch.Tensor) -> torch.Tensor:
         return model(x)
 
-    work = torch.compile(_own_code(whole), fullgraph=True, dynamic=False)
+    work = torch.compile(_own_code(whole), fullgraph=True, dynamic=False, options=options)
 
     def call(x: torch.Tensor) -> torch.Tensor:
         try:
-            # As torch.compile's own options they would come too late for freezing.
-            with torch._inductor.config.patch(settings):
+            # The options reach the backward pass, too, which is compiled later, but come too late for freezing.
+            with inductor.patch(freezing=not training):
                 return work(x)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             reason = f"{type(error.inner_exception).__name__}: {error.inner_exception}".splitlines()[0]

@@ -1,0 +1,142 @@
+"""Passes by ``torch.compile``: repeatable, the same network, and a clear word where there is no compiler."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from faqd_lib import execution
+from faqd_lib.compiled import CompilationError, compiled
+from faqd_lib.config import ConfigurationError, OptimizationConfig
+from faqd_lib.files import project_root
+from faqd_lib.models import FeatureTap
+from faqd_lib.quantize import quantize
+from faqd_lib.suite import Suite
+
+pytestmark = pytest.mark.usefixtures("compiler")
+
+
+def small_network(bits: int = 32, activation_bits: int = 32, step_gradient: str = "lsq") -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(),
+            nn.Linear(8 * 16, 5),
+        )  # fmt: skip
+    if (bits, activation_bits) == (32, 32):
+        return model
+    return quantize(model, bits, activation_bits, first_layer="quantize", step_gradient=step_gradient)
+
+
+def images(count: int = 4) -> torch.Tensor:
+    return torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def test_alone_interrupted_and_in_a_cohort_are_the_same_bits_and_runs_of_their_own(tiny_suite, monkeypatch):
+    def runs(suite: Suite):
+        coarse = {"step_gradient": "coarse"}
+        return [
+            # One needs the teacher's maps, the other does not: its logits must be the same either way.
+            suite.student("KD", weight_bits=4, activation_bits=4, quantization=coarse),
+            suite.student("FFAQD", weight_bits=1, k=2),
+        ]
+
+    together = tiny_suite("together", compile=True)
+    expected = [(record.weights_digest, record.history) for record in together.run(runs(together))]
+    alone = tiny_suite("alone", compile=True, cohort=1, checkpoint_seconds=0.0)
+    alone.run([alone.teacher()])
+
+    class Killed(BaseException):
+        """Not an Exception, so that nothing under test can take it for an ordinary error."""
+
+    def kill(*arguments):
+        write(*arguments)
+        raise Killed
+
+    write = execution.save_checkpoint
+    monkeypatch.setattr(execution, "save_checkpoint", kill)
+    with pytest.raises(Killed):
+        alone.run(runs(alone))
+    monkeypatch.setattr(execution, "save_checkpoint", write)
+    assert [(record.weights_digest, record.history) for record in alone.run(runs(alone))] == expected
+
+    plain = tiny_suite("plain")
+    for before, now in zip(runs(together), runs(plain), strict=True):
+        assert before.optimization.compiled
+        assert not now.optimization.compiled
+        assert before.digest != now.digest
+
+
+@pytest.mark.parametrize("step_gradient", ["lsq", "coarse", "frozen"])
+def test_values_gradients_and_statistics_are_those_of_the_network(step_gradient):
+    x, found = images(), []
+    for way in (lambda model: model, lambda model: compiled(model, training=True)):
+        model = small_network(4, 4, step_gradient).train()
+        out = way(model)(x)
+        out.square().sum().backward()
+        found.append([out.detach(), model[1].running_var, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 6
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_maps_are_tapped_and_a_network_in_evaluation_is_folded():
+    model = small_network().eval().requires_grad_(False)
+    model[1].running_mean.normal_(generator=torch.Generator().manual_seed(2))
+    x = images()
+    with torch.no_grad(), FeatureTap(model, ["2", "4"]) as tap:
+        expected = [model(x), *tap.features]
+        tap.clear()
+        work = compiled(model, training=False)
+        for got, wanted in zip([work(x), *tap.features], expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+        assert torch.equal(work(x), work(x))
+        model[1].running_mean += 1
+        torch.testing.assert_close(work(x), expected[0], rtol=1e-4, atol=1e-5)  # as it says: not looked at again
+
+
+def test_more_networks_than_torch_compiles_of_one_function():
+    x = images()
+    with torch.no_grad():
+        for seed in range(10):
+            model = nn.Conv2d(3, 2, 3).eval()
+            nn.init.constant_(model.weight, seed)
+            torch.testing.assert_close(compiled(model, training=False)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_the_quantizer_as_an_operator(bits, per_channel):
+    weight = torch.randn(8, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(torch.ops.faqd.quantized_weight.default, (weight, bits, per_channel))
+
+
+def test_switched_off_is_an_error_and_not_another_run(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    with pytest.raises(CompilationError, match="TORCH_COMPILE_DISABLE"):
+        compiled(small_network(), training=True)
+
+
+def test_without_a_compiler_the_error_says_what_to_do(tmp_path):
+    code = """
+import torch
+from torch import nn
+from faqd_lib.compiled import compiled
+compiled(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), training=True)(torch.ones(2, 3, 8, 8))
+"""
+    missing = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(project_root()), **missing},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "CompilationError: Sequential cannot be compiled (" in done.stderr
+    assert "or set compile = false" in done.stderr
+
+
+def test_what_is_not_trained_is_not_compiled():
+    with pytest.raises(ConfigurationError, match="epochs = 0 has none"):
+        OptimizationConfig.parse({"epochs": 0, "warmup_epochs": 0.0, "compiled": True}, "here")

@@ -8,7 +8,8 @@ all in turns, with the threads of one worker). The model: a cohort takes epochs 
 the steps of its students), evaluation left out; the notebooks ask for their runs one after the other, and what they
 ask for is trained in waves (teachers, students, fine-tuned students), each of which waits for the whole one before; the
 cohorts of a wave are as large as the engine would make them and go to the next free worker, in order; workers are all
-as fast as this one, and do not slow each other. Shared files, start-up and failures cost nothing.
+as fast as this one, and do not slow each other. Shared files, start-up and failures cost nothing. (On a GPU, where
+students of a cohort compute side by side, it counts too much: their steps are added up as if they did not.)
 
 Times of steps are those of random weights and enlarged digits. Prints tables; writes ``cost-PROFILE.json`` to ``--out``
 (``results/benchmarks`` if left out).
@@ -28,7 +29,7 @@ from training import cohort_step, peaks
 from faqd_lib import experiments, planning
 from faqd_lib.config import RunConfig
 from faqd_lib.cuda_graphs import own_stream
-from faqd_lib.measure import environment, take_turns
+from faqd_lib.measure import environment, exact_kernels, take_turns
 from faqd_lib.quantizers import FLOAT_BITS, STEP_GRADIENTS
 from faqd_lib.settings import Profile
 from faqd_lib.suite import Suite
@@ -131,7 +132,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         suite = Suite.open(profile, "digits", results=scratch, device=arguments.device, seeds=arguments.seeds)
         series = [make(suite) for make in SERIES]
-        with own_stream(suite.device):
+        with own_stream(suite.device), exact_kernels():
             own, common = measured(suite, itertools.chain(*needed(series)), arguments.rounds)
         rows = [
             {"what": "data" + (f" and a pass through {name}" if name else ""), "batch": batch, "ms": 1e3 * seconds}

@@ -33,7 +33,7 @@ from faqd_lib.batches import Batch, Batches
 from faqd_lib.config import RunConfig
 from faqd_lib.cuda_graphs import own_stream
 from faqd_lib.data import Images
-from faqd_lib.measure import Stopwatch, environment, peak_bytes, take_turns
+from faqd_lib.measure import Stopwatch, environment, exact_kernels, peak_bytes, take_turns
 from faqd_lib.settings import Profile
 from faqd_lib.suite import Suite
 from faqd_lib.train import Cohort
@@ -281,10 +281,17 @@ PARTS = ("steps", "cohorts", "plain")
 def main() -> None:
     parser = options(__doc__, rounds=7)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which parts (all)")
-    parser.add_argument("--teachers", nargs="+", default=["resnet20", "resnet56", "resnet110"], help="of the cohorts")
+    parser.add_argument(
+        "--teachers",
+        nargs="+",
+        default=["resnet20", "resnet56", "resnet110"],
+        help="of the cohorts; the first, of the steps, too",
+    )
     parser.add_argument("--batch", type=int, default=128, help="images a step of the suite's own loop (128)")
     parser.add_argument("--workers", type=int, default=0, help="of the plain implementation's DataLoader (0)")
-    parser.add_argument("--compile", action="store_true", help="compiled students and teachers, too (minutes more)")
+    parser.add_argument(
+        "--compile", action="store_true", help="compiled students and teachers, too (about 5 minutes more)"
+    )
     arguments = parse(parser)
     machine = environment(arguments.device)
     announce(machine)
@@ -298,7 +305,7 @@ def main() -> None:
         }
         result = {"environment": machine, "precision": suite.precision}
         for name in arguments.parts:
-            with own_stream(suite.device):
+            with own_stream(suite.device), exact_kernels():
                 frame = parts[name]()
             result[name] = show(f"{name}, {suite.precision}", frame)
             if name == "cohorts":

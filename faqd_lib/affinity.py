@@ -187,8 +187,11 @@ class FastFeatureAffinityLoss(nn.Module):
         def draw(pixels: int) -> torch.Tensor:
             if self._ahead_used == len(self._ahead):
                 return self._draw(pixels)
+            z = self._ahead[self._ahead_used]
+            if len(z) != pixels:
+                raise ValueError(f"projections were drawn ahead for {len(z)} pixels, and the maps have {pixels}")
             self._ahead_used += 1
-            return self._ahead[self._ahead_used - 1]
+            return z
 
         return _loss(student, teacher, "projection", "l2", self.reduction, draw)
 
@@ -200,10 +203,13 @@ class FastFeatureAffinityLoss(nn.Module):
         """Draw now what the next calls need, one for maps of each of these sizes in turn (height times width).
 
         They are put where those of the ``draw_ahead`` before lay, in float32: a CUDA graph of these calls can draw
-        nothing itself, but finds new projections there at each replay.
+        nothing itself, but finds new projections there at each replay. With no ``pixels``, what was drawn ahead is
+        forgotten, and calls draw for themselves again. Between ``draw_ahead`` and these calls ``state_dict()`` holds
+        the state after them.
         """
         drawn = [self._draw(number) for number in pixels]
-        if [z.shape for z in self._ahead] != [z.shape for z in drawn]:
+        places = [(z.shape, z.device.type) for z in self._ahead]
+        if places != [(z.shape, device.type) for z in drawn]:
             self._ahead = [torch.empty_like(z, device=device) for z in drawn]
         for buffer, z in zip(self._ahead, drawn, strict=True):
             # From ordinary memory the host would wait for the copy.
@@ -224,6 +230,7 @@ class FastFeatureAffinityLoss(nn.Module):
             copy = state.detach().cpu().clone()
             torch.Generator().set_state(copy)  # raises for anything else
             self.generator_state = copy
+            self._ahead, self._ahead_used = [], 0
 
     def extra_repr(self) -> str:
         frozen = ", frozen" if self.frozen else ""

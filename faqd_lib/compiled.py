@@ -6,6 +6,7 @@ the bit all the same, and are those of the network whether it trains alone or be
 
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -22,8 +23,10 @@ def compiled(model: nn.Module, training: bool) -> Callable[[torch.Tensor], torch
 
     Args:
         model: of static control flow, on its device. Hooks of :class:`~faqd_lib.models.FeatureTap` stay at work.
-        training: whether gradients are wanted. If not, the network's parameters and statistics must stay as they are
-            from the first call on: they are folded into one another.
+        training: whether gradients are wanted. If not, there are none, and the network's parameters and statistics must
+            stay as they are from the first call on: they are folded into one another.
+
+    The network's quantized ReLUs are marked: they will be part of what is compiled. It can be called as before.
 
     Raises:
         CompilationError: from here where compiling is switched off, from the first call where there is no compiler.
@@ -36,10 +39,13 @@ def compiled(model: nn.Module, training: bool) -> Callable[[torch.Tensor], torch
     for module in model.modules():
         if isinstance(module, QuantizedReLU):
             module.compiled = True
-    from torch._inductor import config as inductor  # seconds, which not every import of this module should cost
+    # Seconds, which not every import of this module should cost.
+    from torch._inductor import config as inductor
+    from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 
-    # Deterministic: what is chosen by timing candidates may be another one the next time.
-    options = {"deterministic": True, "freezing": not training}
+    # Deterministic: what is chosen by timing candidates may be another one the next time. The number of threads, which
+    # sums depend on, is part of what is looked up in the compiler's cache only where it is a setting.
+    options = {"deterministic": True, "freezing": not training, "cpp.threads": torch.get_num_threads()}
 
     def whole(x: torch.Tensor) -> torch.Tensor:
         return model(x)
@@ -49,13 +55,14 @@ def compiled(model: nn.Module, training: bool) -> Callable[[torch.Tensor], torch
     def call(x: torch.Tensor) -> torch.Tensor:
         try:
             # The options reach the backward pass, too, which is compiled later, but come too late for freezing.
-            with inductor.patch(freezing=not training):
+            with inductor.patch(freezing=not training), nullcontext() if training else torch.no_grad():
                 return work(x)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            reason = f"{type(error.inner_exception).__name__}: {error.inner_exception}".splitlines()[0]
+        except (torch._dynamo.exc.BackendCompilerFailed, TritonMissing, GPUTooOldForTriton) as error:
+            inner = getattr(error, "inner_exception", error)
+            reason = f"{type(inner).__name__}: {inner}".splitlines()[0]
             raise CompilationError(
-                f"{type(model).__name__} cannot be compiled ({reason}): a C++ compiler (g++ or clang) is needed, on "
-                "CUDA Triton, too; or set compile = false"
+                f"{type(model).__name__} cannot be compiled ({reason}): a C++ compiler that works (g++ or clang; the "
+                "variable CXX names another) is needed, on CUDA Triton, too; or set compile = false"
             ) from error
 
     return call

@@ -25,9 +25,11 @@ def own_stream(device: torch.device) -> Iterator[None]:
         return
     around, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     stream.wait_stream(around)
-    with torch.cuda.stream(stream):
-        yield
-    around.wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:  # also for who goes on after an interrupt
+        around.wait_stream(stream)
 
 
 class Lanes:
@@ -61,10 +63,17 @@ class Recorder:
         self._batch: Batch | None = None
 
     def placed(self, batch: Batch) -> Batch:
-        """The batch, copied to where all batches lie."""
+        """The batch, copied to where all batches lie.
+
+        Raises:
+            ValueError: it is not of the first one's size.
+        """
         if self._batch is None:
             labels = None if batch.labels is None else torch.empty_like(batch.labels)
             self._batch = Batch(torch.empty_like(batch.images), labels)
+        if batch.images.shape != self._batch.images.shape:
+            found, first = tuple(batch.images.shape), tuple(self._batch.images.shape)
+            raise ValueError(f"all batches must have the size of the first, {first}, got one of {found}")
         self._batch.images.copy_(batch.images)
         if batch.labels is not None:
             self._batch.labels.copy_(batch.labels)
@@ -113,8 +122,18 @@ class Pieces:
 
     @property
     def are_recorded(self) -> bool:
-        """Whether there are recordings, or the next :meth:`begin` makes them."""
-        return bool(self._graphs) or (self.recorder is not None and self._calls >= _AS_IT_COMES)
+        """Whether they are, or the next :meth:`begin` does it."""
+        return self.recorder is not None and self._calls >= _AS_IT_COMES
+
+    @property
+    def are_replayed(self) -> bool:
+        """Whether :meth:`run` replays."""
+        return bool(self._graphs)
+
+    @property
+    def is_preparing(self) -> bool:
+        """Whether the last :meth:`begin` was one of the first, which libraries, compilers and recordings make long."""
+        return self._calls <= (_AS_IT_COMES + 1 if self.recorder is not None else 1)
 
     def begin(self, inputs: Sequence[torch.Tensor | None]) -> None:
         """To be called before the first piece, with everything that the pieces read and others have written.
@@ -136,7 +155,7 @@ class Pieces:
         if self._graphs:
             torch.cuda.synchronize(self.recorder.device)
         self._graphs.clear()
-        self.works = ()
+        self.works, self.recorder = (), None
 
     def run(self, index: int) -> None:
         """One piece, in its turn."""

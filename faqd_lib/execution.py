@@ -112,6 +112,8 @@ def _train_cohort(suite: Workplace, cohort: Sequence[RunConfig], label: str, pro
         worked, reported = _epochs(learners) - reported, _epochs(learners)
         progress.advance(worked if epochs else len(active), f"{label} ({names}), {what}: test {accuracy} %")
 
+    if config.optimization.compiled:
+        progress.say(f"{label}: compiling {'teacher and ' if teacher is not None else ''}{len(learners)} network(s)")
     result = train(
         learners, batches, teacher, () if teacher is None else teacher.feature_names, splits, on_epoch,
         every(suite.profile.checkpoint_seconds), lambda learner: save_checkpoint(suite.store, learner, here), on_batch,

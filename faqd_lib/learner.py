@@ -139,7 +139,7 @@ class Learner:
         else:
             self.peak_bytes = peak_bytes(self._update, images.device)
         self._note()
-        self.watch.stop()
+        self.watch.stop(counts=not self._pieces.is_preparing)
         self.steps += 1
         if self._filled - self._checked >= CHECK_EVERY.get(images.device.type, CHECK_EVERY_ELSEWHERE):
             self._check(epoch)
@@ -206,13 +206,20 @@ class Learner:
                 )
         self._checked = self._filled
 
+    @property
+    def is_preparing(self) -> bool:
+        """Whether the last step was one of this process's first, which take longer than all others."""
+        return self._pieces.is_preparing
+
     def close(self) -> None:
         """Take the hooks off the network and free what was recorded; there are no steps any more."""
         self.tap.close()
         self._pieces.release()
+        self.objective.draw_ahead((), torch.device("cpu"))
 
     def end_epoch(self, epoch: int, evaluations: Mapping[str, Evaluation]) -> None:
         """Append the epoch's mean loss terms and its evaluations."""
+        self.tap.clear()  # of the maps of the last images that were evaluated
         self._check(epoch)
         row: dict[str, float] = {"epoch": epoch + 1}
         for name, values in self._epoch_terms().items():
@@ -275,13 +282,14 @@ class Learner:
             self._terms[:, : self._filled] = rows
         self.watch.seconds, self.loss_watch.seconds = (parts["seconds"][name].tolist() for name in ("step", "loss"))
         self._settled = len(self.watch.seconds)
+        self.record_with(self._pieces.recorder)  # recordings know the momentum at its former place
         self.steps, self._checked, self.peak_bytes = facts["steps"], facts["checked"], facts["peak_bytes"]
         self.history = [dict(row) for row in facts["history"]]
         self.data_seconds, self.teacher_seconds = facts["data_seconds"], facts["teacher_seconds"]
 
     def unsettled(self) -> float:
-        """Seconds of its steps since they were last settled."""
-        return sum(self.watch.read()[self._settled :])
+        """Seconds of its steps since they were last settled, of those that count."""
+        return sum(seconds for seconds in self.watch.read()[self._settled :] if not math.isnan(seconds))
 
     def settle(self, share: float) -> None:
         """Count only a part of these seconds: in the rest of them others computed, too."""

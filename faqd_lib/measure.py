@@ -1,6 +1,7 @@
 """Peak memory of one call, and what machine and software a number was measured with."""
 
 import contextlib
+import math
 import os
 import platform
 import subprocess
@@ -77,16 +78,17 @@ class Stopwatch:
         """Begin a piece of work."""
         self._started = self._now()
 
-    def stop(self) -> None:
-        """End it."""
-        self._marks.append((self._started, self._now()))
+    def stop(self, counts: bool = True) -> None:
+        """End it. What does not count has no duration (NaN): its length would say nothing of the others'."""
+        self._marks.append((self._started, self._now(), counts))
 
     def read(self) -> list[float]:
         """All durations so far."""
         if self._cuda and self._marks:
             torch.cuda.synchronize()
-        for begin, end in self._marks:
-            self.seconds.append(begin.elapsed_time(end) / 1000 if self._cuda else end - begin)
+        for begin, end, counts in self._marks:
+            elapsed = begin.elapsed_time(end) / 1000 if self._cuda else end - begin
+            self.seconds.append(elapsed if counts else math.nan)
         self._marks.clear()
         return self.seconds
 

@@ -162,14 +162,16 @@ class FeatureTap:
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"a module is tapped twice in {list(self.names)}")
         self._caught: OrderedDict[str, torch.Tensor] = OrderedDict()
-        self._versions: dict[str, int | None] = {}
+        # All keys from the beginning: compiled code looks at them, and is made anew where there are others.
+        self._versions: dict[str, int | None] = dict.fromkeys(self.names)
+        self._copies = any(getattr(module, "inplace", False) for module in model.modules())
         self._handles = [modules[name].register_forward_hook(self._catcher(name)) for name in self.names]
 
     def _catcher(self, name: str):
         def catch(_module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
-            self._caught[name] = output
-            # A compiler follows no versions. What it makes of a network overwrites nothing that is still read.
             counted = not torch.compiler.is_compiling() and not output.is_inference()
+            # A compiler follows no versions: where something might overwrite the map, a copy is kept.
+            self._caught[name] = output.clone() if self._copies and torch.compiler.is_compiling() else output
             self._versions[name] = output._version if counted else None
 
         return catch

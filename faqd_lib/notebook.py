@@ -50,7 +50,10 @@ def start(*, profile: str, dataset: str, data_root: str, results_dir: str, seeds
         seeds,
     )
     print(f"images:  {suite.caption}")
-    print(f"profile: {suite.profile.name}, {suite.profile.seeds} seed(s), {suite.precision} on {suite.device}")
+    print(
+        f"profile: {suite.profile.name}, {suite.profile.seeds} seed(s), {suite.precision} on {suite.device}"
+        f"{', compiled' if suite.profile.compile else ''}"
+    )
     print(f"updates: {_updates(suite)}")
     print(f"results: {suite.folder}")
     if not suite.profile.shows_results:

@@ -202,7 +202,7 @@ class SuiteState(Frozen):
         text = (
             f"{self.dataset}{note}, {self.training_count:,} training and {self.test_count:,} test images"
             f"{' (class-balanced subsets)' if self.data.train_images or self.data.test_images else ''}, "
-            f"profile {self.profile.name}"
+            f"profile {self.profile.name}{', compiled' if self.profile.compile else ''}"
         )
         return text if ": found on disk" in self.reason or ": asked for" in self.reason else f"{text}; {self.reason}"
 
@@ -210,7 +210,8 @@ class SuiteState(Frozen):
 # Settings under which the same runs are the same runs: they may differ from what the folder was begun with, as may
 # the grid, which only says which runs there are.
 FREE_SETTINGS = {"reason"} | {
-    f"profile.{name}" for name in ("seeds", "cohort", "cuda_graphs", "series_datasets", "dataset", "checkpoint_seconds")
+    f"profile.{name}"
+    for name in ("seeds", "cohort", "compile", "cuda_graphs", "series_datasets", "dataset", "checkpoint_seconds")
 }
 
 

@@ -6,14 +6,15 @@ trains alone or in a cohort: its initial weights, optimizer and random projectio
 goes on from :meth:`Learner.state`, wherever in an epoch that was taken and wherever the others of its cohort are.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
 
 from .batches import Batch, Batches, Normalizer
 from .compiled import compiled
@@ -24,17 +25,17 @@ from .learner import Evaluation, Learner, NonFiniteLossError
 from .measure import Stopwatch, exact_kernels
 from .models import FeatureTap
 
-EVALUATED_TOGETHER = {"cpu": 500}  # images a batch; elsewhere many, for every batch has its price in launches
-EVALUATED_TOGETHER_ELSEWHERE = 2500
+EVALUATED_PIXELS = 2500 * 32**2  # in a batch on a GPU: many, for every batch has its price in launches
 
 
 @exact_kernels()
 @torch.no_grad()
-@parametrize.cached()  # weights are quantized once, not for every batch
 def evaluate(model: nn.Module, images: Images, normalizer: Normalizer, batch_size: int = 0) -> Evaluation:
     """Look at labelled images, in float32, with the weights as they are now; ``batch_size`` 0 for the device's own."""
     device = next(model.parameters()).device
-    batch_size = batch_size or EVALUATED_TOGETHER.get(device.type, EVALUATED_TOGETHER_ELSEWHERE)
+    if not batch_size:
+        height, width = images.pixels.shape[2:]
+        batch_size = 500 if device.type == "cpu" else max(1, EVALUATED_PIXELS // (height * width))
     was_training = model.training
     model.eval()
     loss, predictions = torch.zeros((), dtype=torch.float64, device=device), []
@@ -102,15 +103,19 @@ def train(
     Returns:
         A learner whose loss stops being finite is reported as failed; the others go on undisturbed.
     """
-    with own_stream(batches.device):
-        cohort = Cohort(learners, teacher, feature_names, batches.device, cuda_graphs=cuda_graphs)
+    with (
+        own_stream(batches.device),
+        closing(Cohort(learners, teacher, feature_names, batches.device, cuda_graphs=cuda_graphs)) as cohort,
+    ):
+
+        def evaluated(learner: Learner) -> dict[str, Evaluation]:
+            return {name: evaluate(learner.model, images, batches.normalizer) for name, images in splits.items()}
 
         def end_epoch(epoch: int) -> None:
             cohort.shared.settle()
             ending = [learner for learner in cohort.active if learner.position(epoch) is not None]
             for learner in ending:
-                scores = {name: evaluate(learner.model, images, batches.normalizer) for name, images in splits.items()}
-                cohort.attempt(learner, learner.end_epoch, epoch, scores)
+                cohort.attempt(learner, learner.end_epoch, epoch, evaluated(learner))
             if finished := [learner for learner in ending if learner in cohort.active]:
                 on_epoch(epoch, finished)
 
@@ -133,10 +138,9 @@ def train(
             if not cohort.active:
                 break
             end_epoch(epoch)
-        cohort.close()
         for learner in cohort.active:
             if learner.predictions is None:  # its checkpoint was that of a finished training
-                learner.predictions = evaluate(learner.model, splits["test"], batches.normalizer).predictions
+                learner.predictions = evaluated(learner)["test"].predictions
         trained = [_finish(learner, batches.batch_size, len(learners)) for learner in cohort.active]
         return CohortResult(trained, cohort.failed)
 
@@ -189,7 +193,7 @@ class Cohort:
         """One step of those for whose turn it is; who fails is active no longer."""
         self.shared.teacher.start()
         teacher_logits, teacher_maps = self.teaches(batch.images)
-        self.shared.teacher.stop()
+        self.shared.teacher.stop(counts=not self.teaches.is_preparing)
         self.shared.sharers.append(list(learners))
         self.shared.students.start()
         for learner in learners:
@@ -197,10 +201,11 @@ class Cohort:
             with self._lanes.lane(self._lane_of[id(learner)]):
                 self.attempt(learner, learner.step, epoch, batch.images, labels, teacher_logits, teacher_maps)
         self._lanes.join()
-        self.shared.students.stop()
+        self.shared.students.stop(counts=not any(learner.is_preparing for learner in learners))
 
     def close(self) -> None:
         """Take the hooks off the networks and free what was recorded; there are no steps any more."""
+        self._lanes.join()
         self.teaches.close()
         for learner in self._learners:
             learner.close()
@@ -227,11 +232,13 @@ class _SharedCost:
         self._overlapping = device.type == "cuda"
 
     def settle(self) -> None:
-        for data, teacher, sharers in zip(self.data.read(), self.teacher.read(), self.sharers, strict=True):
+        teacher = counted(self.teacher.read())
+        usual = statistics.median(teacher) if teacher else 0.0  # in the place of a pass that took its compiling, too
+        for data, seconds, sharers in zip(self.data.read(), self.teacher.seconds, self.sharers, strict=True):
             for learner in sharers:
                 learner.data_seconds += data / len(sharers)
-                learner.teacher_seconds += teacher / len(sharers)
-        together = sum(self.students.read())
+                learner.teacher_seconds += (usual if math.isnan(seconds) else seconds) / len(sharers)
+        together = sum(counted(self.students.read()))
         learners = {id(learner): learner for sharers in self.sharers for learner in sharers}.values()
         if self._overlapping and (apart := sum(learner.unsettled() for learner in learners)) > 0:
             for learner in learners:
@@ -259,6 +266,11 @@ class TeacherPass:
         self._images: torch.Tensor | None = None
         self._result: tuple[torch.Tensor | None, list[torch.Tensor]] = None, []
 
+    @property
+    def is_preparing(self) -> bool:
+        """Whether the last pass was one of the first, which take longer than all others."""
+        return self._network is not None and self._pieces.is_preparing
+
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """Logits and tapped maps of a batch."""
         if self._network is None:
@@ -266,7 +278,7 @@ class TeacherPass:
         self._images = images
         self._pieces.begin([images])
         self._pieces.run(0)
-        if self._pieces.are_recorded:
+        if self._pieces.are_replayed:
             return self._result
         result, self._result = self._result, (None, [])  # or the last batch's maps would live beside the next one's
         return result
@@ -284,9 +296,14 @@ class TeacherPass:
         self._pieces.release()
 
 
+def counted(seconds: Iterable[float]) -> list[float]:
+    """Those durations that count: see :meth:`~faqd_lib.measure.Stopwatch.stop`."""
+    return [each for each in seconds if not math.isnan(each)]
+
+
 def _finish(learner: Learner, batch_size: int, cohort: int) -> Trained:
     every = learner.watch.read()
-    measured = every[1:] or every  # the first step carries the memory measurement
+    measured = counted(every)
     own = sum(measured)
     shared = learner.data_seconds + learner.teacher_seconds
     cost = {

@@ -836,3 +836,22 @@ def test_modules_check_at_construction():
         FeatureAffinityLoss("projection")
     with pytest.raises(ValueError, match=r"\(2, 3\)"):
         affinity_matrix(torch.ones(2, 3))
+
+
+def test_projections_drawn_ahead_are_those_of_the_calls_and_are_forgotten_when_asked():
+    maps = [torch.randn(2, 4, size, size, generator=torch.Generator().manual_seed(size)) for size in (4, 3)]
+    expected, ahead = FastFeatureAffinityLoss(3, seed=5), FastFeatureAffinityLoss(3, seed=5)
+    wanted = [expected(m, m + 1).item() for _ in range(3) for m in maps]
+    found, places = [], set()
+    for _ in range(2):
+        ahead.draw_ahead([16, 9], torch.device("cpu"))
+        places.add(tuple(z.data_ptr() for z in ahead._ahead))
+        found += [ahead(m, m + 1).item() for m in maps]
+    assert len(places) == 1
+    ahead.draw_ahead([], torch.device("cpu"))
+    assert found + [ahead(m, m + 1).item() for m in maps] == wanted
+    ahead.draw_ahead([9], torch.device("cpu"))
+    with pytest.raises(ValueError, match="for 9 pixels, and the maps have 16"):
+        ahead(maps[0], maps[0] + 1)
+    ahead.load_state_dict(FastFeatureAffinityLoss(3, seed=5).state_dict())
+    assert ahead(maps[0], maps[0] + 1).item() == wanted[0]

@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._inductor.exc import TritonMissing
+from torch.nn.utils import parametrize
 
 from faqd_lib import execution
 from faqd_lib.compiled import CompilationError, compiled
@@ -14,6 +16,7 @@ from faqd_lib.config import ConfigurationError, OptimizationConfig
 from faqd_lib.files import project_root
 from faqd_lib.models import FeatureTap
 from faqd_lib.quantize import quantize
+from faqd_lib.quantizers import WeightQuantizer
 from faqd_lib.suite import Suite
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -45,7 +48,11 @@ def test_alone_interrupted_and_in_a_cohort_are_the_same_bits_and_runs_of_their_o
         ]
 
     together = tiny_suite("together", compile=True)
+    together.run([together.teacher()])
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     expected = [(record.weights_digest, record.history) for record in together.run(runs(together))]
+    # Teacher and students once each, though there are evaluations in between.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 3
     alone = tiny_suite("alone", compile=True, cohort=1, checkpoint_seconds=0.0)
     alone.run([alone.teacher()])
 
@@ -64,10 +71,10 @@ def test_alone_interrupted_and_in_a_cohort_are_the_same_bits_and_runs_of_their_o
     assert [(record.weights_digest, record.history) for record in alone.run(runs(alone))] == expected
 
     plain = tiny_suite("plain")
-    for before, now in zip(runs(together), runs(plain), strict=True):
-        assert before.optimization.compiled
-        assert not now.optimization.compiled
-        assert before.digest != now.digest
+    for theirs, ours in zip(runs(together), runs(plain), strict=True):
+        assert theirs.optimization.compiled
+        assert not ours.optimization.compiled
+        assert theirs.digest != ours.digest
 
 
 @pytest.mark.parametrize("step_gradient", ["lsq", "coarse", "frozen"])
@@ -98,6 +105,54 @@ def test_maps_are_tapped_and_a_network_in_evaluation_is_folded():
         torch.testing.assert_close(work(x), expected[0], rtol=1e-4, atol=1e-5)  # as it says: not looked at again
 
 
+def test_an_overwritten_map_is_copied_before():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)).eval().requires_grad_(False)
+    x = images()
+    with torch.no_grad(), FeatureTap(model, ["0"]) as tap:
+        compiled(model, training=False)(x)
+        torch.testing.assert_close(tap.features[0], model[0](x), rtol=1e-4, atol=1e-5)
+        assert tap.features[0].min() < 0
+
+
+def test_what_is_not_trained_is_folded_whatever_the_callers_mode():
+    model = small_network().eval()
+    work = compiled(model, training=False)
+    first = work(images())
+    assert not first.requires_grad
+    model[1].running_mean += 1
+    torch.testing.assert_close(work(images()), first)
+
+
+def test_the_number_of_threads_is_part_of_what_is_compiled(monkeypatch):
+    """Sums depend on it, and not every version of torch looks at it before it takes something from its cache."""
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: seen.append(settings["options"]))
+    compiled(small_network(), training=True)
+    assert seen[0]["cpp.threads"] == torch.get_num_threads()
+
+
+def test_a_quantizer_of_ones_own_is_compiled_with_the_rest():
+    class Sign(WeightQuantizer):
+        bits = 16
+
+        def fit(self, rows):
+            return rows.abs().amax(1, keepdim=True), rows.sign()
+
+    layer = nn.Conv2d(3, 2, 3)
+    parametrize.register_parametrization(layer, "weight", Sign())
+    x = images()
+    torch.testing.assert_close(compiled(layer, training=True)(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_without_triton_the_error_says_what_to_do(monkeypatch):
+    def fail(*_, **__):
+        raise TritonMissing(None)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: fail)
+    with pytest.raises(CompilationError, match=r"cannot be compiled \(TritonMissing: .*on CUDA Triton, too"):
+        compiled(small_network(), training=True)(images())
+
+
 def test_more_networks_than_torch_compiles_of_one_function():
     x = images()
     with torch.no_grad():
@@ -114,9 +169,9 @@ def test_the_quantizer_as_an_operator(bits, per_channel):
     torch.library.opcheck(torch.ops.faqd.quantized_weight.default, (weight, bits, per_channel))
 
 
-def test_switched_off_is_an_error_and_not_another_run(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
-    with pytest.raises(CompilationError, match="TORCH_COMPILE_DISABLE"):
+def test_switched_off_is_an_error_and_not_another_run():
+    switched_off = torch._dynamo.config.patch(disable=True)
+    with switched_off, pytest.raises(CompilationError, match="TORCH_COMPILE_DISABLE"):
         compiled(small_network(), training=True)
 
 
@@ -124,6 +179,8 @@ def test_without_a_compiler_the_error_says_what_to_do(tmp_path):
     code = """
 import torch
 from torch import nn
+from torch._inductor.exc import TritonMissing
+from torch.nn.utils import parametrize
 from faqd_lib.compiled import compiled
 compiled(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), training=True)(torch.ones(2, 3, 8, 8))
 """

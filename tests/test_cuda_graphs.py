@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 
+from faqd_lib.batches import Batch
 from faqd_lib.cuda_graphs import Lanes, Pieces, Recorder, own_stream
 
 CPU = torch.device("cpu")
@@ -62,8 +63,20 @@ def test_pieces_are_called_twice_then_recorded_then_replayed(recorder):
     assert [graph.replays for graph in pieces._graphs] == [3, 3]
     with pytest.raises(ValueError, match="reads its inputs where they were"):
         pieces.begin([x.clone(), None])
+    assert pieces.are_replayed
     pieces.release()
-    assert not pieces._graphs
+    assert not pieces.are_replayed
+    assert not pieces.are_recorded
+
+
+def test_batches_are_placed_in_one_memory_and_must_have_one_size(recorder):
+    batches = [Batch(torch.full((4, 3, 2, 2), float(i)), torch.full((4,), i)) for i in range(3)]
+    placed = [recorder.placed(batch) for batch in batches]
+    assert len({batch.images.data_ptr() for batch in placed}) == 1
+    assert placed[0].images.unique().tolist() == [2.0]
+    assert placed[0].labels.tolist() == [2] * 4
+    with pytest.raises(ValueError, match=r"\(4, 3, 2, 2\), got one of \(1, 3, 2, 2\)"):
+        recorder.placed(Batch(torch.zeros(1, 3, 2, 2), torch.zeros(1).long()))
 
 
 def test_without_a_recorder_they_are_calls_and_inputs_may_lie_anywhere():

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import gc
 import math
+import time
 
 import pytest
 import torch
@@ -15,7 +16,14 @@ from faqd_lib.batches import Batches
 from faqd_lib.config import OptimizationConfig, RunConfig
 from faqd_lib.data import ImageData, Images
 from faqd_lib.files import tensors_digest
-from faqd_lib.learner import Evaluation, NonFiniteLossError, learning_rate, precision_that_pays, projection_seed
+from faqd_lib.learner import (
+    Evaluation,
+    Learner,
+    NonFiniteLossError,
+    learning_rate,
+    precision_that_pays,
+    projection_seed,
+)
 from faqd_lib.measure import environment, exact_kernels
 from faqd_lib.models import FeatureTap
 from faqd_lib.quantize import dequantize
@@ -372,6 +380,26 @@ def test_cost_is_measured(tiny_suite):
     assert record.cost["step_milliseconds"] > 0
     assert record.cost["training_seconds"] > record.cost["shared_seconds"] > 0
     assert record.environment["device"] == environment(suite.device)["device"]
+
+
+def test_first_steps_of_a_process_have_no_part_in_what_a_step_costs(tiny_suite, monkeypatch):
+    """They measure memory, compile and record; the usual step stands for them."""
+    update, waits = Learner._update, iter([0.5])
+
+    def slow_at_first(self) -> None:
+        update(self)
+        time.sleep(next(waits, 0.0))
+
+    monkeypatch.setattr(Learner, "_update", slow_at_first)
+    suite = tiny_suite()
+    batches = Batches(suite.splits[0].unlabelled(), 16, 0, suite.normalizer)
+    teacher = suite.build(suite.teacher()).requires_grad_(False).eval()
+    learner = suite.learner(suite.student("KD", weight_bits=1), batches)
+    (trained,) = train([learner], batches, teacher, (), {"test": suite.splits[2]}).trained
+    assert [math.isnan(seconds) for seconds in learner.watch.seconds[:2]] == [True, False]
+    assert len(learner.watch.seconds) == 6
+    assert 0 < trained.cost["training_seconds"] < 0.5
+    assert trained.cost["images_per_second"] > 16 * 6 / 0.5
 
 
 def test_a_label_free_learner_is_kept_blind_among_labelled_batches(tiny_suite):

@@ -44,7 +44,7 @@ def compiled(model: nn.Module, training: bool) -> Callable[[torch.Tensor], torch
     from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 
     # Deterministic: what is chosen by timing candidates may be another one the next time. The number of threads, which
-    # sums depend on, is part of what is looked up in the compiler's cache only where it is a setting.
+    # sums depend on, is part of what every version of torch looks up in its cache only where it is a setting.
     options = {"deterministic": True, "freezing": not training, "cpp.threads": torch.get_num_threads()}
 
     def whole(x: torch.Tensor) -> torch.Tensor:

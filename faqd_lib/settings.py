@@ -93,7 +93,7 @@ class Profile(Frozen):
     seeds: Count = 1
     checkpoint_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 120.0  # of training between checkpoints
     cohort: Count = 8
-    compile: bool = False  # passes by torch.compile: faster, and other runs (the last digits differ)
+    compile: bool = False  # passes by torch.compile: other last digits, so other runs
     cuda_graphs: bool = True  # on CUDA: steps recorded and replayed; the same bits
     teacher_schedule: Schedule
     student_schedule: Schedule

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from faqd_lib import activation_kernels
+from faqd_lib import activation_kernels, execution
 from faqd_lib.batches import stream
 from faqd_lib.config import (
     AFFINITY_RECIPE,
@@ -139,6 +139,26 @@ def make_tiny_suite(folder: Path, data: ImageData, **profile) -> Suite:
     suite = Suite(state, RunStore(folder), DEVICE)
     suite.__dict__["data"] = data
     return suite
+
+
+class Killed(BaseException):
+    """Not an Exception, so that nothing under test can take it for an ordinary error."""
+
+
+def run_until_killed(monkeypatch, suite: Suite, configs: list[RunConfig], checkpoints: int) -> None:
+    """Train until so many checkpoints have been written, and no further."""
+    original, left = execution.save_checkpoint, [checkpoints]
+
+    def checkpoint(*arguments):
+        original(*arguments)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+
+    monkeypatch.setattr(execution, "save_checkpoint", checkpoint)
+    with pytest.raises(Killed):
+        suite.run(configs)
+    monkeypatch.setattr(execution, "save_checkpoint", original)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import make_tiny_data, make_tiny_suite
+from conftest import Killed, make_tiny_data, make_tiny_suite, run_until_killed
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -28,10 +28,6 @@ FACTS = Facts(
     teacher_seconds=0.5, environment={"torch": "2", "threads": 1},
 )  # fmt: skip
 TENSORS = {"model.weight": torch.randn(3, 4), "momentum.0": torch.randn(3, 4), "seconds.step": torch.rand(2).double()}
-
-
-class Killed(BaseException):
-    """Not an Exception, so that nothing under test can take it for an ordinary error."""
 
 
 def equal(found, expected=(TENSORS, FACTS)) -> bool:
@@ -188,19 +184,7 @@ def begun(tiny_suite):
 
 
 def interrupt(monkeypatch, suite: Suite, checkpoints: int) -> None:
-    """Run until so many checkpoints have been written, and no further."""
-    original, left = execution.save_checkpoint, [checkpoints]
-
-    def checkpoint(*arguments):
-        original(*arguments)
-        left[0] -= 1
-        if left[0] == 0:
-            raise Killed
-
-    monkeypatch.setattr(execution, "save_checkpoint", checkpoint)
-    with pytest.raises(Killed):
-        suite.run(wanted(suite))
-    monkeypatch.setattr(execution, "save_checkpoint", original)
+    run_until_killed(monkeypatch, suite, wanted(suite), checkpoints)
 
 
 # The teacher takes 3 steps; then two students side by side take 6, in two epochs of 3: 3 + 12 checkpoints.

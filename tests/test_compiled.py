@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
+from conftest import run_until_killed
 from torch import nn
 from torch._inductor.exc import TritonMissing
 from torch.nn.utils import parametrize
 
-from faqd_lib import execution
 from faqd_lib.compiled import CompilationError, compiled
 from faqd_lib.config import ConfigurationError, OptimizationConfig
 from faqd_lib.files import project_root
@@ -19,7 +19,7 @@ from faqd_lib.quantize import quantize
 from faqd_lib.quantizers import WeightQuantizer
 from faqd_lib.suite import Suite
 
-pytestmark = pytest.mark.usefixtures("compiler")
+with_compiler = pytest.mark.usefixtures("compiler")
 
 
 def small_network(bits: int = 32, activation_bits: int = 32, step_gradient: str = "lsq") -> nn.Module:
@@ -38,6 +38,7 @@ def images(count: int = 4) -> torch.Tensor:
     return torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
+@with_compiler
 def test_alone_interrupted_and_in_a_cohort_are_the_same_bits_and_runs_of_their_own(tiny_suite, monkeypatch):
     def runs(suite: Suite):
         coarse = {"step_gradient": "coarse"}
@@ -56,18 +57,7 @@ def test_alone_interrupted_and_in_a_cohort_are_the_same_bits_and_runs_of_their_o
     alone = tiny_suite("alone", compile=True, cohort=1, checkpoint_seconds=0.0)
     alone.run([alone.teacher()])
 
-    class Killed(BaseException):
-        """Not an Exception, so that nothing under test can take it for an ordinary error."""
-
-    def kill(*arguments):
-        write(*arguments)
-        raise Killed
-
-    write = execution.save_checkpoint
-    monkeypatch.setattr(execution, "save_checkpoint", kill)
-    with pytest.raises(Killed):
-        alone.run(runs(alone))
-    monkeypatch.setattr(execution, "save_checkpoint", write)
+    run_until_killed(monkeypatch, alone, runs(alone), 1)
     assert [(record.weights_digest, record.history) for record in alone.run(runs(alone))] == expected
 
     plain = tiny_suite("plain")
@@ -77,6 +67,7 @@ def test_alone_interrupted_and_in_a_cohort_are_the_same_bits_and_runs_of_their_o
         assert theirs.digest != ours.digest
 
 
+@with_compiler
 @pytest.mark.parametrize("step_gradient", ["lsq", "coarse", "frozen"])
 def test_values_gradients_and_statistics_are_those_of_the_network(step_gradient):
     x, found = images(), []
@@ -90,6 +81,7 @@ def test_values_gradients_and_statistics_are_those_of_the_network(step_gradient)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@with_compiler
 def test_maps_are_tapped_and_a_network_in_evaluation_is_folded():
     model = small_network().eval().requires_grad_(False)
     model[1].running_mean.normal_(generator=torch.Generator().manual_seed(2))
@@ -105,6 +97,7 @@ def test_maps_are_tapped_and_a_network_in_evaluation_is_folded():
         torch.testing.assert_close(work(x), expected[0], rtol=1e-4, atol=1e-5)  # as it says: not looked at again
 
 
+@with_compiler
 def test_an_overwritten_map_is_copied_before():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)).eval().requires_grad_(False)
     x = images()
@@ -114,6 +107,7 @@ def test_an_overwritten_map_is_copied_before():
         assert tap.features[0].min() < 0
 
 
+@with_compiler
 def test_what_is_not_trained_is_folded_whatever_the_callers_mode():
     model = small_network().eval()
     work = compiled(model, training=False)
@@ -123,6 +117,7 @@ def test_what_is_not_trained_is_folded_whatever_the_callers_mode():
     torch.testing.assert_close(work(images()), first)
 
 
+@with_compiler
 def test_the_number_of_threads_is_part_of_what_is_compiled(monkeypatch):
     """Sums depend on it, and not every version of torch looks at it before it takes something from its cache."""
     seen = []
@@ -131,6 +126,7 @@ def test_the_number_of_threads_is_part_of_what_is_compiled(monkeypatch):
     assert seen[0]["cpp.threads"] == torch.get_num_threads()
 
 
+@with_compiler
 def test_a_quantizer_of_ones_own_is_compiled_with_the_rest():
     class Sign(WeightQuantizer):
         bits = 16
@@ -144,6 +140,7 @@ def test_a_quantizer_of_ones_own_is_compiled_with_the_rest():
     torch.testing.assert_close(compiled(layer, training=True)(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
+@with_compiler
 def test_without_triton_the_error_says_what_to_do(monkeypatch):
     def fail(*_, **__):
         raise TritonMissing(None)
@@ -153,6 +150,7 @@ def test_without_triton_the_error_says_what_to_do(monkeypatch):
         compiled(small_network(), training=True)(images())
 
 
+@with_compiler
 def test_more_networks_than_torch_compiles_of_one_function():
     x = images()
     with torch.no_grad():
@@ -179,15 +177,13 @@ def test_without_a_compiler_the_error_says_what_to_do(tmp_path):
     code = """
 import torch
 from torch import nn
-from torch._inductor.exc import TritonMissing
-from torch.nn.utils import parametrize
 from faqd_lib.compiled import compiled
 compiled(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), training=True)(torch.ones(2, 3, 8, 8))
 """
     missing = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(project_root()), **missing},
+        env={**os.environ, "PYTHONPATH": str(project_root()), "TORCH_COMPILE_DISABLE": "", **missing},
     )  # fmt: skip
     assert done.returncode == 1
     assert "CompilationError: Sequential cannot be compiled (" in done.stderr

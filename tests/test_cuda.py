@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import make_tiny_data, make_tiny_suite
+from conftest import make_tiny_data, make_tiny_suite, run_until_killed
 
 from faqd_lib.activation_kernels import quantized_relu
 from faqd_lib.affinity import FastFeatureAffinityLoss, FeatureAffinityLoss
@@ -101,30 +101,14 @@ def test_compiled_recorded_or_not_alone_or_in_a_cohort_are_the_same_bits(cuda_su
     assert [config.digest for config in runs(eager)] != [config.digest for config in runs(whole)]
 
 
-@pytest.mark.parametrize(("after", "settings"), [(1, {}), (3, {}), (4, {}), (7, {}), (5, {"compile": True})])
-def test_interrupted_and_resumed_are_the_same_bits(cuda_suite, after, settings):
+@pytest.mark.parametrize(("after", "settings"), [(2, {}), (4, {}), (5, {}), (8, {}), (6, {"compile": True})])
+def test_interrupted_and_resumed_are_the_same_bits(cuda_suite, monkeypatch, after, settings):
     suite = cuda_suite("whole", **settings)
     expected = outcomes(suite, every_kind(suite))
 
-    class Killed(BaseException):
-        """Not an Exception, so that nothing under test can take it for an ordinary error."""
-
     begun = cuda_suite("begun", checkpoint_seconds=0.0, **settings)
     begun.run([begun.teacher()])
-    left = itertools.count(after, -1)
-    with pytest.MonkeyPatch.context() as patch:
-        from faqd_lib import execution
-
-        write = execution.save_checkpoint
-
-        def checkpoint(*arguments):
-            write(*arguments)
-            if next(left) == 0:
-                raise Killed
-
-        patch.setattr(execution, "save_checkpoint", checkpoint)
-        with pytest.raises(Killed):
-            begun.run(every_kind(begun))
+    run_until_killed(monkeypatch, begun, every_kind(begun), after)
     assert outcomes(begun, every_kind(begun)) == expected
 
 
@@ -193,7 +177,7 @@ def test_quantized_weights_are_those_of_the_cpu(bits, per_channel, shape):
     quantizer = weight_quantizer(bits, per_channel)
     expected, found = quantizer(weight), quantizer(weight.to(CUDA)).cpu()
     error, other = ((weight - quantized).square().sum().item() for quantized in (expected, found))
-    # Where steps are scanned, an ulp of a logarithm decides between neighbouring minima; elsewhere nothing does.
+    # The CPU scans the steps of longer rows, to 1 % of the best error; CUDA searches them exactly.
     assert other == pytest.approx(error, rel=1e-2)
     if bits <= 2 or weight[0].numel() * (1 if per_channel else len(weight)) * 2 ** (bits - 1) <= 2**13:
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)

@@ -367,7 +367,12 @@ def test_a_step_leaves_no_tensor_behind(tiny_suite):
         alive.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
         return False
 
-    train([learner], batches, teacher, teacher.feature_names, {"test": suite.splits[2]}, checkpoint_due=count)
+    gc.collect()
+    gc.freeze()  # what other tests have left is not looked at: it may go at any moment
+    try:
+        train([learner], batches, teacher, teacher.feature_names, {"test": suite.splits[2]}, checkpoint_due=count)
+    finally:
+        gc.unfreeze()
     assert len(alive) == 6
     assert alive[1] == alive[2]  # within an epoch
     assert alive[4] == alive[5]

@@ -10,4 +10,4 @@ if [ "${1:-}" = lab ]; then
     export JUPYTER_PREFER_ENV_PATH=1 # this environment's kernel before a user's own
     exec "$python" -m jupyter lab --ServerApp.root_dir="$root/notebooks" --LabApp.default_url=/lab/tree/00_start_here.ipynb "$@"
 fi
-exec "$python" -m faqd_lib.series "$@"
+exec "$python" -m faqd_lib.cli.run_all "$@"

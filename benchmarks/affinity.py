@@ -21,9 +21,10 @@ import pandas as pd
 import torch
 from reporting import announce, options, parse, show, spread, write
 
-from faqd_lib import DistillationObjective, FeatureTap, build_model, feature_affinity_loss, plots, quantize
-from faqd_lib.affinity import draw_projections
-from faqd_lib.measure import copy_bandwidth, environment, peak_bytes, take_turns
+from faqd_lib import DistillationObjective, FeatureTap, build_model, feature_affinity_loss, quantize
+from faqd_lib.affinity.loss import draw_projections
+from faqd_lib.reporting import charts
+from faqd_lib.utils.measure import copy_bandwidth, environment, peak_bytes, take_turns
 
 MiB = 2**20
 # (batch, C, H): (times faster than direct, at least; share of plain FFA's time, at most)
@@ -223,7 +224,7 @@ def figure_of(frame: pd.DataFrame):
     floor = floor.assign(y=floor["floor_ms"] / floor["batch"])
     both = pd.concat([per_image, floor])
     both["panel"] = "C = " + both["C"].astype(str)
-    return plots.scaling(both, "height H of the map (pixels)", "time an image (ms)")
+    return charts.scaling(both, "height H of the map (pixels)", "time an image (ms)")
 
 
 PARTS = ("targets", "ffa", "memory", "step", "sweep")
@@ -249,7 +250,7 @@ def main() -> None:
         frame = parts[name]()
         result[name] = show(name, frame)
         if name == "sweep":
-            print(*plots.save(figure_of(frame), arguments.out, "affinity"))
+            print(*charts.save(figure_of(frame), arguments.out, "affinity"))
         write(arguments.out, "affinity", result)
 
 

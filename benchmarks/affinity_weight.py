@@ -13,9 +13,9 @@ from pathlib import Path
 import pandas as pd
 
 from faqd_lib.config import ConfigurationError
-from faqd_lib.files import atomic_write_text
-from faqd_lib.settings import Profile
-from faqd_lib.suite import Suite
+from faqd_lib.runs.profile import Profile
+from faqd_lib.runs.suite import Suite
+from faqd_lib.utils.files import atomic_write_text
 
 
 def tuning_profile(profile: str, share: float, images: int) -> Profile:

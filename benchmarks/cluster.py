@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from faqd_lib.config import RunConfig
-from faqd_lib.settings import Profile
-from faqd_lib.suite import Suite
+from faqd_lib.runs.profile import Profile
+from faqd_lib.runs.suite import Suite
 
 STORE = 100 * 2**20  # bytes of each node's object store
 RESUMED = "goes on from its checkpoint"

@@ -26,24 +26,25 @@ import torch
 from reporting import announce, options, parse, show, write
 from training import cohort_step, peaks
 
-from faqd_lib import experiments, planning
 from faqd_lib.config import RunConfig
-from faqd_lib.cuda_graphs import own_stream
-from faqd_lib.measure import environment, exact_kernels, take_turns
-from faqd_lib.quantizers import FLOAT_BITS, STEP_GRADIENTS
-from faqd_lib.settings import Profile
-from faqd_lib.suite import Suite
+from faqd_lib.quantization.weights import FLOAT_BITS, STEP_GRADIENTS
+from faqd_lib.reporting import grids
+from faqd_lib.runs import planning
+from faqd_lib.runs.profile import Profile
+from faqd_lib.runs.suite import Suite
+from faqd_lib.training.cuda_graphs import own_stream
+from faqd_lib.utils.measure import environment, exact_kernels, take_turns
 
 # What the notebooks ask for, call by call. A table costs its own calls; the series all, but no run twice.
 TABLES = {
-    "references": [experiments.references],
-    "T1": [lambda suite: experiments.references(suite) + experiments.weight_quantization(suite)],
+    "references": [grids.references],
+    "T1": [lambda suite: grids.references(suite) + grids.weight_quantization(suite)],
     "T2": [
-        lambda suite: experiments.references(suite) + experiments.full_quantization(suite),
-        *(lambda suite, kind=kind: experiments.activation_steps(suite)[kind] for kind in STEP_GRADIENTS),
+        lambda suite: grids.references(suite) + grids.full_quantization(suite),
+        *(lambda suite, kind=kind: grids.activation_steps(suite)[kind] for kind in STEP_GRADIENTS),
     ],
-    "T3": [experiments.logit_losses],
-    "T4": [experiments.affinity_losses],
+    "T3": [grids.logit_losses],
+    "T4": [grids.affinity_losses],
 }
 SERIES = [lambda suite: [suite.teacher(), suite.student("KD", weight_bits=1)], *itertools.chain(*TABLES.values())]
 # What of a run decides how long its step takes: without labels or with them, whatever its seed.

@@ -22,11 +22,11 @@ from reporting import announce, options, parse, show, write
 from safetensors.torch import save_file
 
 from faqd_lib import load_packed, save_packed
-from faqd_lib.measure import environment, take_turns
-from faqd_lib.onnx_export import export_onnx
-from faqd_lib.quantizers import FLOAT_BITS
-from faqd_lib.results import RunRecord
-from faqd_lib.suite import Suite
+from faqd_lib.export.onnx import export_onnx
+from faqd_lib.quantization.weights import FLOAT_BITS
+from faqd_lib.runs.store import RunRecord
+from faqd_lib.runs.suite import Suite
+from faqd_lib.utils.measure import environment, take_turns
 
 LEAST_AGREEMENT = {True: 99.9, False: 99.0}  # percent of images; by whether activations are float
 

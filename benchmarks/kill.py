@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from faqd_lib.settings import Profile
-from faqd_lib.suite import Suite
+from faqd_lib.runs.profile import Profile
+from faqd_lib.runs.suite import Suite
 
 BEGUN, RESUMED = "begun", "goes on from its checkpoint"
 SCHEDULE = {"epochs": 2, "batch_size": 16, "warmup_epochs": 0.5}

@@ -21,9 +21,9 @@ from reporting import announce, options, parse, show, spread, write
 from torch import nn
 
 from faqd_lib import build_model, calibrate, compile_activations, quantize
-from faqd_lib.learner import precision_that_pays
-from faqd_lib.measure import environment, peak_bytes, take_turns
-from faqd_lib.quantize import replace_modules
+from faqd_lib.quantization.network import replace_modules
+from faqd_lib.training.learner import precision_that_pays
+from faqd_lib.utils.measure import environment, peak_bytes, take_turns
 
 WANTED = {"1W32A": ("≤ 1.08", 1.08), "1W4A": ("≤ 1.25", 1.25)}
 

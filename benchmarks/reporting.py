@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from faqd_lib.files import atomic_write_text
-from faqd_lib.settings import default_results
+from faqd_lib.runs.profile import default_results
+from faqd_lib.utils.files import atomic_write_text
 
 
 def options(description: str, rounds: int) -> argparse.ArgumentParser:

@@ -27,16 +27,17 @@ from reporting import announce, options, parse, show, spread, write
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from faqd_lib import FeatureTap, build_model, plots
-from faqd_lib._torchvision import torchvision
-from faqd_lib.batches import Batch, Batches
+from faqd_lib import FeatureTap, build_model
 from faqd_lib.config import RunConfig
-from faqd_lib.cuda_graphs import own_stream
-from faqd_lib.data import Images
-from faqd_lib.measure import Stopwatch, environment, exact_kernels, peak_bytes, take_turns
-from faqd_lib.settings import Profile
-from faqd_lib.suite import Suite
-from faqd_lib.train import Cohort
+from faqd_lib.data.batches import Batch, Batches
+from faqd_lib.data.datasets import Images
+from faqd_lib.reporting import charts
+from faqd_lib.runs.profile import Profile
+from faqd_lib.runs.suite import Suite
+from faqd_lib.training.cuda_graphs import own_stream
+from faqd_lib.training.loop import Cohort
+from faqd_lib.utils.measure import Stopwatch, environment, exact_kernels, peak_bytes, take_turns
+from faqd_lib.utils.torchvision_import import torchvision
 
 STAGES = ("layer1", "layer2", "layer3")
 COHORTS = (1, 2, 4, 8)
@@ -272,7 +273,7 @@ def against_plain(suite: Suite, batch: int, rounds: int, workers: int, compiling
 def figure_of(frame: pd.DataFrame):
     """Student-images a second against the size of the cohort."""
     shown = frame.assign(x=frame["students"], y=frame["images_per_second"], series=frame["teacher"], kind="measured")
-    return plots.scaling(shown.assign(panel="cohorts"), "students side by side", "student-images a second")
+    return charts.scaling(shown.assign(panel="cohorts"), "students side by side", "student-images a second")
 
 
 PARTS = ("steps", "cohorts", "plain")
@@ -309,7 +310,7 @@ def main() -> None:
                 frame = parts[name]()
             result[name] = show(f"{name}, {suite.precision}", frame)
             if name == "cohorts":
-                print(*plots.save(figure_of(frame), arguments.out, "training"))
+                print(*charts.save(figure_of(frame), arguments.out, "training"))
             write(arguments.out, "training", result)
 
 

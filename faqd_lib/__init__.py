@@ -1,17 +1,16 @@
 """FAQD: feature-affinity assisted distillation and quantization of networks on label-free data (arXiv 2302.10899)."""
 
-from .affinity import (
+from .affinity.loss import (
     FastFeatureAffinityLoss,
     FeatureAffinityLoss,
     affinity_matrix,
     feature_affinity_loss,
 )
-from .affinity_statistics import affinity_statistics
-from .description import describe
-from .distill import DistillationObjective
+from .affinity.statistics import affinity_statistics
+from .export.packed import load_packed, save_packed
 from .models import FeatureTap, build_model
-from .packed import load_packed, save_packed
-from .quantize import (
+from .quantization.description import describe
+from .quantization.network import (
     calibrate,
     compile_activations,
     dequantize,
@@ -19,12 +18,13 @@ from .quantize import (
     reestimate_batch_norm,
     split_parameters,
 )
+from .training.objective import DistillationObjective
 
 
 def __getattr__(name: str) -> object:
     """``from faqd_lib import torchvision``: beside any build of torch, and only when it is asked for."""
     if name == "torchvision":
-        from ._torchvision import torchvision
+        from .utils.torchvision_import import torchvision
 
         return torchvision
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

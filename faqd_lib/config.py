@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
-from .files import canonical_json, text_digest
+from .utils.files import canonical_json, text_digest
 
 # Raise this whenever the same configuration would train to other numbers than before (loop, losses, quantizers,
 # augmentation): old runs then keep their names and are not mistaken for new ones.
@@ -22,7 +22,7 @@ ActivationBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
 Precision = Literal["float32", "bf16"]
 
 
-def _later(default: Any) -> Any:
+def omitted_at_default(default: Any) -> Any:
     """A setting that came later: at its default it is left out, so that older runs keep their digests."""
     return Field(default=default, exclude_if=lambda value: value == default)
 
@@ -31,7 +31,7 @@ class ConfigurationError(ValueError):
     """A setting is unknown, of the wrong type or out of range; the message has one line for each."""
 
 
-class Frozen(BaseModel):
+class StrictModel(BaseModel):
     """Unknown keys, wrong types and later changes raise."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -77,7 +77,7 @@ def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[
     return sorted(model.model_fields)
 
 
-class DataConfig(Frozen):
+class DataConfig(StrictModel):
     """Which images: a dataset by name and fingerprint, and the seeded, class-balanced subsets taken from it."""
 
     name: str
@@ -88,21 +88,21 @@ class DataConfig(Frozen):
     subset_seed: int = 0
 
 
-class QuantizationConfig(Frozen):
-    """Bits of weights and activations, and how they are quantized; see :func:`faqd_lib.quantize.quantize`.
+class QuantizationConfig(StrictModel):
+    """Bits of weights and activations, and how they are quantized; see :func:`faqd_lib.quantization.network.quantize`.
 
-    ``blending`` is the ρ of blended coarse gradient descent (:func:`faqd_lib.quantize.blend`), 0 for none.
+    ``blending`` is the ρ of blended coarse gradient descent (:func:`faqd_lib.quantization.network.blend`), 0 for none.
     """
 
     weight_bits: WeightBits = 32
     activation_bits: ActivationBits = 32
     first_layer: Literal["quantize", "float"] = "quantize"
     last_layer: Literal["quantize", "float"] = "float"
-    shortcuts: Literal["quantize", "float"] = _later("quantize")
-    per_channel: bool = _later(False)
-    step_gradient: Literal["lsq", "coarse", "frozen"] = _later("lsq")
-    blending: Annotated[float, Field(ge=0, lt=1)] = _later(0.0)
-    quantizer_recipe: int | None = _later(None)
+    shortcuts: Literal["quantize", "float"] = omitted_at_default("quantize")
+    per_channel: bool = omitted_at_default(False)
+    step_gradient: Literal["lsq", "coarse", "frozen"] = omitted_at_default("lsq")
+    blending: Annotated[float, Field(ge=0, lt=1)] = omitted_at_default(0.0)
+    quantizer_recipe: int | None = omitted_at_default(None)
 
     @model_validator(mode="before")
     @classmethod
@@ -134,13 +134,13 @@ class QuantizationConfig(Frozen):
         return ", ".join(f"{name}={value}" for name, value in other.items())
 
     @property
-    def of_network(self) -> dict[str, Any]:
-        """The arguments of :func:`faqd_lib.quantize.quantize`."""
+    def quantize_arguments(self) -> dict[str, Any]:
+        """The arguments of :func:`faqd_lib.quantization.network.quantize`."""
         return self.model_dump(exclude={"blending", "quantizer_recipe"})
 
 
-class ObjectiveConfig(Frozen):
-    """Weights and kinds of the loss terms; see :class:`faqd_lib.distill.DistillationObjective`."""
+class ObjectiveConfig(StrictModel):
+    """Weights and kinds of the loss terms; see :class:`faqd_lib.training.objective.DistillationObjective`."""
 
     logit_loss: Literal["none", "mse", "kl"] = "none"
     logit_weight: Weight = 1.0
@@ -151,7 +151,7 @@ class ObjectiveConfig(Frozen):
     distribution: Literal["gaussian", "rademacher"] = "gaussian"
     label_weight: Weight = 0.0
     adapters: bool = False
-    affinity_recipe: int | None = _later(None)
+    affinity_recipe: int | None = omitted_at_default(None)
 
     @model_validator(mode="before")
     @classmethod
@@ -182,7 +182,7 @@ class ObjectiveConfig(Frozen):
         return self
 
 
-class Schedule(Frozen):
+class Schedule(StrictModel):
     """SGD with Nesterov momentum, linear warm-up, cosine to zero, gradient norm clipped."""
 
     epochs: Count
@@ -206,8 +206,8 @@ class OptimizationConfig(Schedule):
     epochs: Annotated[int, Field(ge=0)]
     precision: Precision = "float32"
     # Of a network that is not trained: unlabelled batches over which its batch normalisation is estimated anew.
-    batch_norm_batches: Annotated[int, Field(ge=0)] = _later(0)
-    compiled: bool = _later(False)  # passes through teacher and student by torch.compile: other last digits
+    batch_norm_batches: Annotated[int, Field(ge=0)] = omitted_at_default(0)
+    compiled: bool = omitted_at_default(False)  # passes through teacher and student by torch.compile: other last digits
 
     @model_validator(mode="after")
     def _estimates_or_trains(self) -> Self:
@@ -218,7 +218,7 @@ class OptimizationConfig(Schedule):
         return self
 
 
-class RunConfig(Frozen):
+class RunConfig(StrictModel):
     """One training run. ``teacher`` and ``initial`` (the float student that fine-tuning starts from) are runs, too."""
 
     data: DataConfig

@@ -79,7 +79,7 @@ class CifarResNet(nn.Module):
 
 def _resnet18(num_classes: int, image_size: int) -> nn.Module:
     """torchvision's ResNet-18; for images up to 64 pixels the stem is 3×3 with stride 1 and no pooling."""
-    from ._torchvision import torchvision
+    from .utils.torchvision_import import torchvision
 
     class Block(torchvision.models.resnet.BasicBlock):
         """torchvision's block with a ReLU of its own at each of the two places, so that each can be quantized."""

@@ -10,8 +10,6 @@ import pytest
 import torch
 from hypothesis import settings
 
-from faqd_lib import activation_kernels, execution
-from faqd_lib.batches import stream
 from faqd_lib.config import (
     AFFINITY_RECIPE,
     QUANTIZER_RECIPE,
@@ -21,10 +19,13 @@ from faqd_lib.config import (
     OptimizationConfig,
     RunConfig,
 )
-from faqd_lib.data import ImageData, Images
-from faqd_lib.results import RunStore
-from faqd_lib.settings import Profile, SuiteState
-from faqd_lib.suite import Suite
+from faqd_lib.data.batches import stream
+from faqd_lib.data.datasets import ImageData, Images
+from faqd_lib.quantization import relu_kernels as activation_kernels
+from faqd_lib.runs import local
+from faqd_lib.runs.profile import Profile, SuiteState
+from faqd_lib.runs.store import RunStore
+from faqd_lib.runs.suite import Suite
 
 # The user's own settings, as they were before any test changed them.
 USER_SETTINGS = {name: value for name, value in os.environ.items() if name.startswith("FAQD_")}
@@ -85,7 +86,7 @@ def isolated(request, monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FAQD_PROGRESS", "text")
     monkeypatch.setenv("FAQD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("faqd_lib.data.project_root", lambda: tmp_path / "project")
+    monkeypatch.setattr("faqd_lib.data.datasets.project_root", lambda: tmp_path / "project")
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ class Killed(BaseException):
 
 def run_until_killed(monkeypatch, suite: Suite, configs: list[RunConfig], checkpoints: int) -> None:
     """Train until so many checkpoints have been written, and no further."""
-    original, left = execution.save_checkpoint, [checkpoints]
+    original, left = local.save_checkpoint, [checkpoints]
 
     def checkpoint(*arguments):
         original(*arguments)
@@ -155,10 +156,10 @@ def run_until_killed(monkeypatch, suite: Suite, configs: list[RunConfig], checkp
         if left[0] == 0:
             raise Killed
 
-    monkeypatch.setattr(execution, "save_checkpoint", checkpoint)
+    monkeypatch.setattr(local, "save_checkpoint", checkpoint)
     with pytest.raises(Killed):
         suite.run(configs)
-    monkeypatch.setattr(execution, "save_checkpoint", original)
+    monkeypatch.setattr(local, "save_checkpoint", original)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from faqd_lib.files import project_root
+from faqd_lib.utils.files import project_root
 
 NOTEBOOKS = sorted((project_root() / "notebooks").glob("*.ipynb"))
 
@@ -19,7 +19,7 @@ def environment(cache: Path) -> dict[str, str]:
 
 def run(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "faqd_lib.series", *arguments],
+        [sys.executable, "-m", "faqd_lib.cli.run_all", *arguments],
         cwd=cwd, env=environment(cwd / "cache"), capture_output=True, text=True, check=False, timeout=1800,
     )  # fmt: skip
 

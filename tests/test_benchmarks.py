@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
-from faqd_lib import experiments, planning
-from faqd_lib.files import project_root
-from faqd_lib.suite import Suite
+from faqd_lib.reporting import grids
+from faqd_lib.runs import planning
+from faqd_lib.runs.suite import Suite
+from faqd_lib.utils.files import project_root
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_the_series_trains_nothing_twice_and_teachers_first(cost, suite):
         for config in wave:
             assert {other for other in (config.teacher, config.initial) if other} <= trained
         trained.update(wave)
-    wanted = {c for wave in planning.waves(experiments.everything(suite)) for c in wave if c.optimization.epochs}
+    wanted = {c for wave in planning.waves(grids.everything(suite)) for c in wave if c.optimization.epochs}
     assert set(runs) == wanted
 
 

@@ -19,9 +19,9 @@ from faqd_lib.config import (
     Schedule,
     WeightBits,
 )
-from faqd_lib.files import project_root
-from faqd_lib.quantizers import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS
-from faqd_lib.settings import PROFILES, Grid, Losses, Profile
+from faqd_lib.quantization.weights import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS
+from faqd_lib.runs.profile import PROFILES, Grid, Losses, Profile
+from faqd_lib.utils.files import project_root
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from faqd_lib.files import project_root
+from faqd_lib.utils.files import project_root
 
 PAGES = sorted(
     [*(project_root() / "docs").glob("*.md"), project_root() / "README.md", project_root() / "results" / "README.md"]

@@ -108,7 +108,7 @@ def test_tap_keeps_the_order_of_the_names_and_the_latest_pass(network):
 
 def test_torchvision_comes_by_its_name_and_nothing_else_does():
     import faqd_lib
-    from faqd_lib._torchvision import torchvision
+    from faqd_lib.utils.torchvision_import import torchvision
 
     assert faqd_lib.torchvision is torchvision
     with pytest.raises(AttributeError, match="'faqd_lib' has no attribute 'torchvisions'"):
@@ -116,7 +116,7 @@ def test_torchvision_comes_by_its_name_and_nothing_else_does():
 
 
 def test_tap_on_torchvisions_networks():
-    from faqd_lib._torchvision import torchvision
+    from faqd_lib.utils.torchvision_import import torchvision
 
     model = torchvision.models.squeezenet1_1(num_classes=3).eval()
     with FeatureTap(model, ["features.3", "features.12.squeeze_activation"]) as tap, torch.no_grad():

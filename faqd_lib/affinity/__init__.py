@@ -1,0 +1,1 @@
+"""The affinity losses: exact, fast, their statistics, and rival estimators."""

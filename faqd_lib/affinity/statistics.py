@@ -1,0 +1,196 @@
+"""How well random projections estimate the affinity loss of a given pair of maps, without the N×N matrix.
+
+For D = X Xᵀ − Y Yᵀ = Q K Qᵀ (see :mod:`faqd_lib.affinity.loss`) and M = K QᵀQ, all that is needed comes from w×w
+products, w = C_s + C_t:
+
+    tr D² = tr M²,    tr D⁴ = tr M⁴,    (D²)_ii = q_iᵀ (M K) q_i.
+
+The estimate L_k = (1/k) Σ_j ‖D z_j‖² / N² has mean L = tr D² / N² and, times N⁴, the variance
+
+    Gaussian z          2 tr D⁴ / k
+    Rademacher z (±1)   2 (tr D⁴ − Σ_i (D²)_ii²) / k
+    orthogonal z        2 N (N − k) / (k (N − 1) (N + 2)) · (tr D⁴ − (tr D²)² / N)
+
+(orthogonal: z_j = √N u_j with u_1…u_k a uniformly random orthonormal system; at k = N it is exact). Chebyshev's
+inequality turns a variance into Proposition 4.2: P(|L_k − L| > εL) ≤ Var L_k / (εL)².
+
+(Hutch++, a subset of the pixels and pooling have no variance that C×C products could tell: see
+:mod:`faqd_lib.affinity.estimators`.)
+
+The images of a batch share their projections, so that the batch's loss is estimated with D² replaced by its mean over
+the images, and its variance is larger than that of a mean of independent estimates.
+
+All this is about the loss's *value*. The gradient that training follows is estimated without bias, too, but far
+less accurately (notebook 02 measures it).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .kernels import Pixels
+from .loss import check_error_and_confidence, check_pair
+
+PROBES = ("gaussian", "rademacher", "orthogonal")
+AGREEMENT = 1e-14  # a smaller loss is what float64 may leave of cosines that are equal
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Of A = D² (or of its mean over a batch): tr A, tr A², Σ A_ii²; float64 tensors of any one shape."""
+
+    trace: torch.Tensor
+    square: torch.Tensor
+    diagonal: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AffinityStatistics:
+    """Exact loss and the variance of its estimates, for each image and for the batch. See :func:`affinity_statistics`.
+
+    Attributes:
+        pixels: N.
+        images: traces of D² of each image, shape (batch).
+        batch: traces of the mean of D² over the batch, scalars.
+    """
+
+    pixels: int
+    images: Traces
+    batch: Traces
+
+    @property
+    def loss(self) -> float:
+        """The exact loss of the batch: mean over images of ‖D‖²_F / N²."""
+        return float(self.batch.trace) / self.pixels**2
+
+    @property
+    def loss_of_images(self) -> torch.Tensor:
+        """(batch) exact losses, float64."""
+        return self.images.trace / self.pixels**2
+
+    @property
+    def directions(self) -> float:
+        """(tr A)² / tr A² with A the mean of D²: over how many directions its energy is spread, from 1 to N.
+
+        The relative variance of a single Gaussian projection is 2 divided by it. Of no meaning if the maps agree.
+        """
+        return float(self.batch.trace**2 / self.batch.square)
+
+    def variance(self, k: int, probes: str = "gaussian") -> float:
+        """Variance of the batch's estimate from ``k`` projections (``"gaussian"``, ``"rademacher"``, ``"orthogonal"``).
+
+        Raises:
+            TypeError: k is not an integer.
+            ValueError: unknown probes, k below 1, or more orthogonal probes than pixels.
+        """
+        return float(_variance(self.batch, self.pixels, k, probes))
+
+    def variance_of_images(self, k: int, probes: str = "gaussian") -> torch.Tensor:
+        """(batch) variances of the images' own estimates, float64."""
+        return _variance(self.images, self.pixels, k, probes)
+
+    def relative_error(self, k: int, probes: str = "gaussian") -> float:
+        """Root-mean-square error of the batch's estimate, divided by the loss; 0 if that is below 1e-14."""
+        deviation = math.sqrt(self.variance(k, probes))
+        return deviation / self.loss if self.loss > AGREEMENT else 0.0
+
+    def chebyshev_bound(self, relative_error: float, k: int, probes: str = "gaussian") -> float:
+        """Upper bound of P(|L_k − L| > relative_error · L), at most 1. The true probability is far smaller."""
+        check_error_and_confidence(relative_error, 0.5)
+        return min(1.0, (self.relative_error(k, probes) / relative_error) ** 2)
+
+    def projections_needed(self, relative_error: float, confidence: float, probes: str = "gaussian") -> int:
+        """The fewest projections for which Chebyshev's inequality promises ``relative_error`` with ``confidence``.
+
+        Never fewer than 1; orthogonal probes never need more than N.
+
+        Raises:
+            ValueError: ``relative_error`` not above 0, ``confidence`` not inside (0, 1), unknown probes.
+        """
+        check_error_and_confidence(relative_error, confidence)
+        target = relative_error**2 * (1 - confidence)  # of the relative variance
+        one = self.relative_error(1, probes) ** 2
+        if probes == "orthogonal" and self.pixels > 1:
+            # Var(k) = Var(1) · (N − k) / (k (N − 1)) ≤ target
+            share = one / (self.pixels - 1)
+            return max(1, math.ceil(self.pixels * share / (target + share) - 1e-9))
+        return max(1, math.ceil(one / target - 1e-9))
+
+
+def affinity_statistics(student: torch.Tensor, teacher: torch.Tensor) -> AffinityStatistics:
+    """Exact affinity loss of a pair of maps, and how many projections would estimate it how well.
+
+    Time is linear in N for each image; memory is a few float64 copies of the two maps. No gradient.
+
+    Args:
+        student, teacher: maps as :func:`faqd_lib.feature_affinity_loss` takes them.
+
+    Example:
+        >>> statistics = affinity_statistics(student_map, teacher_map)
+        >>> statistics.loss, statistics.relative_error(k=6)
+        >>> statistics.projections_needed(relative_error=0.1, confidence=0.9)
+
+    Raises:
+        TypeError, ValueError: as the loss; ValueError, too, where a map holds NaN or an infinity.
+    """
+    teacher = check_pair(student, teacher)
+    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+        p = Pixels(student.detach().double(), teacher.double())
+        parts, factors, kernels = [], [], []
+        for _ in p.chunks(p.pixels * p.width):
+            q, m = p.q.clone(), p.k @ (p.q.transpose(1, 2) @ p.q)
+            mk, m2 = m @ p.k, m @ m  # D² = Q (M K) Qᵀ
+            diagonal = ((q @ mk) * q).sum(2)
+            parts.append((_trace_of_square(m), _trace_of_square(m2), diagonal.square().sum(1), diagonal.sum(0)))
+            factors.append(q)
+            kernels.append(mk)
+        trace, square, squared_diagonal, diagonals = zip(*parts, strict=True)
+        images = Traces(torch.cat(trace), torch.cat(square), torch.cat(squared_diagonal))
+        if not bool(images.trace.isfinite().all()):
+            raise ValueError("the maps hold NaN or an infinity: there is no loss to estimate")
+        count = p.images
+        batch = Traces(
+            images.trace.mean(),
+            _square_of_mean(torch.cat(factors), torch.cat(kernels)),
+            (torch.stack(diagonals).sum(0) / count).square().sum(),
+        )
+    return AffinityStatistics(p.pixels, images, batch)
+
+
+def _trace_of_square(m: torch.Tensor) -> torch.Tensor:
+    return (m * m.transpose(1, 2)).sum((1, 2))
+
+
+def _square_of_mean(q: torch.Tensor, mk: torch.Tensor) -> torch.Tensor:
+    """‖mean over images of Q (M K) Qᵀ‖²_F, through the smaller of the two Gram matrices, a block of rows at a time."""
+    images, pixels, width = q.shape
+    left = (q @ mk).transpose(0, 1).reshape(pixels, images * width)  # the images' factors side by side
+    right = q.transpose(0, 1).reshape(pixels, images * width)
+    total = q.new_zeros(())
+    if images * width < pixels:
+        # ‖L Rᵀ‖² = ⟨LᵀL, RᵀR⟩
+        return ((left.T @ left) * (right.T @ right)).sum() / images**2
+    for rows in left.split(max(1, 2**22 // pixels)):
+        total += (rows @ right.T).square().sum()
+    return total / images**2
+
+
+def _variance(traces: Traces, pixels: int, k: int, probes: str) -> torch.Tensor:
+    if probes not in PROBES:
+        raise ValueError(f"unknown probes {probes!r}: choose one of {', '.join(PROBES)}")
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k must be an integer, got {k!r}")
+    if k < 1 or (probes == "orthogonal" and k > pixels):
+        raise ValueError(f"k must be at least 1, and at most N = {pixels} for orthogonal probes; got {k}")
+    if probes == "gaussian":
+        spread = traces.square
+    elif probes == "rademacher":
+        spread = traces.square - traces.diagonal
+    elif pixels == 1:
+        spread = torch.zeros_like(traces.trace)
+    else:
+        finite = pixels * (pixels - k) / ((pixels - 1) * (pixels + 2))
+        spread = finite * (traces.square - traces.trace**2 / pixels)
+    # Rounded sums may differ by a little less than nothing.
+    return (2 * spread / k).clamp_min(0) / pixels**4

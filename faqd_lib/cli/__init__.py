@@ -1,0 +1,1 @@
+"""How the suite is called: from a notebook, from the command line."""

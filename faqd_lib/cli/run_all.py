@@ -1,0 +1,324 @@
+"""Run the notebook series headless: ``python -m faqd_lib.cli.run_all [PROFILE] [options]`` (``./run_all.sh`` calls it).
+
+Every notebook is executed in order through papermill; trained runs are found on disk again, so a second call goes on
+where the first one stopped. What is executed is copied to ``results/<profile>-<dataset>/notebooks/``.
+"""
+
+import argparse
+import datetime
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import nbformat
+import papermill
+from jupyter_client.kernelspec import NoSuchKernel
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from ..config import ConfigurationError
+from ..data.datasets import DatasetError
+from ..reporting.grids import everything
+from ..reporting.report import write_report
+from ..runs.profile import PROFILES, Profile, suite_folder
+from ..runs.ray import ENGINES, EngineError, RayEngine, chosen_engine
+from ..runs.store import ResultsError
+from ..runs.suite import Suite
+from ..utils.files import project_root, require_writable
+from ..utils.progress import clock
+
+# What a notebook reads that another one has made: checked before `--only` runs it.
+NEEDS = {"09": ("04", "05", "06", "07", "08")}
+LOCK_NAME = ".series.lock"
+
+
+class SeriesError(RuntimeError):
+    """The series cannot start or has stopped; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One executed notebook: number and name, seconds, and where the executed copy is."""
+
+    name: str
+    seconds: float
+    copy: Path
+
+
+def notebooks_folder() -> Path:
+    """``notebooks/`` of the project."""
+    folder = project_root() / "notebooks"
+    if not folder.is_dir():
+        raise SeriesError(f"there are no notebooks in {folder}: run this from a checkout of the project")
+    return folder
+
+
+def select(only: Sequence[str]) -> list[Path]:
+    """The notebooks to run, in order: all of them, or those whose numbers are given (``0``, ``00``, ``00,01``).
+
+    Raises:
+        SeriesError: a number that no notebook has.
+    """
+    notebooks = sorted(notebooks_folder().glob("[0-9][0-9]_*.ipynb"))
+    numbers = [path.name[:2] for path in notebooks]
+    wanted = [number.zfill(2) for item in only for number in item.split(",") if number]
+    unknown = [number for number in wanted if number not in numbers]
+    if unknown:
+        raise SeriesError(f"there is no notebook {unknown[0]!r}: choose from {' '.join(numbers)}")
+    return [path for path in notebooks if not only or path.name[:2] in wanted]
+
+
+def check_needs(selected: Sequence[Path], suite: Suite) -> None:
+    """Make sure that a notebook which reads others' runs finds some, and say how many it will miss.
+
+    Raises:
+        SeriesError: there are none at all; the message names the notebooks to run first.
+    """
+    chosen = {path.name[:2] for path in selected}
+    for number in chosen & NEEDS.keys():
+        missing = [need for need in NEEDS[number] if need not in chosen]
+        runs = everything(suite)
+        there = sum(suite.store.record(config) is not None for config in runs)
+        if len(missing) == len(NEEDS[number]) and not there:
+            raise SeriesError(
+                f"notebook {number} reads the runs of {', '.join(NEEDS[number])}, and there are none in "
+                f"{suite.folder}: run --only {' '.join([*missing, number])}"
+            )
+        if missing and there < len(runs):
+            print(
+                f"notebook {number}: {len(runs) - there} of {len(runs)} runs are missing, their cells will read "
+                f"'not run'; --only {' '.join([*missing, number])} trains them"
+            )
+
+
+def check_parameters(notebook: Path, parameters: dict[str, object]) -> None:
+    """Refuse parameters that a notebook does not have; papermill would let them pass.
+
+    Raises:
+        SeriesError: the notebook has no parameters cell, or not this parameter.
+    """
+    known = papermill.inspect_notebook(str(notebook))
+    unknown = [name for name in parameters if name not in known]
+    if unknown:
+        raise SeriesError(f"{notebook.name} has no parameter {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
+
+
+def failing_cell(copy: Path) -> str:
+    """Where in an executed copy the error is: ``cell 5 (In [3])``."""
+    for index, cell in enumerate(nbformat.read(copy, as_version=4).cells):
+        if cell.cell_type == "code" and any(output.output_type == "error" for output in cell.outputs):
+            return f"cell {index} (In [{cell.execution_count}])"
+    return "an unknown cell"
+
+
+def execute(notebook: Path, copy: Path, parameters: dict[str, object]) -> Outcome:
+    """Execute one notebook with its text output on the terminal; the executed copy is written as it goes.
+
+    Raises:
+        SeriesError: a cell failed or the kernel died: notebook, cell, error and executed copy.
+    """
+    check_parameters(notebook, parameters)
+    started = time.monotonic()
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(copy),
+            parameters,
+            kernel_name="python3",
+            progress_bar=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+            cwd=str(copy.parent),
+            # A kernel's own remarks on its transport and its shutdown are no news; its death is noticed without them.
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+            shutdown_kernel="immediate",  # it has nothing left to do, and takes seconds to notice
+        )
+    except PapermillExecutionError as error:
+        raise SeriesError(
+            f"{notebook.name}, {failing_cell(copy)}: {error.ename}: {error.evalue}\nexecuted copy: {copy}"
+        ) from error
+    except DeadKernelError as error:
+        raise SeriesError(
+            f"{notebook.name}: the kernel died, most likely for want of memory. Finished runs are kept; call again "
+            f"to go on.\nexecuted copy: {copy}"
+        ) from error
+    except NoSuchKernel as error:
+        raise SeriesError(
+            f"{notebook.name}: there is no kernel 'python3' in {sys.prefix}: install ipykernel"
+        ) from error
+    return Outcome(notebook.stem, time.monotonic() - started, copy)
+
+
+def set_aside(folder: Path) -> None:
+    """Move an old results folder out of the way (``--fresh``); nothing is deleted."""
+    if folder.exists():
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        target = folder.with_name(f"{folder.name}.old-{stamp}")
+        folder.rename(target)
+        print(f"moved the old results to {target}")
+
+
+def run_series(arguments: argparse.Namespace, dataset: str, only: Sequence[str]) -> list[Outcome]:
+    """Run the selected notebooks on one dataset (a name, ``"auto"``, or nothing for the profile's own choice).
+
+    Raises:
+        SeriesError, ConfigurationError, DatasetError, ResultsError, PermissionError: see their messages.
+    """
+    profile = Profile.load(arguments.profile)
+    name, reason = profile.resolve_dataset(dataset, arguments.data_root)
+    print(f"\n=== profile {profile.name}, dataset {reason}")
+    folder = suite_folder(profile, name, arguments.results)
+    selected = select(only)
+    if arguments.seeds is not None and arguments.seeds < 1:
+        raise ConfigurationError(f"seeds must be a whole number of at least 1, got {arguments.seeds}")
+    seeds = arguments.seeds or 0  # to the notebooks 0 is the profile's own number
+    require_writable(folder.parent)
+    lock = filelock.FileLock(folder.parent / f".{folder.name}{LOCK_NAME}")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise SeriesError(f"another run_all.sh is working in {folder}: wait for it, or give --results") from None
+    with lock:
+        if arguments.fresh:
+            set_aside(folder)
+        suite = Suite.open(arguments.profile, dataset, arguments.data_root, arguments.results, seeds)
+        check_needs(selected, suite)
+        parameters = {
+            "profile": str(arguments.profile),
+            "dataset": dataset,  # as it was asked for: the notebooks say in one line which it became, and why
+            "data_root": str(arguments.data_root or ""),
+            "results_dir": str(folder.parent),
+            "seeds": seeds,
+        }
+        copies = require_writable(folder / "notebooks")
+        outcomes: list[Outcome] = []
+        started = time.monotonic()
+        for index, notebook in enumerate(selected, start=1):
+            print(
+                f"\n--- notebook {index} of {len(selected)}: {notebook.stem} ({clock(time.monotonic() - started)} gone)"
+            )
+            outcomes.append(execute(notebook, copies / notebook.name, parameters))
+        summarise(folder, outcomes)
+    print(f"     {'report:':<20} {write_report(suite)}")
+    return outcomes
+
+
+def summarise(folder: Path, outcomes: Sequence[Outcome]) -> None:
+    """Print what was executed and what lies in the folder."""
+    print(f"\n=== done: {folder}")
+    print(f"{'notebook':<34} {'time':>7}")
+    for outcome in outcomes:
+        print(f"{outcome.name:<34} {clock(outcome.seconds):>7}")
+    print(f"{'all':<34} {clock(sum(outcome.seconds for outcome in outcomes)):>7}")
+    for kind, pattern in {
+        "run record": "runs/*/record.json",
+        "table": "tables/*.md",
+        "figure": "figures/*.png",
+        "executed notebook": "notebooks/*.ipynb",
+    }.items():
+        if count := len(list(folder.glob(pattern))):
+            print(
+                f"{count:4} {kind + 's:' * (count > 1) + ':' * (count == 1):<20} {folder / pattern.partition('/')[0]}"
+            )
+    if (folder / "summary.md").is_file():
+        print(f"     {'summary:':<20} {folder / 'summary.md'}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="run_all.sh",
+        description="Run the notebook series headless and write every table. A second call goes on where the first "
+        "one stopped.",
+    )
+    parser.add_argument(
+        "profile", nargs="?", default="quick", help=f"{', '.join(PROFILES)} (default: quick), or a .toml file"
+    )
+    parser.add_argument("--dataset", default="", help="a dataset's name; left out: the profile's own choice")
+    parser.add_argument("--data-root", type=Path, help="the only folder to look for data in")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers of the notebooks to run")
+    parser.add_argument("--seeds", type=int, help="number of seeds (left out: the profile's own)")
+    parser.add_argument("--results", type=Path, help="where results go (default: results/)")
+    parser.add_argument("--engine", choices=ENGINES, help="where runs are trained (default: local, in this process)")
+    parser.add_argument("--address", help="with --engine ray: a cluster that runs already; left out: this machine")
+    parser.add_argument("--cpus-per-run", type=int, metavar="N", help="with --engine ray: threads of a worker (1)")
+    parser.add_argument(
+        "--gpus-per-run",
+        type=float,
+        metavar="X",
+        help="with --engine ray: the part of a GPU it has (0.25 if there is one)",
+    )
+    parser.add_argument("--fresh", action="store_true", help="begin again; the old results are moved aside")
+    return parser
+
+
+def choose_engine(arguments: argparse.Namespace) -> None:
+    """Tell the kernels, by the environment, where runs are trained; start Ray if it is asked for and has no address.
+
+    Raises:
+        EngineError: Ray is not installed or not to be reached, or an option needs it.
+    """
+    options = {
+        "FAQD_RAY_ADDRESS": arguments.address,
+        "FAQD_RAY_CPUS": arguments.cpus_per_run,
+        "FAQD_RAY_GPUS": arguments.gpus_per_run,
+    }
+    given = {name: str(value) for name, value in options.items() if value is not None}
+    if arguments.engine:
+        os.environ["FAQD_ENGINE"] = arguments.engine
+    os.environ.update(given)
+    engine = chosen_engine()
+    if not isinstance(engine, RayEngine):
+        if given:
+            raise EngineError("--address, --cpus-per-run and --gpus-per-run belong to --engine ray")
+        return
+    ray = engine.connect()  # this process keeps it running for all the kernels
+    os.environ["FAQD_RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    there = ray.cluster_resources()
+    print(
+        f"Ray at {os.environ['FAQD_RAY_ADDRESS']}: {there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs; "
+        f"{engine.cpus} and {engine.gpus:g} for each run"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit status is 0 only if every notebook ran to its end."""
+    arguments = parser().parse_args(argv)
+    # Kernels have another working directory: what is relative to this one must not stay so.
+    for variable in ("FAQD_DATA", "FAQD_CACHE", "FAQD_RESULTS"):
+        if os.environ.get(variable):
+            os.environ[variable] = str(Path(os.environ[variable]).expanduser().resolve())
+    if arguments.profile not in PROFILES and Path(arguments.profile).suffix == ".toml":
+        arguments.profile = str(Path(arguments.profile).expanduser().resolve())
+    for option in ("data_root", "results"):
+        path = getattr(arguments, option)
+        setattr(arguments, option, None if path is None else path.expanduser().resolve())
+    if arguments.results is None and os.environ.get("FAQD_RESULTS"):
+        arguments.results = Path(os.environ["FAQD_RESULTS"])
+    # Kernels inherit these: text instead of progress bars, and this checkout's kernel before a user's own.
+    os.environ.update(FAQD_PROGRESS="text", JUPYTER_PREFER_ENV_PATH="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
+    try:
+        choose_engine(arguments)
+        profile = Profile.load(arguments.profile)
+        datasets = [arguments.dataset] if arguments.dataset else profile.series_datasets
+        for dataset in datasets:
+            run_series(arguments, dataset, arguments.only)
+        if len(datasets) > 1 and (not arguments.only or "09" in arguments.only):
+            arguments.fresh = False
+            for dataset in datasets:  # only now are there runs on all of them for the tables to show
+                run_series(arguments, dataset, ["09"])
+    except (SeriesError, ConfigurationError, DatasetError, EngineError, ResultsError, PermissionError) as error:
+        print(f"\nstopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished runs are kept, call again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""Datasets: found on disk, checked, decoded once into uint8 tensors, and named by a fingerprint of their content.
+
+Places are searched in this order: an explicit ``data_root`` (and then nothing else), otherwise ``$FAQD_DATA``,
+otherwise ``data/`` in the project; a download into the last of these comes last and only where it is allowed.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from ..utils.files import atomic_write, cache_dir, project_root, require_writable, tensors_digest
+from .images import DatasetError, ImageData, Images, balanced_indices, split_validation, subset
+from .sources import BUILT_IN, SOURCES, Decoded, Source, is_tree, read_tree
+
+__all__ = [
+    "DatasetError",
+    "ImageData",
+    "Images",
+    "balanced_indices",
+    "data_roots",
+    "load",
+    "on_disk",
+    "resolve",
+    "split_validation",
+    "subset",
+]
+
+
+def data_roots(data_root: str | os.PathLike | None = None) -> list[Path]:
+    """The folders that are searched, first to last.
+
+    Raises:
+        DatasetError: ``data_root`` or ``$FAQD_DATA`` names a folder that does not exist.
+    """
+    for origin, value in (("data_root", data_root), ("FAQD_DATA", os.environ.get("FAQD_DATA"))):
+        if value and not Path(value).is_dir():
+            raise DatasetError(f"{origin} is {str(value)!r}, which is not a folder: correct it or leave it unset")
+        if value and origin == "data_root":
+            return [Path(value)]
+    from_environment = [Path(os.environ["FAQD_DATA"])] if os.environ.get("FAQD_DATA") else []
+    return [*from_environment, project_root() / "data"]
+
+
+def _find(source: Source, roots: list[Path]) -> Path | None:
+    for root in roots:
+        for place in source.places:
+            if source.is_there(root / place):
+                return root / place
+    return None
+
+
+def _signature(path: Path) -> str:
+    """A digest of names, sizes and times below ``path``: cheap, changes whenever a file does."""
+    digest = hashlib.sha256(str(path.resolve()).encode())
+    files = [path.as_posix()] if path.is_file() else []
+    for folder, _, names in os.walk(path, followlinks=True):
+        files += [f"{folder}/{name}" for name in names]
+    for file in sorted(files):
+        status = os.stat(file)
+        digest.update(f"{file[len(str(path)) :]}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _download(source: Source, target: Path) -> None:
+    """Fetch into a folder beside, then move what is whole: a killed download leaves nothing that looks like data."""
+    with tempfile.TemporaryDirectory(dir=target, prefix=".download-") as folder:
+        source.download(Path(folder))
+        for place in source.places:
+            if (Path(folder) / place).exists():
+                os.replace(Path(folder) / place, target / place)
+
+
+def _source(name: str, roots: list[Path]) -> Source:
+    if name in SOURCES:
+        return SOURCES[name]
+    if name and Path(name).name == name and any(is_tree(root / name) for root in roots):
+        return Source((name,), read_tree, is_tree)
+    if inside := [root for root in roots if root.name == name and is_tree(root)]:
+        raise DatasetError(f"{inside[0]} is the dataset itself: data_root is the folder it lies in, {inside[0].parent}")
+    there = next((root / name for root in roots if name and (root / name).is_dir()), None)
+    lacking = "" if there is None else f"; {there} has no {'test/' if (there / 'train').is_dir() else 'train/'}"
+    raise DatasetError(
+        f"unknown dataset {name!r}: choose {', '.join(SOURCES)}, or the name of a folder with train/<class>/* and "
+        f"test/<class>/* below {' or '.join(str(root) for root in roots)}{lacking}"
+    )
+
+
+def on_disk(name: str, data_root: str | os.PathLike | None = None) -> bool:
+    """Whether the dataset can be read without a download."""
+    roots = data_roots(data_root)
+    return name in BUILT_IN or _find(_source(name, roots), roots) is not None
+
+
+def resolve(
+    name: str, data_root: str | os.PathLike | None = None, *, allow_digits: bool = True, allow_download: bool = False
+) -> tuple[str, str]:
+    """Turn ``"auto"`` into a dataset's name, and say why in one line: (name, reason).
+
+    CIFAR-10 if it is on disk, original before JPEG; otherwise digits, or the original to be downloaded.
+    """
+    roots = data_roots(data_root)
+    if name != "auto":
+        _source(name, roots)
+        return name, f"{name}: asked for"
+    for candidate in ("cifar10", "cifar10-jpeg"):
+        if on_disk(candidate, data_root):
+            return candidate, f"{candidate}: found on disk"
+    places = " and ".join(str(root) for root in roots)
+    if allow_download:
+        return "cifar10", f"cifar10: not on disk in {places}; to be downloaded"
+    if allow_digits:
+        return "digits", f"digits, scikit-learn's real 8×8 images: no CIFAR-10 was found in {places}"
+    raise DatasetError(f"no CIFAR-10 in {places}: set FAQD_DATA or give --data-root, or name a dataset")
+
+
+def load(
+    name: str,
+    data_root: str | os.PathLike | None = None,
+    *,
+    image_size: int | None = None,
+    download: bool = False,
+) -> ImageData:
+    """Load a dataset by name: found, decoded (once: the result is cached), checked against its digest.
+
+    Args:
+        name: a key of :data:`SOURCES`, or a folder of images below a data root.
+        data_root: the only folder to search; None for ``$FAQD_DATA``, then ``data/``.
+        image_size: height and width in pixels to resize the images of a folder to; None keeps them.
+        download: whether an official archive may be fetched where nothing is found.
+
+    Raises:
+        DatasetError: unknown name; nothing found; a truncated, damaged or wrong file.
+    """
+    roots = data_roots(data_root)
+    source = _source(name, roots)
+    if name in BUILT_IN:
+        decoded = source.read(Path(), image_size)
+        return _assemble(name, source, decoded, _fingerprint(decoded), "scikit-learn")
+    path = _find(source, roots)
+    if path is None and download and source.download is not None:
+        target = require_writable(roots[-1])
+        try:
+            _download(source, target)
+        except (OSError, RuntimeError) as error:
+            raise DatasetError(
+                f"{name} is not on disk and could not be downloaded into {target} ({error}). Without a network, "
+                f"put {' or '.join(source.places)} into {roots[0]}."
+            ) from error
+        path = _find(source, roots)
+    if path is None:
+        looked = ", ".join(str(root / place) for root in roots for place in source.places)
+        remedy = source.hint or "allow the download or fetch the official archive"
+        if tree := next((root / name for root in roots if is_tree(root / name)), None):
+            other = "ask for cifar10-jpeg, if it is CIFAR-10, or " if name == "cifar10" else ""
+            remedy += f"; {tree} is a folder of images: {other}give it another name and ask for that"
+        raise DatasetError(
+            f"dataset {name!r} was not found. Looked for: {looked}. Put it there ({remedy}), set FAQD_DATA or give "
+            "--data-root."
+        )
+    decoded, fingerprint = _cached(name, source, path, image_size)
+    if source.classes is not None and decoded.classes != source.classes:
+        raise DatasetError(
+            f"{path} is not {name}: its classes are {', '.join(decoded.classes[:4])}…, not {source.classes[0]}, "
+            f"{source.classes[1]}…. Give the folder another name, and ask for it by that name"
+        )
+    return _assemble(name, source, decoded, fingerprint, path.name)
+
+
+def _fingerprint(decoded: Decoded) -> str:
+    return tensors_digest(_tensors(decoded), salt=json.dumps(decoded.classes))
+
+
+def _tensors(decoded: Decoded) -> dict[str, torch.Tensor]:
+    return {
+        "train": decoded.train.pixels,
+        "train_labels": decoded.train.labels,
+        "test": decoded.test.pixels,
+        "test_labels": decoded.test.labels,
+    }
+
+
+def _from_cache(file: Path) -> tuple[Decoded, str] | None:
+    """The decoded dataset in ``file`` and its fingerprint, or None if the file is damaged."""
+    try:
+        tensors = load_file(file)
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+    except SafetensorError:
+        return None
+    decoded = Decoded(
+        Images(tensors["train"], tensors["train_labels"]),
+        Images(tensors["test"], tensors["test_labels"]),
+        tuple(json.loads(metadata["classes"])),
+    )
+    return (decoded, metadata["fingerprint"]) if _fingerprint(decoded) == metadata["fingerprint"] else None
+
+
+def _cached(name: str, source: Source, path: Path, image_size: int | None) -> tuple[Decoded, str]:
+    file = cache_dir() / f"{name}-{image_size or 'original'}-{_signature(path)}.safetensors"
+    if file.exists():
+        cached = _from_cache(file)
+        if cached is not None:
+            return cached
+        # The cache is only a copy: it is made again, and the user is told why this takes a while.
+        print(f"the decoded copy {file.name} is damaged; decoding {path.name} again", flush=True)
+    decoded = source.read(path, image_size)
+    require_writable(file.parent)
+    fingerprint = _fingerprint(decoded)
+    metadata = {"fingerprint": fingerprint, "classes": json.dumps(decoded.classes)}
+    atomic_write(file, lambda temporary: save_file(_tensors(decoded), temporary, metadata))
+    return decoded, fingerprint
+
+
+def _assemble(name: str, source: Source, decoded: Decoded, fingerprint: str, origin: str) -> ImageData:
+    pixels = decoded.train.pixels
+    # Exact integer counts: mean and deviation do not depend on the order of a float reduction.
+    levels = torch.stack([torch.bincount(pixels[:, c].flatten(), minlength=256) for c in range(3)]).double()
+    values = torch.arange(256, dtype=torch.float64) / 255
+    share = levels / levels.sum(1, keepdim=True)
+    mean = (share * values).sum(1)
+    std = ((share * values**2).sum(1) - mean**2).clamp_min(1e-12).sqrt()
+    return ImageData(
+        name,
+        decoded.classes,
+        decoded.train,
+        decoded.test,
+        tuple(mean.tolist()),
+        tuple(std.tolist()),
+        fingerprint,
+        source.flip,
+        source.note,
+        origin,
+    )

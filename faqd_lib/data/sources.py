@@ -1,0 +1,249 @@
+"""How each dataset is recognised on disk, read, and fetched: CIFAR, Tiny ImageNet, folders of images, digits."""
+
+import io
+import itertools
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ..utils.files import cache_dir, require_writable
+from .images import DatasetError, Images, split_validation
+
+JPEG_NOTE = "all CIFAR-10 images re-encoded as JPEG; accuracies are not comparable with the original CIFAR-10"
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+TINY_ADDRESS = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a reader returns: uint8 pixels and labels of both splits, and the names of the classes."""
+
+    train: Images
+    test: Images
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """How one dataset is found (``places``: paths under a root, first match counts) and read.
+
+    ``classes``: what its classes must be, where a folder is taken for a dataset by its name; every caption says it.
+    """
+
+    places: tuple[str, ...]
+    read: Callable[[Path, int | None], Decoded]
+    is_there: Callable[[Path], bool] = Path.exists
+    download: Callable[[Path], None] | None = None
+    flip: bool = True
+    note: str = ""
+    hint: str = ""
+    classes: tuple[str, ...] | None = None
+
+
+def _decode(jobs: list[tuple[str, Callable[[], bytes]]], image_size: int | None) -> torch.Tensor:
+    """Decode images in threads (Pillow releases the interpreter lock) into uint8 (count, 3, size, size)."""
+
+    def one(job: tuple[str, Callable[[], bytes]]) -> np.ndarray:
+        name, read = job
+        try:
+            with Image.open(io.BytesIO(read())) as picture:
+                picture = picture.convert("RGB")
+                if image_size is not None and picture.size != (image_size, image_size):
+                    picture = picture.resize((image_size, image_size), Image.Resampling.BILINEAR)
+                return np.asarray(picture).transpose(2, 0, 1)
+        except (OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise DatasetError(
+                f"{name} cannot be decoded ({error}): the file is truncated or no image. "
+                "Replace it with a whole copy, or remove it."
+            ) from error
+
+    if not jobs:
+        raise DatasetError("there is no image to decode")
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        decoded: Iterator[np.ndarray] = pool.map(one, jobs, chunksize=64)
+        first = next(decoded)
+        pixels = np.empty((len(jobs), *first.shape), np.uint8)
+        for index, picture in enumerate(itertools.chain([first], decoded)):
+            height, width = picture.shape[1:]
+            if picture.shape != first.shape or height != width:
+                other = "" if height != width else f", but {jobs[0][0]} is {first.shape[2]}x{first.shape[1]}"
+                raise DatasetError(
+                    f"{jobs[index][0]} is {width}x{height}{other}: images must be square and of one size; set "
+                    "image_size in the profile to have them resized"
+                )
+            pixels[index] = picture
+    return torch.from_numpy(pixels)
+
+
+def _test_folder(tree: Path) -> Path | None:
+    return next((tree / name for name in ("test", "val") if (tree / name).is_dir()), None)
+
+
+def is_tree(path: Path) -> bool:
+    """Whether a folder has a ``train`` and a ``test`` (or ``val``) folder."""
+    return (path / "train").is_dir() and _test_folder(path) is not None
+
+
+def read_tree(path: Path, image_size: int | None) -> Decoded:
+    """``train/<class>/*`` and ``test/<class>/*`` (or ``val``), as torchvision's ImageFolder reads them."""
+    from ..utils.torchvision_import import torchvision
+
+    splits, classes = [], None
+    for folder in (path / "train", _test_folder(path)):
+        try:
+            listing = torchvision.datasets.ImageFolder(folder)
+        except FileNotFoundError as error:
+            raise DatasetError(f"{folder} is not a tree of <class>/<image> folders: {error}") from error
+        if classes is not None and listing.classes != classes:
+            raise DatasetError(
+                f"{folder} has the classes {listing.classes[:5]}… but {path / 'train'} has {classes[:5]}…: "
+                "both splits need the same class folders"
+            )
+        classes = listing.classes
+        jobs = [(file, Path(file).read_bytes) for file, _ in listing.samples]
+        splits.append(Images(_decode(jobs, image_size), torch.tensor(listing.targets)))
+    if len(classes) < 2:
+        raise DatasetError(f"{path} has one class, {classes[0]}: a classifier needs at least two")
+    sizes = [tuple(split.pixels.shape[2:]) for split in splits]
+    if sizes[0] != sizes[1]:
+        raise DatasetError(
+            f"{path}: training images are {sizes[0][1]}x{sizes[0][0]}, test images {sizes[1][1]}x{sizes[1][0]}; "
+            "set image_size in the profile to have them resized"
+        )
+    return Decoded(*splits, tuple(classes))
+
+
+def _read_tiny_imagenet(path: Path, image_size: int | None) -> Decoded:
+    """The official layout, as a folder or as the official zip archive, which is read in place, not unpacked."""
+    if path.is_dir():
+        names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+
+        def read(name: str) -> bytes:
+            return (path / name).read_bytes()
+    else:
+        try:
+            archive = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise DatasetError(f"{path} is not a whole zip archive ({error}): fetch it again") from error
+        prefix = "tiny-imagenet-200/"
+        names = sorted(name[len(prefix) :] for name in archive.namelist() if name.startswith(prefix))
+
+        def read(name: str) -> bytes:
+            return archive.read(prefix + name)
+
+    listed = set(names)
+    for needed in ("wnids.txt", "words.txt", "val/val_annotations.txt"):
+        if needed not in listed:
+            raise DatasetError(f"{path} has no {needed}: it is not a whole Tiny ImageNet; fetch the official archive")
+    wnids = sorted(read("wnids.txt").decode().split())
+    words = dict(line.split("\t", 1) for line in read("words.txt").decode().splitlines() if "\t" in line)
+    index = {wnid: position for position, wnid in enumerate(wnids)}
+    train = [name for name in names if name.startswith("train/") and name.endswith(".JPEG")]
+    annotations = [line.split("\t") for line in read("val/val_annotations.txt").decode().splitlines() if line.strip()]
+    val = [(f"val/images/{fields[0]}", fields[1]) for fields in annotations]
+    missing = [name for name, _ in val if name not in listed]
+    if missing or not train:
+        raise DatasetError(f"{path} lacks {missing[0] if missing else 'train/<wnid>/images/*.JPEG'}: fetch it again")
+    unknown = {wnid for _, wnid in val} - index.keys() | {name.split("/")[1] for name in train} - index.keys()
+    if unknown:
+        raise DatasetError(f"{path}: {sorted(unknown)[0]} is not in wnids.txt: fetch the archive again")
+
+    def split(files: list[str], labels: list[int]) -> Images:
+        jobs = [(f"{path}/{name}", lambda name=name: read(name)) for name in files]
+        return Images(_decode(jobs, image_size), torch.tensor(labels))
+
+    return Decoded(
+        split(train, [index[name.split("/")[1]] for name in train]),
+        split([name for name, _ in val], [index[wnid] for _, wnid in val]),
+        tuple(words.get(wnid, wnid).split(",")[0] for wnid in wnids),
+    )
+
+
+def _cifar_class(name: str):
+    from ..utils.torchvision_import import torchvision
+
+    return {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+
+
+def _read_cifar(name: str) -> Callable[[Path, int | None], Decoded]:
+    def read(path: Path, image_size: int | None) -> Decoded:
+        """torchvision's loader, which checks every file's MD5 before it reads it."""
+        from ..utils.torchvision_import import torchvision
+
+        dataset = _cifar_class(name)
+        if path.is_file():  # the archive: unpacked into the cache, because its own folder may be read-only
+            if not torchvision.datasets.utils.check_integrity(str(path), dataset.tgz_md5):
+                raise DatasetError(f"{path} is truncated or not the official archive (MD5 differs): fetch it again")
+            unpacked = require_writable(cache_dir() / f"{name}-unpacked")
+            torchvision.datasets.utils.extract_archive(str(path), str(unpacked))
+            path = unpacked / dataset.base_folder
+        for file, md5 in [*dataset.train_list, *dataset.test_list, [dataset.meta["filename"], dataset.meta["md5"]]]:
+            if not torchvision.datasets.utils.check_integrity(str(path / file), md5):
+                state = "is truncated or damaged (MD5 differs)" if (path / file).exists() else "is missing"
+                raise DatasetError(f"{path / file} {state}: remove {path} and fetch the dataset again")
+        splits = [dataset(str(path.parent), train=train) for train in (True, False)]
+        if image_size not in (None, 32):
+            raise DatasetError(f"{name} has 32x32 images; image_size={image_size} is for folders of images")
+        return Decoded(
+            *(
+                Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets))
+                for s in splits
+            ),
+            tuple(splits[0].classes),
+        )
+
+    return read
+
+
+def _download_cifar(name: str) -> Callable[[Path], None]:
+    return lambda root: _cifar_class(name)(str(root), download=True)
+
+
+def _download_tiny(root: Path) -> None:
+    from ..utils.torchvision_import import torchvision
+
+    torchvision.datasets.utils.download_url(TINY_ADDRESS, str(root), "tiny-imagenet-200.zip", TINY_MD5)
+
+
+def _read_digits(path: Path, image_size: int | None) -> Decoded:
+    """scikit-learn's 1,797 real 8×8 digits (UCI), enlarged to 32×32; one fifth, class-balanced, is the test split."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    small = torch.from_numpy(bunch.images).float().unsqueeze(1) * (255 / 16)
+    size = image_size or 32
+    large = F.interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
+    images = Images(large.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(bunch.target))
+    train, test = split_validation(images, 360, seed=0)
+    return Decoded(train, test, tuple(str(digit) for digit in range(10)))
+
+
+_JPEG_HINT = "a folder with train/<class>/*.jpg and test/<class>/*.jpg"
+SOURCES: dict[str, Source] = {
+    "cifar10": Source(
+        ("cifar-10-batches-py", "cifar-10-python.tar.gz"), _read_cifar("cifar10"), download=_download_cifar("cifar10")
+    ),
+    "cifar100": Source(
+        ("cifar-100-python", "cifar-100-python.tar.gz"), _read_cifar("cifar100"), download=_download_cifar("cifar100")
+    ),
+    "tiny-imagenet": Source(
+        ("tiny-imagenet-200", "tiny-imagenet-200.zip"), _read_tiny_imagenet, download=_download_tiny
+    ),
+    "cifar10-jpeg": Source(
+        ("cifar10-jpeg", "cifar10"), read_tree, is_tree, note=JPEG_NOTE, hint=_JPEG_HINT, classes=CIFAR10_CLASSES
+    ),
+    "digits": Source(
+        (), _read_digits, flip=False, note="scikit-learn's 8×8 digits, enlarged; not a dataset of the paper"
+    ),
+}
+BUILT_IN = ("digits",)

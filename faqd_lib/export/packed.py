@@ -1,0 +1,323 @@
+"""A quantized network as a file that is as small as its bits: packed levels, scales, batch normalisation, metadata.
+
+Reading such a file needs torch and safetensors, nothing else. What a file holds:
+
+- ``<layer>.levels``: uint8, the layer's integer levels at ``bits`` bits each (1: sign; 2: ternary; b: b), lowest bit
+  first, without gaps between them; ``<layer>.scale``: one number, or one for each output channel;
+- ``<batch norm>.batch_norm``: (4, C), the rows weight, bias, running mean, running variance;
+- every other parameter and buffer under its own name, activation steps (``<relu>.step``) among them;
+- metadata (JSON under ``"faqd"``): bits and shape of every quantized layer, bits of every quantized ReLU, which tensors
+  were channels-last in memory, which parameters are another one (stored once), what network to build, a digest of all
+  tensors, and whatever the user adds.
+"""
+
+import inspect
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..models import build_model
+from ..quantization.module_calls import RECTIFIERS
+from ..quantization.network import (
+    LowBitWeight,
+    join,
+    low_bit_weights,
+    mark_unpacked,
+    replace_modules,
+    uncalibrated,
+    unwrapped,
+)
+from ..quantization.weights import QuantizedReLU, low_bit_values
+from ..utils.files import atomic_write, canonical_json, tensors_digest
+
+FORMAT = "faqd-packed-1"
+_HEADER = {"format", "layers", "activations", "channels_last", "architecture", "metadata", "digest"}
+_BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+class PackedFileError(ValueError):
+    """A file is no packed network, is damaged, or does not fit the network it is read into."""
+
+
+def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Whole numbers from 0 to 2^bits − 1 as a stream of bits, lowest first; uint8, ⌈numel·bits/8⌉ bytes.
+
+    Example: (1, 0, 1, 1) at 1 bit → 13 (binary 1101).
+    """
+    stream = ((codes.flatten().to(torch.uint8).unsqueeze(1) >> torch.arange(bits, dtype=torch.uint8)) & 1).flatten()
+    stream = torch.cat((stream, stream.new_zeros(-stream.numel() % 8))).view(-1, 8)
+    return (stream << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The first ``count`` numbers of a stream that :func:`pack_bits` made; uint8."""
+    stream = ((packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[: count * bits]
+    return (stream.view(count, bits) << torch.arange(bits, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def save_packed(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    architecture: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a quantized network to a packed file, whole or not at all.
+
+    Args:
+        model: a network that :func:`faqd_lib.quantize` has quantized, or one that was read from a packed file; layers
+            that are float are stored as they are. What DataParallel, DistributedDataParallel or ``torch.compile`` have
+            put around it is taken off.
+        path: of the file, by convention ``*.safetensors``.
+        architecture: arguments of :func:`faqd_lib.build_model` (``{"name": "resnet20", "num_classes": 10}``), so that
+            the file can be read without a network to read it into.
+        metadata: whatever else belongs to the network (class names, normalisation); JSON.
+
+    Raises:
+        ValueError: nothing in the network is quantized, a weight from a packed file has been changed since,
+            ``architecture`` builds another network than this, or the metadata is no JSON.
+
+    Warns:
+        UserWarning: an activation step is neither calibrated nor trained.
+    """
+    model = unwrapped(model)
+    layers = low_bit_weights(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    relus = {name: module for name, module in modules.items() if isinstance(module, QuantizedReLU)}
+    if not layers and not relus:
+        raise ValueError("nothing in the network is quantized: call quantize(model, …) first")
+    warn_of_uncalibrated(model)
+    if architecture is not None:
+        _check_architecture(model, architecture)
+    check_json("metadata", metadata)
+    norms = {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine and module.track_running_stats
+    }
+    tensors, described = {}, {}
+    tied = _tied(model, layers)
+    for name, low in layers.items():
+        if join(name, "weight") in tied:
+            continue
+        levels = low.levels.cpu()
+        codes = (levels > 0) if low.bits == 1 else levels + _offset(low.bits)
+        tensors[join(name, "levels")], tensors[join(name, "scale")] = pack_bits(codes, low.bits), low.scale.cpu()
+        described[name] = {"bits": low.bits, "shape": list(levels.shape), "dtype": str(low.dtype)[6:]}
+    for name, norm in norms.items():
+        tensors[join(name, "batch_norm")] = torch.stack([getattr(norm, part).detach().cpu() for part in _BATCH_NORM])
+    done = {join(name, key) for name in layers for key in ("parametrizations.weight.original", "weight")}
+    done |= {join(name, part) for name in norms for part in (*_BATCH_NORM, "num_batches_tracked")}
+    kept = {name: value for name, value in model.state_dict().items() if name not in done and name not in tied}
+    for name, value in kept.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}: a packed file holds tensors, no other state")
+    tensors |= {name: tensor.detach().cpu() for name, tensor in kept.items()}
+    channels_last = [name for name, tensor in tensors.items() if _is_channels_last(tensor)]
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    header = {
+        "format": FORMAT,
+        "layers": described,
+        "activations": {name: {"bits": relu.bits, "step_gradient": relu.step_gradient} for name, relu in relus.items()},
+        "channels_last": channels_last,
+        "tied": tied,
+        "architecture": dict(architecture) if architecture else None,
+        "metadata": dict(metadata or {}),
+    }
+    header["digest"] = _digest(header, tensors)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+    return atomic_write(Path(path), lambda temporary: save_file(tensors, temporary, {"faqd": text}))
+
+
+def _tied(model: nn.Module, layers: Mapping[str, LowBitWeight]) -> dict[str, str]:
+    """Parameters that are another one under another name, by the names that they have when unpacked."""
+    first: dict[object, str] = {}
+    tied = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        name = key.replace("parametrizations.weight.original", "weight")
+        low = layers.get(name.removesuffix("weight").removesuffix("."))
+        # One latent weight may be quantized in two ways.
+        how = (low.bits, low.scale.shape) if low is not None and name.split(".")[-1] == "weight" else None
+        if (owner := first.setdefault((id(parameter), how), name)) != name:
+            tied[name] = owner
+    return tied
+
+
+def _check_architecture(model: nn.Module, architecture: Mapping[str, Any]) -> None:
+    """Now, not when the file is read and this network is gone."""
+    if not isinstance(architecture, Mapping):
+        raise ValueError(f"architecture must be a dictionary of build_model's arguments, got {architecture!r}")
+    check_json("architecture", architecture)
+    known = inspect.signature(build_model).parameters
+    for name in architecture:
+        if name not in known:
+            raise ValueError(f"architecture has {name!r}, which build_model does not take; it takes {', '.join(known)}")
+    with torch.random.fork_rng(devices=[]):
+        built = build_model(**architecture)
+    own = {name.replace("parametrizations.weight.original", "weight"): tensor.shape
+           for name, tensor in model.state_dict().items()}  # fmt: skip
+    for name, tensor in built.state_dict().items():
+        if own.get(name) != tensor.shape:
+            raise ValueError(
+                f"architecture {dict(architecture)} builds another network than this: its {name} is "
+                f"{tuple(tensor.shape)}, here it is {tuple(own[name]) if name in own else 'not there'}"
+            )
+
+
+def check_json(what: str, value: Mapping[str, Any] | None) -> None:
+    """Raise ValueError unless ``value`` is None or a dictionary that JSON gives back as it is."""
+    if value is None:
+        return
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{what} must be a dictionary whose keys are text, got {value!r}")
+    for key, part in value.items():
+        try:
+            text = json.dumps(part)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{what}[{key!r}] is no JSON ({error}): use .tolist() or float() of arrays") from error
+        if json.loads(text) != (list(part) if isinstance(part, tuple) else part):
+            raise ValueError(f"{what}[{key!r}] would come back from JSON as {text}: use text as keys, and lists")
+
+
+def warn_of_uncalibrated(model: nn.Module) -> None:
+    """Warn if steps of activations are still those that they were made with, which know nothing of any image."""
+    if names := uncalibrated(model):
+        warnings.warn(
+            f"{len(names)} activation step(s) were neither calibrated nor trained ({', '.join(names[:3])}"
+            f"{', …' if len(names) > 3 else ''}): call calibrate(model, images) first",
+            stacklevel=3,
+        )
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """A packed file's metadata: ``format``, ``layers``, ``activations``, ``architecture``, ``metadata``, ``digest``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        PackedFileError: it is no packed network.
+    """
+    return _read(Path(path))[0]
+
+
+def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The network of a packed file, in evaluation mode, with the very outputs of the one that was saved.
+
+    Weights are unpacked into ordinary float parameters (on disk the network is small, in memory it is not), quantized
+    ReLUs are put where they were. It can be described, saved and exported as it is; to train it on with quantizers,
+    ``dequantize`` and ``quantize`` it. Batch normalisations have not kept how many batches they saw. Names, shapes and
+    kinds of activations are compared with the network's, not what else a module was built with (stride, padding): that
+    is for who builds it. A network of another precision takes the file's, and takes images of that precision then.
+
+    Args:
+        path: of the file.
+        model: a freshly built float network of the same architecture, changed in place; None to build the one that
+            the file names. The network stays on its device.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        PackedFileError: it is no packed network, is damaged, or does not fit ``model``.
+    """
+    header, tensors = _read(Path(path))
+    if _digest(header, tensors) != header["digest"]:
+        raise PackedFileError(f"{path} is damaged: it does not hold what was written")
+    if model is None:
+        if header["architecture"] is None:
+            raise PackedFileError(f"{path} does not say what network to build: give load_packed a float network")
+        model = build_model(**header["architecture"])
+    if low_bit_weights(model) or any(isinstance(module, QuantizedReLU) for module in model.modules()):
+        raise PackedFileError("the network to read into is quantized itself: give load_packed a float one")
+    state, scales = {}, {}
+    for name, layer in header["layers"].items():
+        bits, shape = layer["bits"], layer["shape"]
+        codes = unpack_bits(tensors.pop(join(name, "levels")), bits, torch.Size(shape).numel()).view(shape)
+        scale = scales[name] = tensors.pop(join(name, "scale"))
+        levels = codes.to(scale.dtype).mul_(2).sub_(1) if bits == 1 else codes.to(scale.dtype).sub_(_offset(bits))
+        state[join(name, "weight")] = low_bit_values(scale, levels, getattr(torch, layer["dtype"]))
+    for name in [name for name in tensors if name.split(".")[-1] == "batch_norm"]:
+        rows = tensors.pop(name).unbind()
+        state |= {f"{name.removesuffix('batch_norm')}{part}": row for part, row in zip(_BATCH_NORM, rows, strict=True)}
+    # A convolution's last bits depend on how its weight lies in memory. (Quantized weights are always contiguous.)
+    state |= {
+        name: tensor.contiguous(memory_format=torch.channels_last) if name in header["channels_last"] else tensor
+        for name, tensor in tensors.items()
+    }
+    # Of shared normalisations every name is there already.
+    tied = {name: owner for name, owner in header.get("tied", {}).items() if name not in state}
+    state |= {name: state[owner] for name, owner in tied.items()}
+    _check_fit(path, header, state, model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    replace_modules(
+        model,
+        {modules[name]: QuantizedReLU(**relu, replaces=modules[name]) for name, relu in header["activations"].items()},
+    )
+    device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
+    # Assigned, not copied: a network of another precision takes the file's.
+    model.load_state_dict(state, strict=False, assign=True)
+    for name, scale in scales.items():
+        mark_unpacked(modules[name], header["layers"][name]["bits"], scale)
+    for name, owner in tied.items():
+        (place, _, key), (source, _, source_key) = name.rpartition("."), owner.rpartition(".")
+        setattr(model.get_submodule(place), key, getattr(model.get_submodule(source), source_key))
+        if source in scales and key == "weight":
+            mark_unpacked(model.get_submodule(place), header["layers"][source]["bits"], scales[source])
+    return model.to(device).eval()
+
+
+def _check_fit(path: Path | str, header: dict[str, Any], state: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+    """Raise PackedFileError unless the file and the float network have the same parts; nothing has been changed."""
+    own = model.state_dict()
+    steps = {join(name, "step") for name in header["activations"]}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in header["activations"]:
+        if name not in modules:
+            raise PackedFileError(f"{path} does not fit the network: it has no module {name!r}")
+        if not isinstance(modules[name], RECTIFIERS):
+            kind = type(modules[name]).__name__
+            raise PackedFileError(f"{path} does not fit the network: {name} is a ReLU there, but a {kind} here")
+    for name, tensor in state.items():
+        if name not in own and name not in steps:
+            raise PackedFileError(f"{path} does not fit the network: it has no {name!r}")
+        if name in own and own[name].shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)} in the file, {tuple(own[name].shape)} in the network"
+            raise PackedFileError(f"{path} does not fit the network: {name} is {shapes}")
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    if missing:
+        raise PackedFileError(f"{path} does not fit the network: the file has no {missing[0]!r}")
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def _digest(header: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    """Of everything that a file says: the header, less the digest itself, and all tensors."""
+    return tensors_digest(tensors, canonical_json({key: value for key, value in header.items() if key != "digest"}))
+
+
+def _offset(bits: int) -> int:
+    """What is added to a level to make a code: the largest level."""
+    return 1 if bits == 2 else 2 ** (bits - 1) - 1
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("faqd", "{}"))
+            if not isinstance(header, dict) or (header.get("format") == FORMAT and not header.keys() >= _HEADER):
+                raise PackedFileError(f"{path} is damaged: its header is not whole")
+            # Copies: in the file's own memory tensors begin anywhere, and a product's last bits depend on that, too.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise PackedFileError(f"{path} is damaged, or no safetensors file: {error}") from error
+    if header.get("format") != FORMAT:
+        raise PackedFileError(f"{path} is no packed network of format {FORMAT}, but {header.get('format')!r}")
+    return header, tensors

@@ -1,0 +1,1 @@
+"""Low-bit networks: weight quantizers, quantized ReLU, and what puts them into any network."""

@@ -1,0 +1,134 @@
+"""What a network computes with, layer by layer: bits, levels in use, scale and size, and what stays float."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .module_calls import WEIGHTED, ActivationCalls, is_activation, kept_modes
+from .network import low_bit_weights, uncalibrated, unwrapped
+from .weights import FLOAT_BITS, QuantizedReLU
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_NOT_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, parametrize.ParametrizationList)
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """One line of :func:`describe`: what a layer computes with."""
+
+    layer: str
+    kind: str
+    shape: tuple[int, ...]
+    bits: int
+    levels: int  # in use by the weights; offered by a quantized ReLU; 0 for float
+    scale: float  # the step, or the mean of the channels' steps; NaN for float
+    size: float  # bytes of weights and scales in storage; 0 for activations and for weights that are listed already
+    note: str = ""
+
+
+class Description(list[LayerBits]):
+    """Rows of :func:`describe`; printed, a table and the bytes of all."""
+
+    def frame(self) -> "pd.DataFrame":
+        """The same as a DataFrame, a row a layer; with the column ``note`` if there is any."""
+        import pandas as pd  # here, so that a packed network can be read where there is no pandas
+
+        frame = pd.DataFrame([asdict(row) for row in self]).set_index("layer")
+        return frame if frame["note"].any() else frame.drop(columns="note")
+
+    def __str__(self) -> str:
+        if not self:
+            return "nothing to describe"
+        formats = {"scale": "{:.4g}".format, "size": "{:,.0f}".format}
+        before = sum(row.size if row.bits == FLOAT_BITS else 4 * math.prod(row.shape) for row in self if row.size)
+        total = f"{sum(row.size for row in self):,.0f} bytes of weights and scales ({before:,.0f} in float32)"
+        return f"{self.frame().to_string(formatters=formats)}\n{total}"
+
+
+def describe(model: nn.Module, images: torch.Tensor | None = None) -> Description:
+    """Every layer with weights but normalisations, and every activation: bits, levels in use, scale, size.
+
+    What :func:`faqd_lib.quantize` has no quantizer for (Conv1d, Embedding, SiLU, attention, …) is listed with 32 bits,
+    so that nothing of the kind stays float unnoticed. Steps that are still what they were made with are noted.
+
+    Args:
+        model: quantized, read from a packed file, or float.
+        images: (batch, …) input of the network, to run it once, in evaluation mode. Only then can be seen, and is
+            listed, what is no module: activations that are function calls (``F.relu``), as ``relu()`` under the name
+            of the module that calls them (not what only amounts to one, like ``clamp`` or ``maximum``). And it is noted
+            whose forward runs more than once, or not at all: a quantized ReLU that is called in two places has one
+            step for both.
+    """
+    model = unwrapped(model)
+    notes, functions = _run(model, images)
+    for name in uncalibrated(model):
+        notes.setdefault(name, []).insert(0, "not calibrated")
+    low_bits, first = low_bit_weights(model), {}
+    rows = Description()
+
+    def add(name: str, kind: str, shape=(), bits=FLOAT_BITS, levels=0, scale=float("nan"), size=0.0) -> None:
+        rows.append(LayerBits(name, kind, tuple(shape), bits, levels, scale, size, ", ".join(notes.get(name, ()))))
+
+    for name, module in model.named_modules():
+        kind = type(module).__name__.removeprefix("Parametrized")
+        if isinstance(module, WEIGHTED):
+            if (owner := first.setdefault(_stored(module), name)) != name:
+                notes.setdefault(name, []).append(f"the weight of {owner}")
+            bits, levels, scale = FLOAT_BITS, 0, torch.tensor([])
+            if (low := low_bits.get(name)) is not None:
+                bits, scale = low.bits, low.scale
+                levels = int(low.levels.add(2**7).int().flatten().bincount().count_nonzero())
+            size = (module.weight.numel() * bits + scale.numel() * FLOAT_BITS) / 8 if owner == name else 0.0
+            add(name, kind, module.weight.shape, bits, levels, float(scale.mean()), size)
+        elif isinstance(module, QuantizedReLU):
+            add(name, kind, (), module.bits, 2**module.bits, float(module.step.detach()))
+        elif (own := list(module.parameters(recurse=False))) and not isinstance(module, _NOT_LAYERS):
+            add(name, kind, own[0].shape, size=sum(parameter.numel() * FLOAT_BITS / 8 for parameter in own))
+        elif is_activation(module):
+            add(name, kind)
+        for function, count in functions.get(name, {}).items():
+            rows.append(
+                LayerBits(name, f"{function}()", (), FLOAT_BITS, 0, float("nan"), 0.0,
+                          f"{count} calls, no module" if count > 1 else "a call, no module")
+            )  # fmt: skip
+    return rows
+
+
+def weight_bytes(model: nn.Module) -> float:
+    """Bytes that the parameters need when each low-bit weight is stored in its bits, the rest in 32."""
+    bits = sum(parameter.numel() * FLOAT_BITS for parameter in model.parameters())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    once = {_stored(modules[name]): low for name, low in low_bit_weights(model).items()}
+    for low in once.values():
+        bits += low.levels.numel() * (low.bits - FLOAT_BITS) + low.scale.numel() * FLOAT_BITS
+    return bits / 8
+
+
+def _stored(layer: nn.Module) -> int:
+    """The same for all layers that share one weight."""
+    if parametrize.is_parametrized(layer, "weight"):
+        return id(next(layer.parametrizations.weight.parameters(recurse=False)))
+    return id(layer.weight)
+
+
+@torch.no_grad()
+def _run(model: nn.Module, images: torch.Tensor | None) -> tuple[dict[str, list[str]], dict[str, dict[str, int]]]:
+    """Notes on how often modules run, and calls of functions, both by module; nothing without images."""
+    notes: dict[str, list[str]] = {}
+    functions: dict[str, dict[str, int]] = {}
+    if images is None:
+        return notes, functions
+    with kept_modes(model), ActivationCalls(model) as calls:
+        model.eval()(images)
+    for name, module in model.named_modules():
+        if (count := calls.modules[module]) != 1:
+            notes[name] = [f"called {count} times" if count else "its forward is not called"]
+    for (name, function), count in calls.functions.items():
+        functions.setdefault(name, {})[function] = count
+    return notes, functions

@@ -1,0 +1,468 @@
+"""Put quantizers into a network, take them out again, and find what they hold.
+
+Weights go through ``torch.nn.utils.parametrize``: the float (latent) weight stays the learned parameter, the layer
+computes with the quantized one, and the gradient passes straight through. Activations: every ``nn.ReLU`` and
+``nn.ReLU6`` becomes a :class:`~faqd_lib.quantization.weights.QuantizedReLU` with a learned step. Everything happens in
+place and :func:`dequantize` undoes it. A float network's ``state_dict`` loads into the quantized network unchanged.
+"""
+
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import update_bn
+
+from .module_calls import RECTIFIERS, WEIGHTED, ActivationCalls, kept_modes
+from .relu_kernels import kernels
+from .weights import (
+    ACTIVATION_BITS,
+    FLOAT_BITS,
+    WEIGHT_BITS,
+    QuantizedReLU,
+    WeightQuantizer,
+    check_bits,
+    low_bit_values,
+    sample,
+    weight_quantizer,
+)
+
+LAYER_POLICIES = ("quantize", "float")
+SHORTCUTS = ("shortcut", "downsample")  # parts of module names that mark a residual network's shortcut layers
+_UNPACKED = "_faqd_unpacked"  # attribute of a layer whose weight was read from a packed file: (bits, scale)
+
+
+def quantize(
+    model: nn.Module,
+    weight_bits: int = FLOAT_BITS,
+    activation_bits: int = FLOAT_BITS,
+    *,
+    first_layer: str = "quantize",
+    last_layer: str = "float",
+    shortcuts: str = "quantize",
+    overrides: Mapping[str, int] | None = None,
+    per_channel: bool = False,
+    step_gradient: str = "lsq",
+) -> nn.Module:
+    """Quantize the weights of all Conv2d and Linear layers and the ReLUs of a network, in place.
+
+    Args:
+        model: any network. Its weights become the latent ones; a float checkpoint may be loaded before or afterwards.
+        weight_bits: 1, 2 (ternary), 3 to 8; 32 leaves weights as they are (and with activations of 32 bits, too,
+            everything).
+        activation_bits: 1 to 8; 32 leaves activations as they are.
+        first_layer: ``"quantize"`` or ``"float"``: the first Conv2d or Linear in module order (the stem).
+        last_layer: the same for the last one (the classifier). These two defaults follow the authors' released code.
+        shortcuts: the same for layers whose name has a part "shortcut" or "downsample".
+        overrides: bits by pattern of module names (as in a shell: ``{"layer1.*": 8, "fc": 32}``), for weights and for
+            activations, as far as ``weight_bits`` and ``activation_bits`` quantize these at all; a whole name reaches
+            what they leave float, too. They go before everything above, later ones before earlier ones.
+        per_channel: one weight scale for each output channel instead of one for the tensor (the paper).
+        step_gradient: of the activation steps, ``"lsq"``, ``"coarse"``, or ``"frozen"`` for none.
+
+    Returns:
+        ``model`` itself. Its ``state_dict`` holds the float weights and the steps, not the bits. A ReLU that overwrote
+        its input does so no longer: a network that reads that input elsewhere, too, reads another value then.
+
+    Raises:
+        ValueError: bits or policy that are not offered, a pattern that matches nothing, a network that is quantized
+            already, layers whose weight is no plain parameter (lazy, weight norm, another parametrization), or nothing
+            to quantize. The network is then as it was.
+    """
+    check_bits("weight_bits", weight_bits, (*WEIGHT_BITS, FLOAT_BITS))
+    check_bits("activation_bits", activation_bits, (*ACTIVATION_BITS, FLOAT_BITS))
+    for name, policy in (("first_layer", first_layer), ("last_layer", last_layer), ("shortcuts", shortcuts)):
+        if policy not in LAYER_POLICIES:
+            raise ValueError(f"{name} must be one of {', '.join(LAYER_POLICIES)}, got {policy!r}")
+    layers, relus = _quantizable(model)
+    if any(map(quantizer_of, layers.values())) or any(_quantized_relus(model)) or _unpacked(model):
+        raise ValueError("the network is quantized already: call dequantize(model) first")
+    if weight_bits != FLOAT_BITS and not layers:
+        raise ValueError("the network has no Conv2d or Linear module whose weights could be quantized")
+    if activation_bits != FLOAT_BITS and not relus:
+        raise ValueError(
+            "the network has no nn.ReLU module to quantize: replace calls of F.relu or torch.relu by modules"
+        )
+    bits = dict.fromkeys(layers, weight_bits) | dict.fromkeys(relus, activation_bits)
+    bits |= dict.fromkeys(_float_by_policy(list(layers), first_layer, last_layer, shortcuts), FLOAT_BITS)
+    reached = [*(layers if weight_bits != FLOAT_BITS else ()), *(relus if activation_bits != FLOAT_BITS else ())]
+    bits |= _overridden(overrides or {}, layers, relus, reached)
+    _check_quantizable(layers, relus, bits, weight_bits, activation_bits)
+    made = {}
+    for name, module in relus.items():
+        if bits[name] != FLOAT_BITS:
+            device = next((parameter.device for parameter in model.parameters()), None)
+            made[module] = QuantizedReLU(bits[name], step_gradient, replaces=module).to(device)
+    for name, layer in layers.items():
+        if bits[name] != FLOAT_BITS:
+            parametrize.register_parametrization(layer, "weight", weight_quantizer(bits[name], per_channel))
+    replace_modules(model, made)
+    _hook_once(model, _accept_float_network)
+    for module in model.modules():
+        if module is not model and quantized_weights(module) and not isinstance(module, WEIGHTED):
+            _hook_once(module, _accept_float_part)
+    return model
+
+
+def _hook_once(module: nn.Module, hook: Callable) -> None:
+    """However often it is quantized."""
+    known = module._load_state_dict_pre_hooks.values()
+    if all(getattr(one, "hook", one) is not hook for one in known):
+        module.register_load_state_dict_pre_hook(hook)
+
+
+def _check_quantizable(
+    layers: Mapping[str, nn.Module], relus: Mapping[str, nn.Module], bits: Mapping[str, int], weights: int, acts: int
+) -> None:
+    """Raise ValueError before anything has been changed."""
+    for kind, modules, asked in (("Conv2d or Linear", layers, weights), ("ReLU", relus, acts)):
+        if asked != FLOAT_BITS and all(bits[name] == FLOAT_BITS for name in modules):
+            raise ValueError(f"every {kind} is kept float by policy: nothing would be quantized to {asked} bits")
+    if bits.get("", FLOAT_BITS) != FLOAT_BITS and "" in relus:
+        raise ValueError("a ReLU that is the whole network cannot be replaced: put it into an nn.Sequential")
+    for name, layer in layers.items():
+        weight = layer._parameters.get("weight")
+        if bits[name] != FLOAT_BITS and (weight is None or nn.parameter.is_lazy(weight)):
+            raise ValueError(
+                f"the weight of {name or 'the network'} ({type(layer).__name__}) is no plain parameter: run a lazy "
+                "layer once, and take weight norm or another parametrization off, before you quantize"
+            )
+
+
+def _quantizable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """(layers with weights, ReLUs) by name, in module order."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
+    relus = {name: module for name, module in model.named_modules() if type(module) in RECTIFIERS}
+    return layers, relus
+
+
+def _float_by_policy(layers: list[str], first_layer: str, last_layer: str, shortcuts: str) -> set[str]:
+    named = set(layers[:1]) if first_layer == "float" else set()
+    if last_layer == "float":
+        named |= set(layers[-1:])
+    if shortcuts == "float":
+        named |= {name for name in layers if any(mark in part for part in name.split(".") for mark in SHORTCUTS)}
+    return named
+
+
+def _overridden(
+    overrides: Mapping[str, int], layers: Iterable[str], relus: Iterable[str], reached: list[str]
+) -> dict[str, int]:
+    """``reached``: what patterns choose from; whole names may be any."""
+    bits, names = {}, [*layers, *relus]
+    for pattern, value in overrides.items():
+        matched = [pattern] if pattern in names else fnmatch.filter(reached, pattern)
+        if not matched:
+            raise ValueError(
+                f"the pattern {pattern!r} matches no Conv2d, Linear or ReLU that is quantized; their names are, among "
+                f"others, {', '.join(reached[:8])}"
+            )
+        for name in matched:
+            offered = WEIGHT_BITS if name in layers else ACTIVATION_BITS
+            check_bits(f"overrides[{pattern!r}]", value, (*offered, FLOAT_BITS))
+            bits[name] = value
+    return bits
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """Take quantization off again, in place: the float (latent) weights and the former ReLUs. Returns ``model``."""
+    for module in model.modules():
+        if quantizer_of(module) is not None:
+            # A deep copy shares its class with the original, and torch takes the property `weight` off that class:
+            # without a class of its own, the original would lose its weight.
+            shared = type(module)
+            own = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+            module.__class__ = type(shared.__name__, shared.__bases__, own)
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+    replace_modules(model, {relu: relu.replaces for relu in _quantized_relus(model)})
+    for layer in _unpacked(model):
+        del layer.__dict__[_UNPACKED]
+    return model
+
+
+def join(name: str, key: str) -> str:
+    """``name.key``; the root's own name is empty."""
+    return f"{name}.{key}" if name else key
+
+
+def _accept_float_network(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """A float network's ``weight`` is the latent one of a quantized layer; it has no steps, and ours stay."""
+    latent = [prefix + join(name, "parametrizations.weight.original") for name in quantized_weights(model)]
+    if any(name in state_dict for name in latent):
+        return  # a quantized network's: what it lacks is missing
+    for name in quantized_weights(model):
+        weight = prefix + join(name, "weight")
+        if weight in state_dict:
+            state_dict[prefix + join(name, "parametrizations.weight.original")] = state_dict.pop(weight)
+    steps = {
+        prefix + join(name, "step"): module.step
+        for name, module in model.named_modules(remove_duplicate=False)
+        if _is_quantized_relu(module)
+    }
+    if not any(name in state_dict for name in steps):
+        state_dict |= {name: step.detach() for name, step in steps.items()}
+
+
+def _accept_float_part(part: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """The same where a part of the network is loaded by itself; as a part of the whole it has been seen to."""
+    if not prefix:
+        _accept_float_network(part, state_dict, prefix)
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Fit the step of every quantized ReLU to its input, first layer to last, in one pass over a batch of images.
+
+    Batch normalisation works with the batch's own statistics, so that this is of use even in a freshly initialised
+    network; everything else (dropout) as in evaluation. Running statistics and modes are left as they were.
+
+    Args:
+        model: a network with quantized activations (without any, nothing happens).
+        images: float (batch, …) input of the network, normalised as in training, at least 2 images.
+
+    Raises:
+        ValueError: ``images`` is something else; an activation holds NaN or an infinity.
+
+    Warns:
+        UserWarning: the network calls ``F.relu`` or ``torch.relu``: that is no module, and stays float.
+    """
+    relus = list(_quantized_relus(model))
+    if not relus:
+        return model
+    _check_images("images", images)
+    seen: dict[nn.Module, list[torch.Tensor]] = {relu: [] for relu in relus}
+    network = unwrapped(model)  # hooks and a compiled forward do not go together
+    calls = ActivationCalls(network)
+
+    def fit(relu: QuantizedReLU, inputs: tuple) -> None:
+        seen[relu].append(sample(inputs[0]))  # one that is called in several places fits the inputs of all
+        relu.fit(torch.cat(seen[relu]))
+
+    handles = [relu.register_forward_pre_hook(fit) for relu in relus]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with kept_modes(model), calls:
+            for module in model.modules():
+                module.training = isinstance(module, nn.modules.batchnorm._NormBase)
+            network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    called = (count for (_, name), count in calls.functions.items() if name.rstrip("_") in ("relu", "relu6"))
+    if rectifiers := sum(called):
+        warnings.warn(
+            f"{rectifiers} ReLU(s) of {type(model).__name__} are called as functions (F.relu) and stay float: make "
+            "them nn.ReLU modules (describe(model, images) lists them)",
+            stacklevel=3,  # past torch.no_grad
+        )
+    return model
+
+
+def compile_activations(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
+    """Train quantized activations by kernels that ``torch.compile`` makes: faster on CPUs.
+
+    For training in a loop of one's own, outside ``torch.compile``; in evaluation mode, on other devices, for small
+    tensors, and in traces nothing changes. A second derivative is refused. Numbers are the same but for the last
+    digits of the steps' gradients. Takes some fifteen seconds the first time on a machine, two or three later on.
+
+    Args:
+        model: a network with quantized activations.
+        dtype: of the activations in training: ``torch.bfloat16`` under autocast.
+
+    Returns:
+        Whether there are such kernels: not on other devices, nor under ``TORCH_COMPILE_DISABLE=1``.
+
+    Raises:
+        ValueError: nothing in the network is a quantized activation, or ``dtype`` is not a floating-point type.
+
+    Warns:
+        UserWarning: compiling fails, as it does without a C++ compiler; training then goes on as before.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be that of activations, torch.float32 or torch.bfloat16, got {dtype!r}")
+    relus = list(_quantized_relus(model))
+    if not relus:
+        raise ValueError("the network has no quantized activations: call quantize(model, activation_bits=…) first")
+    for relu in relus:
+        relu.compiled = relu.step.device.type == "cpu" and kernels(dtype, relu.is_coarse) is not None
+    return any(relu.compiled for relu in relus)
+
+
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> nn.Module:
+    """Give every batch normalisation the mean and variance of what it sees now, over some batches of images.
+
+    For a network that is quantized and not trained any further: its statistics are still those of the float network,
+    and at few bits that alone can take all it knew. (Training with quantizers does the same on its way.) The plain
+    average over the batches, by :func:`torch.optim.swa_utils.update_bn`; modes and momenta are left as they were.
+
+    Raises:
+        ValueError: there is no batch, or one is no float tensor of images; the statistics are then as they were.
+    """
+    if isinstance(batches, torch.Tensor):
+        raise ValueError(
+            f"batches must be batches of images, got one tensor {tuple(batches.shape)}: put it into a list"
+        )
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    before = [(norm, norm.momentum, {key: value.clone() for key, value in norm.named_buffers()}) for norm in norms]
+    seen, done = 0, False
+
+    def checked() -> Iterable[torch.Tensor]:
+        nonlocal seen
+        for batch in batches:
+            _check_images("a batch", batch)
+            seen += 1
+            yield batch
+
+    try:
+        with kept_modes(model):
+            update_bn(checked(), model)
+        if norms and not seen:
+            raise ValueError("batches held nothing: give a list of image tensors, or an iterator not used up yet")
+        done = True
+    finally:
+        if not done:  # update_bn has wiped the statistics first
+            for norm, momentum, buffers in before:
+                norm.momentum = momentum
+                for key, value in buffers.items():
+                    getattr(norm, key).copy_(value)
+    return model
+
+
+def _check_images(name: str, images: torch.Tensor) -> None:
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point() or images.ndim < 2 or len(images) < 2:
+        got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
+        raise ValueError(f"{name} must be a float tensor (batch, …) of at least 2 normalised images, got {got}")
+
+
+def quantized_weights(model: nn.Module) -> dict[str, tuple[WeightQuantizer, nn.Parameter]]:
+    """(quantizer, latent weight) of every layer with quantized weights, by the layer's name or, if shared, names."""
+    return {
+        name: (quantizer, module.parametrizations.weight.original)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if (quantizer := quantizer_of(module)) is not None
+    }
+
+
+def quantizer_of(module: nn.Module) -> WeightQuantizer | None:
+    """The quantizer of a layer's weight, if it has one; other parametrizations are not ours."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    return next((part for part in module.parametrizations.weight if isinstance(part, WeightQuantizer)), None)
+
+
+@dataclass(frozen=True)
+class LowBitWeight:
+    """What a layer with quantized weights computes with: :func:`low_bit_values` of these.
+
+    ``scale`` () or (C_out, 1, …) and the integer ``levels``, of the weight's shape, are float32 (float64 for float64).
+    """
+
+    bits: int
+    scale: torch.Tensor
+    levels: torch.Tensor
+    dtype: torch.dtype
+
+
+def low_bit_weights(model: nn.Module) -> dict[str, LowBitWeight]:
+    """Every layer with quantized weights, by name: those that are quantized, and those from a packed file.
+
+    Raises:
+        ValueError: the weight of a layer from a packed file has been changed since.
+    """
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if (quantizer := quantizer_of(module)) is not None:
+            latent = module.parametrizations.weight.original.detach()
+            found[name] = LowBitWeight(quantizer.bits, *quantizer.levels(latent), latent.dtype)
+        elif _UNPACKED in module.__dict__:
+            bits, scale = module.__dict__[_UNPACKED]
+            weight = module.weight.detach()
+            scale = scale.to(weight.device)
+            # Of 1 bit with scale 0, too, whose two values are 0 and −0.
+            levels = torch.where(weight.signbit(), -1.0, 1.0).to(scale.dtype) if bits == 1 else (
+                (weight.to(scale.dtype) / torch.where(scale > 0, scale, 1)).round()
+            )  # fmt: skip
+            if not torch.equal(low_bit_values(scale, levels, weight.dtype), weight):
+                raise ValueError(
+                    f"the weight of {name or 'the network'} was read from a packed file, at {bits} bits, and has been "
+                    "changed since: call dequantize(model), then quantize(model, …) anew"
+                )
+            found[name] = LowBitWeight(bits, scale, levels, weight.dtype)
+    return found
+
+
+def mark_unpacked(layer: nn.Module, bits: int, scale: torch.Tensor) -> None:
+    """Note that a layer's float weight is scale · levels at so many bits: :func:`low_bit_weights` finds them again."""
+    layer.__dict__[_UNPACKED] = (bits, scale)
+
+
+def _unpacked(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if _UNPACKED in module.__dict__]
+
+
+def uncalibrated(model: nn.Module) -> list[str]:
+    """Names of the quantized ReLUs whose step is still the one that they are made with."""
+    return [name for name, module in model.named_modules() if _is_quantized_relu(module) and module.is_initial]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside of DataParallel, DistributedDataParallel and ``torch.compile``."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # torch.compile's; its class has no public name
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _once(
+    weights: Mapping[str, tuple[WeightQuantizer, nn.Parameter]],
+) -> Iterable[tuple[WeightQuantizer, nn.Parameter]]:
+    """Each latent weight once, though several layers may share it."""
+    return {id(latent): (quantizer, latent) for quantizer, latent in weights.values()}.values()
+
+
+@torch.no_grad()
+def blend(model: nn.Module, share: float) -> None:
+    """w ← (1 − share)·w + share·Q(w) for every quantized weight, in place.
+
+    Called between ``backward()`` and ``optimizer.step()``, this makes SGD the blended coarse gradient descent of Yin
+    et al. 2019: w ← (1 − ρ)·w + ρ·Q(w) − lr·gradient, with the gradient taken at Q(w).
+
+    Raises:
+        ValueError: ``share`` outside [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be from 0 to 1, got {share!r}")
+    if share:
+        for quantizer, latent in _once(quantized_weights(model)):
+            latent.lerp_(quantizer(latent), share)
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(ordinary parameters, activation steps): weight decay belongs on the first group only."""
+    steps = [relu.step for relu in _quantized_relus(model)]
+    known = {id(step) for step in steps}
+    return [parameter for parameter in model.parameters() if id(parameter) not in known], steps
+
+
+def _is_quantized_relu(module: nn.Module) -> bool:
+    return isinstance(module, QuantizedReLU)
+
+
+def _quantized_relus(model: nn.Module) -> Iterable[QuantizedReLU]:
+    return filter(_is_quantized_relu, model.modules())
+
+
+def replace_modules(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules in the place of some, wherever they stand; one that is used twice stays one."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children() leaves out a module's second place
+            if child in by:
+                setattr(parent, name, by[child])

@@ -1,0 +1,1 @@
+"""Tables, claims, charts and the report."""

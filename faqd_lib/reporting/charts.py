@@ -1,0 +1,417 @@
+"""Charts, a DataFrame in and a matplotlib Figure out; and the one style of all figures.
+
+The figures are closed for pyplot, so that a notebook shows each once, where it is the value of a cell.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
+
+from ..utils.files import atomic_write
+
+WIDTH = 9.0  # inches: the text width of a notebook
+# Seaborn's colour-blind safe colours, without the pale pink: on white a thin line of it is hardly there.
+PALETTE = [colour for index, colour in enumerate(sns.color_palette("colorblind")) if index != 6]
+RUNS_KEY, NOTE_KEY = "Runs", "Note"  # of a figure's metadata
+# How a series is drawn, by its kind: what was measured as points on a line, what was derived as a line alone.
+KINDS = {"measured": ("-", "o", 1.6), "theory": ("--", "", 1.8), "bound": (":", "", 2.2)}
+BITS_NAMES = {1: "1 bit", 2: "2 bits\n(ternary)", 4: "4 bits", 32: "32 bits\n(float)"}
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """The style of every figure of the project, while the block lasts."""
+    with plt.rc_context():
+        sns.set_theme(
+            context="notebook", style="whitegrid", palette=PALETTE, font_scale=0.85,
+            rc={
+                "figure.dpi": 100, "savefig.dpi": 150, "axes.titlesize": "medium", "axes.titleweight": "bold",
+                "grid.color": "0.9", "legend.frameon": True, "legend.framealpha": 0.9, "legend.edgecolor": "0.85",
+                "pdf.fonttype": 42,  # text stays text
+            },
+        )  # fmt: skip
+        yield
+
+
+def colours(count: int) -> list:
+    """So many colours, told apart as far as there are different ones."""
+    return sns.color_palette(PALETTE, count)
+
+
+@contextlib.contextmanager
+def new_figure(rows: int = 1, columns: int = 1, height: float = 3.6, **options) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure of the project's width and its axes in reading order."""
+    with style():
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(options.pop("width", WIDTH), height), layout="constrained", squeeze=False, **options
+        )
+        try:
+            yield figure, list(axes.flat)
+        finally:
+            plt.close(figure)
+
+
+class Run(Protocol):
+    """A run's configuration or record."""
+
+    @property
+    def run_id(self) -> str: ...
+
+
+def save(figure: Figure, folder: Path, name: str, runs: Iterable[Run] = (), note: str = "") -> list[Path]:
+    """Write ``<folder>/<name>.png`` and ``.pdf``, each whole or not at all; returns both paths.
+
+    Both files name the runs behind the figure (the PNG's text ``Runs``, the PDF's keywords) and carry the note, what
+    else is to be said of its origin (``Note``; the PDF's subject).
+    """
+    written, names = [], " ".join(dict.fromkeys(run.run_id for run in runs))
+    for kind in ("png", "pdf"):
+        # Without dates the same figure is the same file.
+        if kind == "pdf":
+            metadata = {"CreationDate": None, "Keywords": names, "Subject": note}
+        else:
+            metadata = {RUNS_KEY: names, NOTE_KEY: note}
+
+        def write(temporary: Path, kind: str = kind, metadata: dict | None = metadata) -> None:
+            with style():
+                figure.savefig(temporary, format=kind, metadata=metadata)
+
+        written.append(atomic_write(Path(folder) / f"{name}.{kind}", write))
+    return written
+
+
+def _require(frame: pd.DataFrame, *columns: str) -> None:
+    missing = [column for column in columns if column not in frame.columns]
+    if missing or frame.empty:
+        what = f"no column {', '.join(missing)}" if missing else "no rows"
+        raise ValueError(f"the frame has {what}: expected rows with the columns {', '.join(columns)}")
+
+
+def _plain_ticks(axis, values: Sequence[float]) -> None:
+    """Ticks of a logarithmic axis at the values that were measured, as plain numbers."""
+    axis.set_major_locator(FixedLocator(sorted(set(values))))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend for all panels; what several of them show is listed once."""
+    entries = {}
+    for axis in axes:
+        entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, fontsize="small")
+
+
+def _readable_decades(axis, values: pd.Series) -> None:
+    """Numbers such as 0.2 and 500 on a logarithmic axis; several of a decade where there are few decades."""
+    decades = math.log10(values.max() / values.min()) if len(values) else 0
+    finest = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5)
+    axis.set_major_locator(LogLocator(subs=finest if decades < 2.5 else (1,)))
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:g}" if value < 1e5 else f"$10^{{{math.log10(value):g}}}$")
+    )
+    axis.set_minor_formatter(NullFormatter())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scaling laws
+
+
+def scaling(
+    frame: pd.DataFrame,
+    x_label: str,
+    y_label: str,
+    *,
+    panel_titles: Mapping[str, str] | None = None,
+    x_scale: Literal["log", "linear"] = "log",
+) -> Figure:
+    """Power laws on log-log axes (exponentials with a linear x axis), a panel for each value of ``panel``.
+
+    Args:
+        frame: columns ``x``, ``y``, ``series``, ``kind`` (measured, theory or bound) and optionally ``panel`` and
+            ``y_label`` (of its panel). Values that are not positive cannot be shown on a logarithmic axis and are
+            left out.
+        x_label, y_label: with units.
+        x_scale: of the x axis; the y axis is logarithmic.
+        panel_titles: a title by panel; the panel's own name if left out.
+    """
+    _require(frame, "x", "y", "series", "kind")
+    frame = frame if "panel" in frame else frame.assign(panel="")
+    panels = list(frame["panel"].unique())
+    hues = dict(zip(frame["series"].unique(), colours(frame["series"].nunique()), strict=True))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    with new_figure(rows, columns, height=3.9 if rows == 1 else 3.2 * rows + 0.6) as (figure, axes):
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        for axis, panel in zip(axes[: len(panels)], panels, strict=True):
+            part = frame[(frame["panel"] == panel) & (frame["y"] > 0)]
+            for (series, kind), line in part.groupby(["series", "kind"], sort=False):
+                dashes, marker, width = KINDS[kind]
+                axis.plot(
+                    line["x"], line["y"], dashes, marker=marker, markersize=5, linewidth=width, color=hues[series],
+                    label=series if kind == "measured" else f"{series}, {kind}",
+                )  # fmt: skip
+            axis.set(xscale=x_scale, yscale="log", xlabel=x_label, title=(panel_titles or {}).get(panel, panel))
+            axis.set_ylabel(part["y_label"].iloc[0] if "y_label" in part else y_label)
+            measured = part.loc[part["kind"] == "measured", "x"]
+            if x_scale == "log" and measured.nunique() <= 8:
+                _plain_ticks(axis.xaxis, measured)
+            elif x_scale == "log":
+                _readable_decades(axis.xaxis, measured)
+            _readable_decades(axis.yaxis, part["y"])
+        if len(panels) == 1:
+            axes[0].legend(fontsize="small")
+        else:
+            _legend_below(figure, axes[: len(panels)])
+        return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantizers
+
+
+def convergence(frame: pd.DataFrame, exact: float, deviation: float) -> Figure:
+    """Running means of independent estimates against how many there are, around the exact value.
+
+    Args:
+        frame: columns ``k``, ``estimate`` and ``draw``, one line for each value of the last.
+        exact: what is estimated.
+        deviation: standard deviation of one estimate; the band is the exact value ± deviation/√k.
+    """
+    _require(frame, "k", "estimate", "draw")
+    hues = colours(len(PALETTE))
+    with new_figure(height=3.8) as (figure, (axis,)):
+        k = frame["k"].drop_duplicates().sort_values()
+        half = deviation / k**0.5
+        axis.fill_between(k, exact - half, exact + half, color="0.85", label="± one standard deviation, theory")
+        for index, (_, line) in enumerate(frame.groupby("draw", sort=False)):
+            axis.plot(line["k"], line["estimate"], linewidth=1.3, color=hues[index % len(hues)])
+        axis.axhline(exact, color="black", linewidth=1.4, linestyle="--", label="exact affinity loss")
+        axis.set(xscale="log", xlabel="projections $k$", ylabel="mean of $k$ estimates", xlim=(k.min(), k.max()))
+        axis.set_ylim(max(0.0, exact - 2.5 * deviation), exact + 2.5 * deviation)
+        _readable_decades(axis.xaxis, k)
+        axis.legend(fontsize="small", loc="upper right")
+        return figure
+
+
+def _bits_title(bits: int | str) -> str:
+    return bits if isinstance(bits, str) else BITS_NAMES.get(bits, f"{bits} bits").replace("\n", " ")
+
+
+def staircases(frame: pd.DataFrame) -> Figure:
+    """What quantizers do forward (above) and which gradient passes backward (below), a column each.
+
+    ``frame``: columns ``quantizer``, ``input``, ``output``, ``gradient``.
+    """
+    _require(frame, "quantizer", "input", "output", "gradient")
+    names = list(frame["quantizer"].unique())
+    colour = colours(len(PALETTE))
+    with new_figure(2, len(names), height=4.4, sharex="col", sharey="row") as (figure, axes):
+        for index, name in enumerate(names):
+            part = frame[frame["quantizer"] == name].sort_values("input")
+            above, below = axes[index], axes[len(names) + index]
+            above.plot(part["input"], part["input"], "--", color="0.6", linewidth=1)
+            above.plot(part["input"], part["output"], color=colour[0], drawstyle="steps-mid")
+            below.plot(part["input"], part["gradient"], color=colour[3], drawstyle="steps-mid")
+            above.set_title(name)
+            below.set(xlabel="input", ylim=(-0.1, 1.2), yticks=(0, 1))
+        axes[0].set_ylabel("output (forward)")
+        axes[len(names)].set_ylabel("gradient (backward)")
+        return figure
+
+
+def weight_histograms(frame: pd.DataFrame) -> Figure:
+    """Float weights as a histogram, and the values that quantizers put in their place; a panel for each.
+
+    ``frame``: columns ``bits``, ``weight`` (float) and ``quantized``.
+    """
+    _require(frame, "bits", "weight", "quantized")
+    grid = list(frame["bits"].unique())
+    colour = colours(len(PALETTE))
+    extent = 1.05 * float(frame["weight"].abs().quantile(0.999))
+    with new_figure(1, len(grid), height=3.0, sharey=True) as (figure, axes):
+        for axis, bits in zip(axes, grid, strict=True):
+            part = frame[frame["bits"] == bits]
+            axis.hist(
+                part["weight"], bins=80, range=(-extent, extent), weights=[100 / len(part)] * len(part),
+                color="0.75", label="float", linewidth=0,
+            )  # fmt: skip
+            shares = part["quantized"].value_counts(normalize=True).mul(100)
+            stems = axis.vlines(shares.index, 0, shares, color=colour[0], linewidth=2.5, label="quantized")
+            stems.set_capstyle("butt")
+            axis.plot(shares.index, shares, "o", color=colour[0], markersize=4.5)
+            axis.set(title=_bits_title(bits), xlabel="weight")
+            axis.set_xlim(-extent, extent)
+        axes[0].set_ylabel("share of the weights (%)")
+        axes[-1].legend(fontsize="small", loc="upper right")
+        figure.get_layout_engine().set(wspace=0.04)
+        return figure
+
+
+def scale_scan(frame: pd.DataFrame, chosen: pd.DataFrame) -> Figure:
+    """Squared error against the scale, and the scales that were chosen.
+
+    ``frame``: columns ``bits`` (a number, or the panel's title), ``scale``, ``error``; ``chosen``: the same and
+    ``rule`` (which formula chose it).
+    """
+    _require(frame, "bits", "scale", "error")
+    _require(chosen, "bits", "scale", "error", "rule")
+    grid = list(frame["bits"].unique())
+    hues = dict(zip(chosen["rule"].unique(), PALETTE[1:], strict=False))
+    markers = dict(zip(hues, "osD^v", strict=False))
+    with new_figure(1, len(grid), height=3.2, sharey=True) as (figure, axes):
+        for axis, bits in zip(axes, grid, strict=True):
+            part = frame[frame["bits"] == bits]
+            axis.plot(part["scale"], part["error"], color="0.35", label="scan")
+            for _, point in chosen[chosen["bits"] == bits].iterrows():
+                rule = point["rule"]
+                axis.plot(
+                    point["scale"], point["error"], markers[rule], color=hues[rule], markersize=8, linestyle="",
+                    label=rule, clip_on=False,
+                )  # fmt: skip
+            axis.set(title=_bits_title(bits), xlabel="scale", ylim=(0, None))
+        axes[0].set_ylabel("squared error / squared norm")
+        _legend_below(figure, axes)
+        return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def learning_curves(frame: pd.DataFrame) -> Figure:
+    """Histories of runs, a panel a measure.
+
+    ``frame``: long form, columns ``run`` (name in the legend), ``epoch``, ``value`` and ``measure`` (the panel's
+    vertical label, with its unit). Several values of one run and epoch (seeds) are drawn as mean and range.
+    """
+    _require(frame, "run", "epoch", "value", "measure")
+    measures, runs = list(frame["measure"].unique()), list(frame["run"].unique())
+    columns = min(2, len(measures))
+    rows = -(-len(measures) // columns)
+    epochs = frame["epoch"].nunique()
+    with new_figure(rows, columns, height=3.3 * rows + 0.3 + 0.2 * (len(runs) // 3)) as (figure, axes):
+        for axis, measure in zip(axes, measures, strict=False):
+            sns.lineplot(
+                frame[frame["measure"] == measure], x="epoch", y="value", hue="run", style="run", hue_order=runs,
+                style_order=runs, markers=epochs <= 30, dashes=False, ax=axis, errorbar=("pi", 100),
+                palette=colours(len(runs)), legend=axis is axes[0],
+            )  # fmt: skip
+            axis.set(xlabel="epoch", ylabel=measure)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        for axis in axes[len(measures) :]:
+            axis.remove()
+        handles, labels = axes[0].get_legend_handles_labels()
+        axes[0].get_legend().remove()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(runs)), fontsize="small")
+        return figure
+
+
+def _columns(axis: Axes, count: int) -> None:
+    """An axis of so many columns, with lines between them."""
+    axis.set_xlim(-0.5, count - 0.5)
+    axis.grid(visible=False, axis="x")
+    for edge in range(1, count):
+        axis.axvline(edge - 0.5, color="0.85", linewidth=1, zorder=0)
+
+
+def accuracy_by_bits(frame: pd.DataFrame, references: Mapping[str, float] | None = None) -> Figure:
+    """Test accuracy of students by bits and method: every seed a point, the mean of a method a bar across them.
+
+    Args:
+        frame: columns ``bits`` (a number or a name such as 1W4A), ``method``, ``accuracy`` (percent), ``seed``.
+        references: accuracies drawn as horizontal lines, by name (teacher, float student).
+    """
+    _require(frame, "bits", "method", "accuracy", "seed")
+    grid, methods = list(dict.fromkeys(frame["bits"])), list(frame["method"].unique())
+    hues, markers = colours(len(methods)), "osD^vPX*<>"
+    step = 0.8 / len(methods)
+    with new_figure(height=4.2) as (figure, (axis,)):
+        for index, (method, colour) in enumerate(zip(methods, hues, strict=True)):
+            for column, bits in enumerate(grid):
+                values = frame[(frame["method"] == method) & (frame["bits"] == bits)]["accuracy"]
+                if values.empty:
+                    continue
+                x = column + (index - (len(methods) - 1) / 2) * step
+                spread = [x + 0.35 * step * (2 * i / max(1, len(values) - 1) - 1) for i in range(len(values))]
+                axis.plot(
+                    spread if len(values) > 1 else [x], values, markers[index % len(markers)], color=colour,
+                    markersize=6.5, markeredgecolor="white", markeredgewidth=0.5,
+                )  # fmt: skip
+                axis.hlines(values.mean(), x - 0.4 * step, x + 0.4 * step, color=colour, linewidth=2.5)
+        handles = [
+            plt.Line2D([], [], color=colour, marker=markers[i % len(markers)], linewidth=2.5, label=method)
+            for i, (method, colour) in enumerate(zip(methods, hues, strict=True))
+        ]
+        for dashes, (name, accuracy) in zip(("--", ":", "-."), (references or {}).items(), strict=False):
+            handles.append(
+                axis.axhline(accuracy, color="0.25", linestyle=dashes, linewidth=1.4, zorder=1.5, label=name)
+            )
+        axis.set_xticks(range(len(grid)), [BITS_NAMES.get(bits, str(bits)) for bits in grid])
+        axis.set_ylabel("test accuracy (%)")
+        _columns(axis, len(grid))
+        figure.legend(handles=handles, loc="outside right upper", fontsize="small")
+        return figure
+
+
+def accuracy_and_size(frame: pd.DataFrame) -> Figure:
+    """Test accuracy against bits, the size of a network's weights as the area of its mark; seeds as points in it.
+
+    ``frame``: columns ``bits`` (a name, in the order of the axis), ``method``, ``accuracy`` (percent), ``size_kB``.
+    """
+    _require(frame, "bits", "method", "accuracy", "size_kB")
+    grid, methods = list(dict.fromkeys(frame["bits"])), list(frame["method"].unique())
+    largest = float(frame["size_kB"].max())
+    area = 1400 / largest  # points² for a kB
+    handles = []
+    with new_figure(height=4.4) as (figure, (axis,)):
+        for index, (method, colour) in enumerate(zip(methods, colours(len(methods)), strict=True)):
+            for (bits, size), part in frame[frame["method"] == method].groupby(["bits", "size_kB"], sort=False):
+                x = grid.index(bits) + 0.8 * ((index + 0.5) / len(methods) - 0.5)
+                axis.scatter(x, part["accuracy"].mean(), s=area * size, color=colour, alpha=0.4, linewidth=0)
+                axis.scatter([x] * len(part), part["accuracy"], s=9, color=colour)
+            handles.append(plt.Line2D([], [], linestyle="", marker="o", color=colour, label=method))
+        for size in (largest / 4, largest / 16):  # the largest would burst the legend
+            handles.append(axis.scatter([], [], s=area * size, color="0.7", linewidth=0, label=f"{size:.2g} kB"))
+        _columns(axis, len(grid))
+        sizes = (
+            frame.groupby("bits")["size_kB"].unique().map(lambda found: "–".join(f"{kB:.0f}" for kB in sorted(found)))
+        )
+        axis.set_xticks(range(len(grid)), [f"{bits}\n{sizes[bits]} kB" for bits in grid])
+        axis.set(ylabel="test accuracy (%)", xlabel="bits of weights and activations")
+        axis.margins(y=0.12)
+        figure.legend(
+            handles=handles, loc="outside right upper", fontsize="small", labelspacing=1.3, title_fontsize="small",
+            title="area: size of the\nweights",
+        )  # fmt: skip
+        return figure
+
+
+def affinity_frontier(frame: pd.DataFrame) -> Figure:
+    """Accuracy against the time of a training step, one point an affinity loss; seeds as small points around it.
+
+    ``frame``: columns ``loss`` (none, FA, FFA k=1, …), ``accuracy`` (percent), ``step_milliseconds``.
+    """
+    _require(frame, "loss", "accuracy", "step_milliseconds")
+    losses = list(frame["loss"].unique())
+    with new_figure(height=4.0) as (figure, (axis,)):
+        for loss, colour, marker in zip(losses, colours(len(losses)), "osD^vPX*<>", strict=False):
+            part = frame[frame["loss"] == loss]
+            mean = part[["step_milliseconds", "accuracy"]].mean()
+            if len(part) > 1:
+                axis.plot(part["step_milliseconds"], part["accuracy"], marker, color=colour, markersize=4, alpha=0.5)
+            axis.plot(*mean, marker, color=colour, markersize=10, label=loss, linestyle="", markeredgecolor="white")
+        axis.set(xlabel="time of a training step (ms)", ylabel="test accuracy (%)")
+        axis.margins(0.1, 0.15)
+        figure.legend(loc="outside right upper", fontsize="small", title="affinity loss")
+        return figure

@@ -1,0 +1,175 @@
+"""Pictures of images, affinities and predictions: tensors in, a matplotlib Figure out, in the style of all figures."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+
+from .charts import WIDTH, new_figure
+
+
+def _cosine_colours(matrices: Iterable[torch.Tensor]) -> dict:
+    """Cosines between maps taken after a ReLU are never negative: half of a diverging scale would lie idle."""
+    if min(float(matrix.min()) for matrix in matrices) >= 0:
+        return {"vmin": 0, "vmax": 1, "cmap": "viridis"}
+    return {"vmin": -1, "vmax": 1, "cmap": "RdBu_r"}
+
+
+def _picture(image: torch.Tensor) -> np.ndarray:
+    """(3, height, width), uint8 or float in [0, 1], as matplotlib wants it: (height, width, 3) in [0, 1]."""
+    image = image.detach().cpu()
+    return (image / 255 if image.dtype == torch.uint8 else image.float().clamp(0, 1)).permute(1, 2, 0).numpy()
+
+
+def image_grid(rows: Sequence[torch.Tensor], row_names: Sequence[str]) -> Figure:
+    """Pictures in rows: each entry of ``rows`` is (count, 3, height, width), uint8 or float in [0, 1]."""
+    if len(rows) != len(row_names) or not rows:
+        raise ValueError(f"{len(rows)} rows of pictures but {len(row_names)} names: give each row a name")
+    columns, (height, width) = max(len(row) for row in rows), rows[0].shape[2:]
+    gap = max(1, height // 16)
+    # One canvas instead of an axis for each picture: a hundred axes take seconds to draw.
+    canvas = torch.ones(len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3)
+    for row, pictures in enumerate(rows):
+        for column, picture in enumerate(pictures):
+            top, left = row * (height + gap), column * (width + gap)
+            canvas[top : top + height, left : left + width] = torch.from_numpy(_picture(picture))
+    size = min(0.78, (WIDTH - 1.2) / columns)
+    with new_figure(width=columns * size + 1.2, height=len(rows) * size + 0.1) as (figure, (axis,)):
+        axis.imshow(canvas.numpy(), interpolation="nearest")
+        axis.set_yticks([row * (height + gap) + height / 2 for row in range(len(rows))], row_names)
+        axis.set_xticks([])
+        axis.tick_params(left=False)
+        axis.grid(visible=False)
+        sns.despine(ax=axis, left=True, bottom=True)
+        return figure
+
+
+def classified(
+    images: torch.Tensor, predicted: Sequence[str], true: Sequence[str], confidence: Sequence[float]
+) -> Figure:
+    """Pictures, five a row, each under what a network took it for; where it is wrong, what it is stands below.
+
+    Args:
+        images: (n, 3, height, width), uint8.
+        predicted, true: n names of classes each.
+        confidence: n probabilities of the predictions.
+    """
+    columns = 5
+    with new_figure(math.ceil(len(images) / columns), columns, height=2.1 * math.ceil(len(images) / columns)) as (
+        figure,
+        axes,
+    ):
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, image, guess, name, share in zip(axes, images, predicted, true, confidence, strict=False):
+            axis.imshow(_picture(image))
+            right = guess == name
+            title = f"{guess} {share:.0%}" if right else f"{guess} {share:.0%}\n({name})"
+            axis.set_title(title, fontsize="small", fontweight="normal", color="0.15" if right else "#b2182b")
+        return figure
+
+
+def affinity_matrices(matrices: Mapping[str, torch.Tensor], difference: torch.Tensor) -> Figure:
+    """Affinity matrices (N×N) by name on one scale, and a difference matrix on a scale of its own."""
+    colours = _cosine_colours(matrices.values())
+    with new_figure(1, len(matrices) + 1, height=3.1) as (figure, axes):
+        for axis, (name, matrix) in zip(axes, matrices.items(), strict=False):
+            shown = axis.imshow(matrix.detach().cpu().numpy(), interpolation="nearest", **colours)
+            axis.set(title=name, xlabel="pixel $j$")
+        axes[0].set_ylabel("pixel $i$")
+        figure.colorbar(shown, ax=axes[: len(matrices)], label="cosine", shrink=0.85, pad=0.02)
+        extent = max(float(difference.abs().max()), 1e-12)
+        drawn = difference.detach().cpu().numpy()
+        shown = axes[-1].imshow(drawn, vmin=-extent, vmax=extent, cmap="PuOr_r", interpolation="nearest")
+        axes[-1].set(title="difference $D$", xlabel="pixel $j$")
+        figure.colorbar(shown, ax=axes[-1], label="difference of cosines", shrink=0.85, pad=0.03)
+        for axis in axes:
+            axis.grid(visible=False)
+        return figure
+
+
+def pixel_affinity(
+    images: torch.Tensor,
+    points: Sequence[tuple[int, int]],
+    maps: Mapping[str, torch.Tensor],
+    row_names: Sequence[str] = (),
+) -> Figure:
+    """Cosine of one chosen pixel with all others, drawn over the image; a row an image.
+
+    Args:
+        images: (count, 3, height, width), uint8 or float in [0, 1].
+        points: (row, column) of the chosen pixel, in pixels of the map, one an image.
+        maps: by name, (count, h, w): the cosines of the chosen pixel with every pixel.
+        row_names: what to write beside the rows; nothing if left out.
+    """
+    count, columns, colours = len(images), len(maps) + 1, _cosine_colours(maps.values())
+    side = min(2.35, (WIDTH + 2.0) / columns)  # inches: more than a few maps must share a notebook's width
+    with new_figure(count, columns, width=side * columns + 0.8, height=0.95 * side * count + 0.3) as (figure, axes):
+        for index in range(count):
+            row = axes[index * columns : (index + 1) * columns]
+            height, width = images.shape[2:]
+            row[0].imshow(_picture(images[index]), extent=(0, width, height, 0))
+            for axis, (name, cosines) in zip(row[1:], maps.items(), strict=True):
+                shown = axis.imshow(cosines[index].detach().cpu().numpy(), extent=(0, width, height, 0), **colours)
+                axis.set_title(name if index == 0 else "")
+            row[0].set_title("image" if index == 0 else "")
+            h, w = next(iter(maps.values())).shape[1:]
+            y, x = (points[index][0] + 0.5) * height / h, (points[index][1] + 0.5) * width / w
+            size = 9 * side / 2.35
+            for axis in row:
+                for colour, edge in (("white", 3.5), ("black", 1.5)):
+                    axis.plot(x, y, "o", ms=size, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=edge)
+                axis.set(xticks=[], yticks=[])
+                axis.grid(visible=False)
+                sns.despine(ax=axis, left=True, bottom=True)
+            if row_names:
+                row[0].set_ylabel(row_names[index], fontweight="bold")
+        figure.colorbar(shown, ax=axes, label="cosine with the circled pixel", shrink=0.8, pad=0.02)
+        return figure
+
+
+def confusion(teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> Figure:
+    """Where a student differs from its teacher: what both take images for, and what the student gains and loses.
+
+    On the left, of the images that the teacher takes for a class, the share that the student takes for each; on the
+    right, of the images *of* a class, how many more (percentage points) the student takes for each class than the
+    teacher does: the diagonal is what it gains or loses in accuracy.
+
+    Args:
+        teacher, student, labels: (N,) int64, predicted and true classes.
+        classes: names of the classes; more than 20 of them, or long ones, are not written.
+    """
+    count = len(classes)
+
+    def shares(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        table = torch.bincount(rows * count + columns, minlength=count * count).view(count, count).double()
+        return 100 * table / table.sum(1, keepdim=True).clamp_min(1)
+
+    agreement, change = shares(teacher, student), shares(labels, student) - shares(labels, teacher)
+    extent = max(float(change.abs().max()), 1e-9)
+    with new_figure(1, 2, height=4.0) as (figure, (left, right)):
+        shown = left.imshow(agreement.numpy(), vmin=0, vmax=100, cmap="viridis")
+        figure.colorbar(shown, ax=left, label="share of the row (%)", shrink=0.75)
+        same = 100 * float((teacher == student).double().mean())
+        left.set(
+            title=f"same answer on {same:.1f} % of {len(labels):,} images", ylabel="teacher says", xlabel="student says"
+        )
+        shown = right.imshow(change.numpy(), vmin=-extent, vmax=extent, cmap="PuOr_r")
+        figure.colorbar(shown, ax=right, label="student − teacher (points)", shrink=0.75)
+        right.set(title="what the student takes a class for", ylabel="true class", xlabel="taken for")
+        for axis in (left, right):
+            axis.grid(visible=False)
+            if count <= 20 and max(map(len, classes)) <= 16:
+                axis.set_xticks(range(count), classes, rotation=60, ha="right", fontsize="small")
+                axis.set_yticks(range(count), classes, fontsize="small")
+        if count <= 10:
+            for row in range(count):
+                for column in range(count):
+                    value = float(change[row, column])
+                    dark = abs(value) > 0.6 * extent
+                    text = f"{value:+.0f}" if abs(value) >= 0.5 else ""
+                    right.text(column, row, text, ha="center", va="center", fontsize=7, color="w" if dark else "0.2")
+        return figure

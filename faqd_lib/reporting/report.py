@@ -1,0 +1,197 @@
+"""The report: tables, figures, verdicts and executed notebooks of a suite as web pages that need no network.
+
+    <suite folder>/report/index.html        everything on one page, figures within it
+                          notebooks/*.html  the executed notebooks
+
+Formulas are MathML, which browsers show by themselves; there are no scripts.
+"""
+
+import base64
+import datetime
+import html
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+import nbformat
+import pandas as pd
+from latex2mathml import exceptions
+from latex2mathml.converter import convert
+from markupsafe import Markup
+from nbconvert import HTMLExporter
+from PIL import Image
+from pygments.formatters import HtmlFormatter
+
+from ..runs.store import RunRecord
+from ..runs.suite import Suite
+from ..utils.files import atomic_write_text, require_writable
+from ..utils.progress import clock
+from . import claims, tables
+from .charts import NOTE_KEY, RUNS_KEY
+
+# The package's exceptions have no ancestor of their own.
+_NO_FORMULA = (IndexError, *(e for e in vars(exceptions).values() if isinstance(e, type) and issubclass(e, Exception)))
+# Display formulas first: their dollars come in pairs. Code spans and blocks are left alone.
+_MATHS = re.compile(r"(?P<code>```.*?```|`[^`\n]+`)|\$\$(?P<display>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the report: its file's name without suffix, its bytes as a data address, the runs behind it.
+
+    ``note``: what its notebook says of its origin.
+    """
+
+    name: str
+    address: str
+    width: int
+    runs: list[str]
+    note: str = ""
+
+    @property
+    def title(self) -> str:
+        """``Notebook 02: mean squared error`` for ``02_mean_squared_error``."""
+        number, _, rest = self.name.partition("_")
+        return f"Notebook {number}: {rest.replace('_', ' ')}" if number.isdigit() and rest else self.name
+
+    @classmethod
+    def read(cls, path: Path) -> "Picture":
+        """Read a PNG that :func:`faqd_lib.reporting.charts.save` wrote."""
+        with Image.open(path) as image:
+            runs, note, width = image.info.get(RUNS_KEY, ""), image.info.get(NOTE_KEY, ""), image.width
+        data = base64.b64encode(path.read_bytes()).decode("ascii")
+        return cls(path.stem, f"data:image/png;base64,{data}", width, runs.split(), note)
+
+    def origin(self, records: Mapping[str, RunRecord]) -> str:
+        """Its runs among those that are there (by name), their seeds and dates; and how many are gone."""
+        there = [records[run] for run in self.runs if run in records]
+        parts = [self.note, tables.origin(there) if there else ""]
+        if gone := len(self.runs) - len(there):
+            parts.append(f"{gone} of the runs that it was drawn from are no longer there: execute its notebook again.")
+        return " ".join(filter(None, parts))
+
+
+def write_report(suite: Suite) -> Path:
+    """Write the report of everything that lies in the suite's folder; returns the path of ``index.html``.
+
+    Raises:
+        ResultsError: a record or the file of the paper's values is damaged; see :mod:`faqd_lib.reporting.tables`.
+    """
+    folder = require_writable(suite.folder / "report")
+    environment = _templates()
+    pages = []
+    for copy in sorted((suite.folder / "notebooks").glob("*.ipynb")):
+        try:
+            body = notebook_html(copy)
+        except nbformat.reader.NotJSONError:
+            print(f"the report leaves out {copy}: it is cut short; --only {copy.name[:2]} executes its notebook again")
+            continue
+        page = environment.get_template("notebook.html").render(
+            title=copy.stem.replace("_", " "), body=body, code_style=Markup(_code_style())
+        )
+        pages.append(atomic_write_text(folder / "notebooks" / f"{copy.stem}.html", page))
+    records = suite.store.records()
+    verdicts = claims.table(suite)
+    shown = [_shown(table) for table in tables.all_tables(suite)]
+    text = environment.get_template("report.html").render(
+        suite=suite,
+        written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        finished=tables.span(record.finished[:10] for record in records),
+        claims=_shown(verdicts),
+        verdicts=verdicts.frame.to_dict("records"),
+        rule=claims.__doc__.partition("\n\n")[2],
+        tables=shown,
+        pictures=[Picture.read(path) for path in sorted((suite.folder / "figures").glob("*.png"))],
+        environments=_environments(records),
+        seconds=clock(sum(record.cost["training_seconds"] for record in records)),
+        runs=len(records),
+        by_name={record.run_id: record for record in records},
+        notebooks=[(page.stem.replace("_", " "), f"notebooks/{page.name}") for page in pages],
+    )
+    return atomic_write_text(folder / "index.html", text)
+
+
+def _template(name: str) -> str:
+    return (resources.files(__package__) / "templates" / name).read_text("utf-8")
+
+
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_template),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.globals["style"] = Markup(_template("style.css"))
+    return environment
+
+
+def _environments(records: Sequence[RunRecord]) -> list[dict[str, object]]:
+    """What the runs were trained with: each setting once, with its values."""
+    frame = pd.DataFrame([record.environment for record in records])
+    return [
+        {"what": column, "values": ", ".join(sorted(map(str, frame[column].dropna().unique())))} for column in frame
+    ]
+
+
+# ---- tables
+
+
+@dataclass(frozen=True)
+class HtmlTable:
+    """A table as HTML: what to read first, all rows, and the runs behind it."""
+
+    name: str
+    title: str
+    caption: str
+    overview: Markup | None
+    rows: Markup
+    runs: list[str]
+
+
+def _shown(table: tables.Table) -> HtmlTable:
+    overview = None if table.overview is None else _html(table.overview)
+    return HtmlTable(table.name, table.title, table.caption, overview, _html(table.readable), table.runs)
+
+
+def _html(frame: pd.DataFrame) -> Markup:
+    return Markup(frame.to_html(index=False, border=0, escape=True, na_rep=""))
+
+
+# ---- notebooks
+
+
+def mathml(latex: str, display: bool) -> str:
+    """A formula as MathML; what cannot be converted stays as it was written, in a code span."""
+    try:
+        return convert(latex.strip(), display="block" if display else "inline")
+    except _NO_FORMULA:
+        return f"<code>{html.escape(latex)}</code>"
+
+
+def notebook_html(path: Path) -> Markup:
+    """An executed notebook's cells and outputs as HTML."""
+    notebook = nbformat.read(path, as_version=4)
+    formulas: list[str] = []
+
+    def keep(match: re.Match) -> str:
+        if match["code"]:
+            return match["code"]
+        formulas.append(mathml(match["display"] or match["inline"], display=bool(match["display"])))
+        return f"FORMULA{len(formulas) - 1}E"  # no Markdown in it; the formula comes back below
+
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _MATHS.sub(keep, cell.source)
+    exporter = HTMLExporter(template_name="basic", embed_images=True, exclude_output_prompt=True)
+    exporter.exclude_anchor_links = True
+    body, _ = exporter.from_notebook_node(notebook)
+    return Markup(re.sub(r"FORMULA(\d+)E", lambda match: formulas[int(match[1])], body))
+
+
+def _code_style() -> str:
+    return HtmlFormatter(style="friendly").get_style_defs(".highlight")

@@ -1,0 +1,506 @@
+"""The paper's tables from run records: DataFrames with captions, written as CSV, Markdown and LaTeX.
+
+A cell whose runs do not exist reads "not run". A profile whose numbers mean nothing (smoke) gets "not a result"
+instead of numbers. The paper's printed values come from a file that the user fills, never from here.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from ..config import RunConfig
+from ..quantization.weights import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS
+from ..runs.profile import default_results, suite_folder
+from ..runs.store import ResultsError, RunRecord
+from ..runs.suite import Suite
+from ..utils.files import atomic_write_text
+from . import grids
+
+NOT_RUN = "not run"
+NOT_A_RESULT = "not a result"
+RUNS = "runs"  # the column of records behind a row, their names separated by spaces
+PAPER_DATASETS = ("cifar10", "cifar100", "tiny-imagenet")
+REFERENCE_COLUMNS = (
+    "table", "dataset", "teacher", "student", "weight_bits", "activation_bits", "regime", "method", "labels",
+    "logit_loss", "affinity", "k", "accuracy", "source",
+)  # fmt: skip
+# A line with any other value would silently match nothing.
+REFERENCE_VALUES = {
+    "table": ("T1", "T2", "T3", "T4"),
+    "weight_bits": tuple(map(str, (*WEIGHT_BITS, FLOAT_BITS))),
+    "activation_bits": tuple(map(str, (*ACTIVATION_BITS, FLOAT_BITS))),
+    "regime": ("end-to-end", "fine-tuning", "post-training"),
+    "method": ("labels", "KD", "FAQD", "FFAQD", "none"),
+    "labels": ("true", "false"),
+    "logit_loss": ("none", "mse", "kl"),
+    "affinity": ("none", "fa", "ffa"),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """``frame`` holds one row a cell of the experiment, its column ``runs`` the records behind it; ``overview``, if
+    there is one, the same as a grid to read."""
+
+    name: str
+    title: str
+    caption: str
+    frame: pd.DataFrame
+    overview: pd.DataFrame | None = None
+
+    @property
+    def runs(self) -> list[str]:
+        """The names of all run records behind the table."""
+        return sorted({run for cell in self.frame.get(RUNS, ()) for run in cell.split()})
+
+    @property
+    def readable(self) -> pd.DataFrame:
+        """All rows, without the long column of records."""
+        return self.frame.drop(columns=RUNS, errors="ignore")
+
+    def markdown(self) -> str:
+        """Title, caption, overview and all rows."""
+        parts = [f"## {self.title}", self.caption]
+        if self.overview is not None:
+            parts.append(self.overview.to_markdown(index=False, disable_numparse=True))
+        parts.append(self.readable.to_markdown(index=False, disable_numparse=True))
+        if self.runs:
+            parts.append(f"From {len(self.runs)} run records; `tables/{self.name}.csv` names those behind each row.")
+        return "\n\n".join(parts) + "\n"
+
+    def latex(self) -> str:
+        """The overview, or all rows, as a LaTeX table with caption and label."""
+        shown = self.readable if self.overview is None else self.overview
+        safe = shown.map(_latex_text) if len(shown) else shown
+        safe.columns = [_latex_text(column) for column in safe.columns]
+        body = safe.to_latex(index=False, escape=False, caption=_latex_text(self.caption), label=f"tab:{self.name}")
+        return body
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write ``<name>.csv`` (all rows), ``.md`` and ``.tex``; return their paths."""
+        texts = {"csv": self.frame.to_csv(index=False), "md": self.markdown(), "tex": self.latex()}
+        return [atomic_write_text(folder / f"{self.name}.{suffix}", text) for suffix, text in texts.items()]
+
+
+def _latex_text(value: object) -> str:
+    text = str(value)
+    for plain, escaped in (("\\", r"\textbackslash{}"), ("%", r"\%"), ("_", r"\_"), ("&", r"\&"), ("#", r"\#")):
+        text = text.replace(plain, escaped)
+    return text.replace("±", r"$\pm$").replace("×", r"$\times$").replace("−", "$-$")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From records to cells
+
+
+def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
+    """One row a run: its settings, accuracies (percent), final losses and cost. Plots and claims start from it."""
+    rows = []
+    for record in records:
+        config, cost, final = record.configuration, record.cost, record.history[-1]
+        rows.append(
+            {
+                "run": record.run_id,
+                "dataset": config.data.name,
+                "model": config.model,
+                "teacher": config.teacher.model if config.teacher else "",
+                "bits": config.bits,
+                "weight_bits": config.quantization.weight_bits,
+                "activation_bits": config.quantization.activation_bits,
+                "variant": config.quantization.variant,
+                "regime": config.regime,
+                "method": config.method,
+                "labels": not config.label_free,
+                "logit_loss": config.objective.logit_loss,
+                "k": config.objective.k if config.method == "FFAQD" else 0,
+                "seed": config.seed,
+                "epochs": config.optimization.epochs,
+                "last": record.last_accuracy,
+                "best": record.best_accuracy,
+                "test_images": record.test_images,
+                "final_loss": final.get("loss", float("nan")),
+                "final_affinity": final.get("affinity", float("nan")),
+                "parameters": record.parameters,
+                "size_kB": record.weight_bytes / 1000,
+                "training_seconds": cost["training_seconds"],
+                "step_milliseconds": cost["step_milliseconds"],
+                "images_per_second": cost["images_per_second"],
+                "peak_step_MB": cost["peak_step_bytes"] / 1e6,
+                "cohort": int(cost["cohort"]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+MEASURES = {
+    "loss": "training loss",
+    "logit": "logit loss",
+    "affinity": "affinity loss, sum over stages",
+    "label": "cross-entropy",
+    "test_accuracy": "test accuracy (%)",
+}
+
+
+def history_frame(records: Iterable[RunRecord], measures: Iterable[str]) -> pd.DataFrame:
+    """Long form of histories for plots: columns run, epoch, measure (its label, see ``MEASURES``), value."""
+    wanted = list(measures)
+    rows = [
+        {"run": record.run_id, "epoch": int(row["epoch"]), "measure": MEASURES[measure], "value": row[measure]}
+        for record in records
+        for row in record.history
+        for measure in wanted
+        if measure in row
+    ]
+    return pd.DataFrame(rows, columns=["run", "epoch", "measure", "value"])
+
+
+def percent(values: list[float]) -> str:
+    """``81.04``, or mean ± standard deviation over seeds where there are several."""
+    series = pd.Series(values)
+    return f"{series.mean():.2f}" if len(series) == 1 else f"{series.mean():.2f} ± {series.std(ddof=1):.2f}"
+
+
+class _Cells:
+    """Looks up the runs of cells: accuracies over seeds, or "not run"."""
+
+    def __init__(self, suite: Suite, reference: pd.DataFrame) -> None:
+        self.suite, self.reference = suite, reference
+
+    def records(self, configs: Iterable[RunConfig]) -> list[RunRecord]:
+        return [record for record in map(self.suite.store.record, configs) if record is not None]
+
+    def text(self, configs: Iterable[RunConfig], value: Callable[[RunRecord], float], show=percent) -> str:
+        records = self.records(configs)
+        if not records:
+            return NOT_RUN
+        return show([value(record) for record in records]) if self.suite.profile.shows_results else NOT_A_RESULT
+
+    def accuracy(self, table: str, configs: list[RunConfig]) -> dict[str, str]:
+        """Columns paper, last, best, difference, n of one cell (all its seeds)."""
+        records, paper = self.records(configs), self._paper(table, configs[0])
+        difference = ""
+        if records and paper is not None and self.suite.profile.shows_results:
+            difference = f"{sum(r.last_accuracy for r in records) / len(records) - paper:+.2f}"
+        return {
+            "paper": "" if paper is None else f"{paper:.2f}",
+            "ours, last epoch": self.text(configs, lambda record: record.last_accuracy),
+            "ours, best epoch": self.text(configs, lambda record: record.best_accuracy),
+            "difference": difference,
+            "n": str(len(records)),
+            RUNS: " ".join(record.run_id for record in records),
+        }
+
+    def _paper(self, table: str, config: RunConfig) -> float | None:
+        affinity = config.objective.affinity
+        key = {
+            "table": table,
+            "dataset": config.data.name,
+            "teacher": config.teacher.model if config.teacher else "",
+            "student": config.model,
+            "weight_bits": str(config.quantization.weight_bits),
+            "activation_bits": str(config.quantization.activation_bits),
+            "regime": config.regime,
+            "method": config.method,
+            "labels": "false" if config.label_free else "true",
+            "logit_loss": config.objective.logit_loss,
+            "affinity": affinity,
+            "k": str(config.objective.k) if affinity == "ffa" else "",
+        }
+        rows = self.reference
+        for column, value in key.items():
+            rows = rows[rows[column] == value]
+        return float(rows["accuracy"].iloc[0]) if len(rows) else None
+
+
+def read_paper_reference(path: Path | None = None) -> pd.DataFrame:
+    """The paper's printed values that a user has filled in (``results/paper_reference.csv``; see results/README.md).
+
+    Raises:
+        ResultsError: the file lacks a column, or an accuracy is not a percentage.
+    """
+    path = path or default_results() / "paper_reference.csv"
+    if not path.is_file():
+        return pd.DataFrame(columns=list(REFERENCE_COLUMNS), dtype=str)
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False, comment="#")
+    missing = [column for column in REFERENCE_COLUMNS if column not in frame.columns]
+    if missing:
+        raise ResultsError(f"{path} lacks the columns {missing}; its head must be {','.join(REFERENCE_COLUMNS)}")
+    accuracies = pd.to_numeric(frame["accuracy"], errors="coerce")
+    bad = frame[~accuracies.between(0, 100)]
+    if len(bad):
+        raise ResultsError(f"{path}: accuracy {bad['accuracy'].iloc[0]!r} is not a percentage between 0 and 100")
+    for column, allowed in REFERENCE_VALUES.items():
+        strange = frame[~frame[column].isin(allowed)]
+        if len(strange):
+            raise ResultsError(
+                f"{path}: {column} = {strange[column].iloc[0]!r} matches no run; write one of {', '.join(allowed)}"
+            )
+    keys = [column for column in REFERENCE_COLUMNS if column not in ("accuracy", "source")]
+    twice = frame[frame.duplicated(keys)]
+    if len(twice):
+        raise ResultsError(f"{path} has two lines for {dict(twice[keys].iloc[0])}: keep one")
+    return frame
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tables
+
+
+def _caption(suite: Suite, what: str) -> str:
+    seeds = suite.profile.seeds
+    several = f"; mean ± standard deviation over n of {seeds} seeds" if seeds > 1 else "; one seed"
+    caption = f"{what} {suite.caption}{several}. Test accuracy in percent, last epoch unless said."
+    return caption if suite.profile.shows_results else f"{caption} This profile tests the machinery: no results."
+
+
+def span(dates: Iterable[str]) -> str:
+    """``2026-01-01 to 2026-01-03`` of dates in any order; empty if there are none."""
+    found = sorted(set(dates))
+    return "" if not found else found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def origin(records: Iterable[RunRecord]) -> str:
+    """How many runs there are, of which seeds, and when they were trained, for captions."""
+    records = list(records)
+    if not records:
+        return "No runs yet: n = 0."
+    seeds = sorted({record.configuration.seed for record in records} - {0})
+    which = f", seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} (n = {len(seeds)})" if seeds else ""
+    runs = f"{len(records)} run{'s' * (len(records) > 1)}"
+    return f"From {runs}{which}, trained {span(record.finished[:10] for record in records)}."
+
+
+def with_origin(suite: Suite, table: Table) -> Table:
+    """The table, its caption saying how many runs are behind it, of which seeds and when."""
+    behind = set(table.runs)
+    records = [record for record in suite.store.records() if record.run_id in behind]
+    return replace(table, caption=f"{table.caption} {origin(records)}")
+
+
+def _per_seed(suite: Suite, make: Callable[[int], RunConfig]) -> list[RunConfig]:
+    return [make(seed) for seed in grids.seeds(suite)]
+
+
+def _reference_rows(cells: _Cells, table: str) -> list[dict[str, str]]:
+    suite = cells.suite
+    rows = []
+    for model in suite.profile.teachers:
+        rows.append(
+            {"bits": "float", "learns from": f"teacher {model}", **cells.accuracy(table, [suite.teacher(model)])}
+        )
+    students = _per_seed(suite, suite.float_student)
+    rows.append({"bits": "float", "learns from": f"student {suite.profile.student}", **cells.accuracy(table, students)})
+    return rows
+
+
+def _quantization_table(
+    cells: _Cells,
+    name: str,
+    title: str,
+    bits: list[tuple[int, int]],
+    regimes: list[str],
+    teachers: list[str],
+    what: str,
+) -> Table:
+    suite, rows, overview = cells.suite, [], []
+    table = name.split("_", maxsplit=1)[0]
+    for row in _reference_rows(cells, table):
+        rows.append({"teacher": "", "regime": "", **row})
+        grid = dict.fromkeys((column.title for column in grids.COLUMNS), "")
+        overview.append(
+            {
+                "teacher": "",
+                "regime": row["learns from"],
+                "bits": "float",
+                **grid,
+                "labels only": row["ours, last epoch"],
+            }
+        )
+    for weights, activations in bits:
+        line = {"teacher": "", "regime": "post-training", "bits": f"{weights}W{activations}A"}
+        configs = _per_seed(suite, lambda seed, w=weights, a=activations: suite.post_training(w, a, seed=seed))
+        accuracy = cells.accuracy(table, configs)
+        rows.append({**line, "learns from": "nothing: the float student, rounded", **accuracy})
+        grid = dict.fromkeys((column.title for column in grids.COLUMNS), "")
+        overview.append({**line, **grid, "labels only": accuracy["ours, last epoch"]})
+    for teacher in teachers:
+        for regime in regimes:
+            for weights, activations in bits:
+                line = {"teacher": teacher, "regime": regime, "bits": f"{weights}W{activations}A"}
+                grid = {}
+                for column in grids.COLUMNS:
+                    configs = _per_seed(
+                        suite,
+                        lambda seed, c=column, w=weights, a=activations, r=regime, t=teacher: suite.student(
+                            c.method, labels=c.labels, weight_bits=w, activation_bits=a, regime=r, teacher=t, seed=seed
+                        ),
+                    )
+                    accuracy = cells.accuracy(table, configs)
+                    rows.append({**line, "learns from": column.title, **accuracy})
+                    grid[column.title] = accuracy["ours, last epoch"]
+                overview.append({**line, **grid})
+    return with_origin(suite, Table(name, title, _caption(suite, what), pd.DataFrame(rows), pd.DataFrame(overview)))
+
+
+def weight_quantization(suite: Suite, reference: pd.DataFrame) -> Table:
+    """T1 for the suite's dataset."""
+    losses = suite.profile.losses
+    return _quantization_table(
+        _Cells(suite, reference),
+        f"T1_weight_quantization_{suite.dataset}",
+        f"T1 Weight quantization, {suite.dataset}",
+        [(bits, FLOAT_BITS) for bits in sorted({1, 2, 4, *suite.profile.grid.weight_bits})],
+        ["end-to-end", "fine-tuning"],
+        grids.weight_teachers(suite),
+        f"Students {suite.profile.student} with quantized weights and float activations; logit loss "
+        f"{losses.end_to_end_logit_loss.upper()} end to end, {losses.fine_tuning_logit_loss.upper()} in fine-tuning; "
+        "fine-tuning starts from the float student, which like the teacher was trained with labels; post-training: "
+        "that student with its weights rounded and its batch normalisation estimated anew, not trained any further.",
+    )
+
+
+def full_quantization(suite: Suite, reference: pd.DataFrame) -> Table:
+    """T2 for the suite's dataset."""
+    bits = sorted({(1, 4), (4, 4), *suite.profile.grid.full_bits})
+    return _quantization_table(
+        _Cells(suite, reference),
+        f"T2_full_quantization_{suite.dataset}",
+        f"T2 Full quantization, {suite.dataset}",
+        bits,
+        ["end-to-end", "fine-tuning"],
+        suite.profile.teachers[:1],
+        f"Students {suite.profile.student} with quantized weights and activations (learned step); post-training: the "
+        "float student with its weights rounded, its steps calibrated and its batch normalisation estimated anew, not "
+        "trained any further.",
+    )
+
+
+def logit_losses(suite: Suite, reference: pd.DataFrame) -> Table:
+    """T3: MSE against KL."""
+    cells, rows, overview = _Cells(suite, reference), [], []
+    for regime in ("end-to-end", "fine-tuning"):
+        for bits in sorted({1, 2, 4, *suite.profile.grid.logit_bits}):
+            line = {"regime": regime, "bits": f"{bits}W32A"}
+            grid = {}
+            for loss in ("mse", "kl"):
+                configs = _per_seed(
+                    suite,
+                    lambda seed, b=bits, r=regime, loss=loss: suite.student(
+                        "FAQD", weight_bits=b, regime=r, logit_loss=loss, seed=seed
+                    ),
+                )
+                accuracy = cells.accuracy("T3", configs)
+                rows.append({**line, "logit loss": loss.upper(), **accuracy})
+                grid[loss.upper()] = accuracy["ours, last epoch"]
+            overview.append({**line, **grid})
+    what = f"Label-free FAQD, student {suite.profile.student}, teacher {suite.profile.teachers[0]}."
+    frame = pd.DataFrame(rows)
+    name = f"T3_logit_loss_{suite.dataset}"
+    table = Table(name, f"T3 Logit loss, {suite.dataset}", _caption(suite, what), frame, pd.DataFrame(overview))
+    return with_origin(suite, table)
+
+
+def affinity_losses(suite: Suite, reference: pd.DataFrame) -> Table:
+    """T4: no affinity loss, exact, and k projections: accuracy, final affinity loss, time and memory of a step."""
+    cells, rows = _Cells(suite, reference), []
+    fewest = min(suite.profile.grid.affinity_bits)
+    variants = []
+    for bits in suite.profile.grid.affinity_bits:
+        some = {1, 3, 6, 15} if bits == fewest else set()
+        variants += [(bits, "none", "KD", None), (bits, "FA (exact)", "FAQD", None)]
+        variants += [(bits, f"FFA, k = {k}", "FFAQD", k) for k in sorted({*some, *grids.projections(suite, bits)})]
+
+    def number(values: list[float]) -> str:
+        return f"{pd.Series(values).mean():.4g}"
+
+    for bits, title, method, k in variants:
+        configs = _per_seed(suite, lambda seed, b=bits, m=method, k=k: suite.student(m, weight_bits=b, k=k, seed=seed))
+        affinity = lambda record: record.history[-1]["affinity"]  # noqa: E731
+        rows.append(
+            {
+                "bits": f"{bits}W32A",
+                "affinity loss": title,
+                **cells.accuracy("T4", configs),
+                "final affinity loss": "" if method == "KD" else cells.text(configs, affinity, number),
+                "ms a step": cells.text(configs, lambda record: record.cost["step_milliseconds"], number),
+                "peak MB a step": cells.text(configs, lambda record: record.cost["peak_step_bytes"] / 1e6, number),
+            }
+        )
+    what = (
+        f"Label-free students {suite.profile.student} with quantized weights, end to end; the final affinity loss is "
+        "the training loss's mean over the last epoch (FFA: an estimate of the same quantity); a step is the student's "
+        "own, without data and teacher."
+    )
+    name = f"T4_affinity_loss_{suite.dataset}"
+    table = Table(name, f"T4 Affinity loss, {suite.dataset}", _caption(suite, what), pd.DataFrame(rows))
+    return with_origin(suite, table)
+
+
+def cost(suite: Suite) -> Table:
+    """T5: what every run cost."""
+    frame = runs_frame(suite.store.records())
+    columns = {
+        "run": "run",
+        "epochs": "epochs",
+        "training_seconds": "training s",
+        "step_milliseconds": "ms a step",
+        "images_per_second": "images/s",
+        "peak_step_MB": "peak MB a step",
+        "cohort": "cohort",
+        "parameters": "parameters",
+        "size_kB": "weights kB",
+    }
+    shown = pd.DataFrame(columns=list(columns.values()))
+    if len(frame):
+        shown = frame[list(columns)].rename(columns=columns)
+        digits = {"training s": 1, "ms a step": 1, "images/s": 0, "peak MB a step": 1, "weights kB": 1}
+        shown[RUNS] = shown["run"]
+        for column, places in digits.items():
+            shown[column] = shown[column].map(lambda value, places=places: f"{value:.{places}f}")
+    total = frame["training_seconds"].sum() if len(frame) else 0.0
+    what = f"{len(frame)} runs, {total:.0f} s of training in all; a cohort's data and teacher time is shared evenly."
+    caption = f"{what} {suite.caption}; {suite.profile.seeds} seed(s)."
+    return with_origin(suite, Table(f"T5_cost_{suite.dataset}", f"T5 Cost, {suite.dataset}", caption, shown))
+
+
+def not_run(dataset: str, profile: str) -> Table:
+    """T1 of a dataset of the paper that this profile has not been run on."""
+    rows = [
+        {"regime": regime, "bits": f"{bits}W32A", **dict.fromkeys((c.title for c in grids.COLUMNS), NOT_RUN)}
+        for regime in ("end-to-end", "fine-tuning")
+        for bits in (1, 2, 4)
+    ]
+    return Table(
+        f"T1_weight_quantization_{dataset}",
+        f"T1 Weight quantization, {dataset}",
+        f"Not run: profile {profile} has no runs on {dataset}; n = 0.",
+        pd.DataFrame(rows),
+    )
+
+
+def all_tables(suite: Suite, reference: pd.DataFrame | None = None) -> list[Table]:
+    """T1 for each dataset of the paper and for the suite's own, T2 to T5 for the suite's own."""
+    reference = read_paper_reference() if reference is None else reference
+    tables = [weight_quantization(suite, reference)]
+    for dataset in PAPER_DATASETS:
+        if dataset == suite.dataset:
+            continue
+        folder = suite_folder(suite.profile, dataset, suite.folder.parent)
+        if (folder / "suite.json").is_file():
+            tables.append(weight_quantization(Suite.read(folder), reference))
+        else:
+            tables.append(not_run(dataset, suite.profile.name))
+    tables += [make(suite, reference) for make in (full_quantization, logit_losses, affinity_losses)]
+    return [*tables, cost(suite)]
+
+
+def write_all(suite: Suite, tables: Iterable[Table]) -> list[Path]:
+    """Write every table to ``tables/`` and all of them, with the figures, to ``summary.md``; return the paths."""
+    tables = list(tables)
+    paths = [path for table in tables for path in table.write(suite.folder / "tables")]
+    figures = sorted((suite.folder / "figures").glob("*.png"))
+    parts = [f"# {suite.profile.name}, {suite.dataset}", suite.caption, *(table.markdown() for table in tables)]
+    parts += [f"![{figure.stem}](figures/{figure.name})" for figure in figures]
+    return [*paths, atomic_write_text(suite.folder / "summary.md", "\n\n".join(parts) + "\n")]

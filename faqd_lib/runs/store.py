@@ -1,0 +1,242 @@
+"""Finished runs on disk: a JSON record and safetensors weights in a folder named after the run's configuration.
+
+    <suite folder>/runs/<readable name>-<digest>/record.json      configuration, history, accuracies, cost, environment
+                                                 weights.safetensors, predictions.safetensors
+                   .locks/<readable name>-<digest>                held by the process that trains the run
+
+The record is written last and atomically: a folder with a record is a finished run, any other is none. A lock is of the
+operating system's kind: it ends with the process that holds it, however that ends.
+"""
+
+import datetime
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from pydantic import ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..config import RunConfig, StrictModel
+from ..utils.files import (
+    atomic_write,
+    atomic_write_text,
+    canonical_json,
+    require_writable,
+    set_aside,
+    tensors_digest,
+    text_digest,
+)
+from .checkpoints import remove_checkpoints
+
+
+class ResultsError(RuntimeError):
+    """A record or its weights are damaged, or do not belong where they lie; the message says what to do."""
+
+
+class DamagedRecordError(ResultsError):
+    """A record does not hold what was written."""
+
+
+class DamagedRecordWarning(UserWarning):
+    """A record is damaged; its run counts as not trained."""
+
+
+class RunRecord(StrictModel):
+    """All that is known of a finished run. Accuracies in percent; ``best`` is the best epoch on the test set and
+    therefore optimistic, ``last`` is what counts; with a validation split, ``selected`` is the test accuracy of the
+    epoch that was best there."""
+
+    # JSON has no NaN: a record with one could not be read again.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    run_id: str
+    digest: str
+    configuration: RunConfig
+    history: list[dict[str, float]]
+    last_accuracy: float
+    best_accuracy: float
+    selected_accuracy: float | None
+    test_images: int
+    parameters: int
+    weight_bytes: float
+    cost: dict[str, float]
+    environment: dict[str, str | int]
+    dataset_note: str
+    weights_digest: str
+    predictions_digest: str | None = None  # None: of a version that did not keep them
+    finished: str
+    checksum: str  # SHA-256 of all of the above
+
+
+@dataclass(frozen=True)
+class RunStore:
+    """The runs of one suite folder."""
+
+    folder: Path
+
+    def run_folder(self, config: RunConfig) -> Path:
+        return self.folder / "runs" / config.run_id
+
+    def record(self, config: RunConfig) -> RunRecord | None:
+        """The record of a finished run, or None. A damaged one counts as none, with a :class:`DamagedRecordWarning`.
+
+        Raises:
+            ResultsError: the record is that of another configuration or of another version of the suite.
+        """
+        path = self.run_folder(config) / "record.json"
+        if not path.is_file():
+            return None
+        record = _whole(path)
+        if record is None:
+            return None
+        if record.digest != config.digest or record.configuration.digest != config.digest:
+            raise ResultsError(
+                f"{path} belongs to another configuration (digest {record.digest[:12]}, expected "
+                f"{config.digest[:12]}): remove the folder {path.parent.name} to train this run again"
+            )
+        return record
+
+    def records(self) -> list[RunRecord]:
+        """Every finished run in the folder, in the order of their names; damaged records as in :meth:`record`."""
+        found = map(_whole, sorted((self.folder / "runs").glob("*/record.json")))
+        return [record for record in found if record is not None]
+
+    def save(
+        self, config: RunConfig, model: nn.Module, *, predictions: torch.Tensor, labels: torch.Tensor, **fields: Any
+    ) -> RunRecord:
+        """Write weights and predictions, then the record.
+
+        Args:
+            predictions: the class (N,) that each test image was taken for after the last epoch.
+            labels: the class (N,) that it is.
+            fields: the record's, less those that follow from config, model and predictions.
+        """
+        folder = require_writable(self.run_folder(config))
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        predicted = {  # no dataset here has more classes than int16 holds
+            "predicted": predictions.to("cpu", torch.int16).contiguous(),
+            "label": labels.to("cpu", torch.int16).contiguous(),
+        }
+        record = RunRecord(
+            run_id=config.run_id,
+            digest=config.digest,
+            configuration=config,
+            weights_digest=tensors_digest(tensors),
+            predictions_digest=tensors_digest(predicted),
+            finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            checksum="",
+            **fields,
+        )
+        atomic_write(folder / "weights.safetensors", lambda temporary: save_file(tensors, temporary))
+        atomic_write(folder / "predictions.safetensors", lambda temporary: save_file(predicted, temporary))
+        values = json.loads(record.model_dump_json(exclude={"checksum"}))
+        record = record.model_copy(update={"checksum": text_digest(canonical_json(values))})
+        path = folder / "record.json"
+        if path.exists():  # a damaged one, or this run would not have been trained
+            set_aside(path)
+        atomic_write_text(path, record.model_dump_json(indent=1) + "\n")
+        remove_checkpoints(folder)
+        return record
+
+    def lock(self, config: RunConfig) -> filelock.BaseFileLock:
+        """The lock of a run, not yet taken."""
+        return filelock.FileLock(require_writable(self.folder / ".locks") / config.run_id)
+
+    @contextmanager
+    def claim(self, configs: Sequence[RunConfig]) -> Iterator[list[RunConfig]]:
+        """Hold the locks of those of the runs that no other process holds, and give these."""
+        with ExitStack() as held:
+            ours = []
+            for config in configs:
+                with suppress(filelock.Timeout):
+                    held.enter_context(self.lock(config).acquire(timeout=0))
+                    ours.append(config)
+            yield ours
+
+    def load_weights(self, config: RunConfig, model: nn.Module) -> nn.Module:
+        """Load a finished run's weights into a network of the same build. Returns ``model``.
+
+        Raises:
+            ResultsError: the run is not finished, or its weights are missing, damaged or not those of the record.
+        """
+        record = self.record(config)
+        if record is None:
+            raise ResultsError(f"{config.run_id} has not been trained in {self.folder}")
+        path = self.run_folder(config) / "weights.safetensors"
+        model.load_state_dict(_tensors(path, record.weights_digest))
+        return model
+
+    def predictions(self, record: RunRecord) -> dict[str, torch.Tensor] | None:
+        """The classes (N,) int16 of the test images, ``predicted`` and ``label``; None if the record has none.
+
+        Raises:
+            ResultsError: the file is missing, damaged or not that of the record.
+        """
+        if record.predictions_digest is None:
+            return None
+        path = self.folder / "runs" / record.run_id / "predictions.safetensors"
+        return _tensors(path, record.predictions_digest)
+
+
+def _tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
+    remedy = f"remove the folder {path.parent} to train the run again"
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ResultsError(f"{path} is missing or damaged ({error}): {remedy}") from error
+    if tensors_digest(tensors) != digest:
+        raise ResultsError(f"{path} does not hold what its record says: {remedy}")
+    return tensors
+
+
+def _whole(path: Path) -> RunRecord | None:
+    """A record, or None with a warning if it is damaged."""
+    try:
+        return read_record(path)
+    except DamagedRecordError as error:
+        message = f"{error}: its run counts as not trained. When it is trained again, the damaged file is renamed."
+        warnings.warn(message, DamagedRecordWarning, stacklevel=3)
+        return None
+
+
+def read_record(path: Path) -> RunRecord:
+    """Read one record file.
+
+    Raises:
+        DamagedRecordError: it does not hold what was written.
+        ResultsError: it is whole, but written by another version of the suite.
+    """
+    text = path.read_bytes()
+    try:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
+    except ValueError as error:
+        raise DamagedRecordError(f"{path} is damaged ({error})") from error
+    checksum = values.pop("checksum", None)
+    if checksum is not None and checksum != text_digest(canonical_json(values)):
+        raise DamagedRecordError(f"{path} is damaged (its checksum does not fit)")
+    try:
+        return RunRecord.model_validate_json(text)
+    except ValidationError as error:
+        raise ResultsError(
+            f"{path} is of another version of the suite ({error.errors()[0]['msg']}): move the folder "
+            f"{path.parent.name} away, and the run is trained again"
+        ) from error
+
+
+def accuracies(history: list[dict[str, float]]) -> dict[str, float | None]:
+    """Last, best (on the test set, optimistic) and validation-selected test accuracy of a history, in percent."""
+    test = [row["test_accuracy"] for row in history]
+    selected = None
+    if "validation_accuracy" in history[0]:
+        selected = max(history, key=lambda row: row["validation_accuracy"])["test_accuracy"]
+    return {"last_accuracy": test[-1], "best_accuracy": max(test), "selected_accuracy": selected}

@@ -1,0 +1,1 @@
+"""One student, one cohort: objective, step, loop."""

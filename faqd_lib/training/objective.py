@@ -1,0 +1,171 @@
+"""The distillation objective: logits, feature affinity and, where there are any, labels.
+
+logit_weight · (MSE or T²·KL)  +  affinity_weight · Σ_stages (FA or FFA)  +  label_weight · cross-entropy
+"""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..affinity.loss import FastFeatureAffinityLoss, FeatureAffinityLoss
+
+LOGIT_LOSSES = ("none", "mse", "kl")
+AFFINITY_LOSSES = ("none", "fa", "ffa")
+
+
+def logit_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Mean over images and classes of the squared difference of logits, both (batch, classes)."""
+    return F.mse_loss(student, teacher)
+
+
+def logit_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T²·KL(softmax(teacher/T) ‖ softmax(student/T)), mean over images (Hinton et al. 2015), of (batch, classes)."""
+    return temperature**2 * F.kl_div(
+        F.log_softmax(student / temperature, 1), F.log_softmax(teacher / temperature, 1),
+        reduction="batchmean", log_target=True,
+    )  # fmt: skip
+
+
+class Adapter(nn.Sequential):
+    """1×1 convolution and ReLU between a student's map and the comparison (the released code's variant).
+
+    It starts as the identity where channel counts agree, and it is trained: its parameters belong to the objective.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(nn.Conv2d(channels, channels, 1), nn.ReLU())
+        nn.init.dirac_(self[0].weight)
+        nn.init.zeros_(self[0].bias)
+
+
+class DistillationObjective(nn.Module):
+    """The objective above as one module; call it and it returns its terms and their weighted total.
+
+    Args:
+        logit_loss: ``"mse"``, ``"kl"`` or ``"none"``.
+        affinity: ``"fa"`` (exact), ``"ffa"`` (``k`` random projections, own generators) or ``"none"``.
+        logit_weight, affinity_weight, label_weight: each at least 0. Without labels leave ``label_weight`` at 0.
+        temperature: of KL, above 0.
+        k, distribution: of the projections (FFA only).
+        adapter_channels: channels of the student's maps, one entry a stage, to put a trained 1×1 adapter before
+            each comparison; empty for none. Give ``objective.parameters()`` to the optimizer, too.
+        seed: of the projections.
+
+    Raises:
+        ValueError: an unknown loss, a negative weight, or an objective without any term.
+    """
+
+    def __init__(
+        self,
+        logit_loss: str = "mse",
+        affinity: str = "fa",
+        *,
+        logit_weight: float = 1.0,
+        affinity_weight: float = 30.0,
+        label_weight: float = 0.0,
+        temperature: float = 4.0,
+        k: int = 6,
+        distribution: str = "gaussian",
+        adapter_channels: Sequence[int] = (),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if logit_loss not in LOGIT_LOSSES:
+            raise ValueError(f"unknown logit_loss {logit_loss!r}: choose one of {', '.join(LOGIT_LOSSES)}")
+        if affinity not in AFFINITY_LOSSES:
+            raise ValueError(f"unknown affinity {affinity!r}: choose one of {', '.join(AFFINITY_LOSSES)}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature!r}")
+        weights = {"logit_weight": logit_weight, "affinity_weight": affinity_weight, "label_weight": label_weight}
+        for name, weight in weights.items():
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {weight!r}")
+        self.logit_loss, self.temperature = logit_loss, temperature
+        self.logit_weight = logit_weight if logit_loss != "none" else 0.0
+        self.affinity_weight = affinity_weight if affinity != "none" else 0.0
+        self.label_weight = label_weight
+        if not self.logit_weight + self.affinity_weight + self.label_weight > 0:
+            raise ValueError("the objective has no term: give a logit loss, an affinity loss or a label weight")
+        self.affinity_loss = None
+        if affinity == "fa":
+            self.affinity_loss = FeatureAffinityLoss()
+        elif affinity == "ffa":
+            self.affinity_loss = FastFeatureAffinityLoss(k, distribution, seed)
+        self.adapters = nn.ModuleList(Adapter(channels) for channels in adapter_channels)
+
+    def predraw(self, pixels: Sequence[int], device: torch.device) -> None:
+        """What the next call would draw at random is drawn now, for student's maps of these sizes (height times width).
+
+        See :meth:`faqd_lib.affinity.loss.FastFeatureAffinityLoss.predraw`; other losses draw nothing.
+        """
+        if isinstance(self.affinity_loss, FastFeatureAffinityLoss):
+            self.affinity_loss.predraw(pixels, device)
+
+    def forward(
+        self,
+        student_logits: torch.Tensor,
+        student_maps: Sequence[torch.Tensor] = (),
+        teacher_logits: torch.Tensor | None = None,
+        teacher_maps: Sequence[torch.Tensor] = (),
+        labels: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Terms of the objective for one batch.
+
+        Args:
+            student_logits, teacher_logits: (batch, classes).
+            student_maps, teacher_maps: feature maps (batch, channels, height, width), one entry a stage.
+            labels: int64 (batch); needed where ``label_weight`` is above 0, refused where it is 0.
+
+        Returns:
+            Scalars: ``"total"`` (weighted, to be minimised) and the unweighted ``"logit"``, ``"affinity"`` (sum over
+            stages) and ``"label"``, as far as they are part of the objective.
+
+        Warns:
+            UserWarning: a map has one pixel only: its affinity loss is 0 whatever it holds.
+        """
+        if (labels is None) == (self.label_weight > 0):
+            raise ValueError(
+                "labels are needed because label_weight is above 0"
+                if labels is None
+                else "labels were given to a label-free objective: set label_weight above 0 or leave them out"
+            )
+        terms: dict[str, torch.Tensor] = {}
+        total = student_logits.new_zeros((), dtype=torch.float32)
+        student_logits = student_logits.float()
+        if self.logit_weight > 0:
+            if teacher_logits is None:
+                raise ValueError("the logit loss needs teacher_logits")
+            target = teacher_logits.detach().float()
+            if target.shape != student_logits.shape:
+                raise ValueError(
+                    f"student and teacher must have the same images and classes; their logits are "
+                    f"{tuple(student_logits.shape)} and {tuple(target.shape)}"
+                )
+            if self.logit_loss == "mse":
+                terms["logit"] = logit_mse(student_logits, target)
+            else:
+                terms["logit"] = logit_kl(student_logits, target, self.temperature)
+            total = total + self.logit_weight * terms["logit"]
+        if self.affinity_weight > 0:
+            if not student_maps or len(student_maps) != len(teacher_maps):
+                raise ValueError(
+                    f"the affinity loss needs as many student maps as teacher maps, at least one of each; got "
+                    f"{len(student_maps)} and {len(teacher_maps)}"
+                )
+            if self.adapters:
+                student_maps = [a(m) for a, m in zip(self.adapters, student_maps, strict=True)]
+            if any(feature_map.shape[2:].numel() == 1 for feature_map in student_maps):
+                warnings.warn(
+                    "a map of one pixel has no affinities: its affinity loss is always 0; tap an earlier layer",
+                    stacklevel=2,
+                )
+            pairs = zip(student_maps, teacher_maps, strict=True)
+            terms["affinity"] = sum(self.affinity_loss(student, teacher) for student, teacher in pairs)
+            total = total + self.affinity_weight * terms["affinity"]
+        if self.label_weight > 0:
+            terms["label"] = F.cross_entropy(student_logits, labels)
+            total = total + self.label_weight * terms["label"]
+        return {"total": total, **terms}

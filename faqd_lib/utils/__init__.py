@@ -1,0 +1,1 @@
+"""Files, measurements, progress: nothing of this field."""

@@ -1,0 +1,107 @@
+"""Files that are whole or absent: atomic writes, digests, and the places where the project looks and writes."""
+
+import ctypes
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+
+def project_root() -> Path:
+    """The checkout that this package is run from, or the working directory if the package was installed elsewhere."""
+    checkout = Path(__file__).resolve().parents[2]
+    return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
+
+
+def cache_dir() -> Path:
+    """Where decoded datasets are kept: ``$FAQD_CACHE``, else ``data/cache`` in the project."""
+    return Path(os.environ.get("FAQD_CACHE") or project_root() / "data" / "cache")
+
+
+def require_writable(folder: Path) -> Path:
+    """Create ``folder`` if need be and make sure that files can be written there.
+
+    Raises:
+        PermissionError: naming the folder and what to do, before anything has been computed.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"cannot write to {folder} ({error.strerror or error}). Make it writable, or choose another folder: "
+            "--results for results, FAQD_CACHE for decoded data."
+        ) from error
+    return folder
+
+
+def atomic_write(path: Path, write: Callable[[Path], Any]) -> Path:
+    """Call ``write(temporary)`` and move the finished file to ``path``: a reader sees the old file or the new one.
+
+    ``write`` gets a path in the same folder. If it raises, or the process dies, ``path`` is as it was.
+
+    Raises:
+        OSError: it could not be written; the message says what to do. safetensors' own error comes as one, too.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "r+b") as written:  # Windows syncs only what is open for writing
+            os.fsync(written.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"cannot write {path} ({error}). If the disk is full, make room and call again: what was finished is kept, "
+            "and a run in training goes on from its last checkpoint."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def atomic_write_text(path: Path, text: str) -> Path:
+    """Write ``text`` (UTF-8) to ``path`` atomically."""
+    return atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file so that nothing takes it for a whole one; returns its new path."""
+    count = 1
+    while (target := path.with_name(f"{path.stem}.damaged-{count}{path.suffix}")).exists():
+        count += 1
+    return path.replace(target)
+
+
+def canonical_json(value: Any) -> str:
+    """One text for one value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def text_digest(text: str) -> str:
+    """SHA-256 of a text, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tensors_digest(tensors: dict[str, torch.Tensor], salt: str = "") -> str:
+    """SHA-256 over names, types, shapes and bytes of CPU tensors, in the order of their names."""
+    digest = hashlib.sha256(salt.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        if tensor.numel():
+            # Not through NumPy, which a machine that only reads a network may not have.
+            digest.update((ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr()))
+    return digest.hexdigest()

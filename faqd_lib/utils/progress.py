@@ -1,0 +1,99 @@
+"""Progress of many runs: a bar where somebody watches (JupyterLab, a terminal), lines of text where nobody does."""
+
+import os
+import sys
+import time
+from typing import Protocol, Self
+
+from tqdm.auto import tqdm
+
+_FIRST_LINE, _BETWEEN_LINES = 20.0, 600.0  # seconds, for lines of text within an epoch
+
+
+def headless() -> bool:
+    """Whether progress is to be lines of text: ``FAQD_PROGRESS=text`` (set by ``run_all.sh``), or output to a file."""
+    style = os.environ.get("FAQD_PROGRESS")
+    if style not in (None, "text", "bar"):
+        raise ValueError(f"FAQD_PROGRESS must be 'text' or 'bar', got {style!r}")
+    in_jupyter = "ipykernel" in sys.modules
+    return style == "text" if style else not (in_jupyter or sys.stderr.isatty())
+
+
+def clock(seconds: float) -> str:
+    """``m:ss`` or ``h:mm:ss``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class ProgressReporter(Protocol):
+    """What training says of itself on its way, wherever that is shown."""
+
+    def number(self, runs: int) -> str:
+        """A label for the next so many runs: ``run 3-5 of 12``."""
+
+    def advance(self, units: float, text: str) -> None:
+        """Units of work (one network, one epoch) are done."""
+
+    def within(self, label: str, units: float, text: str = "") -> None:
+        """Of the next units, so much is done by those whose label it is; 0 when they advance."""
+
+    def skip(self, units: float) -> None:
+        """Units turned out to be done already."""
+
+    def say(self, text: str) -> None:
+        """A line that is no progress."""
+
+
+class Progress:
+    """Counts units of work up to ``total`` and estimates the time left from their pace."""
+
+    def __init__(self, total: float, title: str, runs: int = 1) -> None:
+        self.total, self.title, self.runs = total, title, runs
+        self.done, self._numbered, self._started = 0.0, 0, time.monotonic()
+        self._begun: dict[str, float] = {}  # what :meth:`within` said, by label
+        self._next_line = _FIRST_LINE  # seconds from the start
+        self._bar = None if headless() else tqdm(total=total, desc=title, bar_format="{l_bar}{bar}| {postfix}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def number(self, runs: int) -> str:
+        first, last = self._numbered + 1, self._numbered + runs
+        self._numbered = last
+        return f"run {first if runs == 1 else f'{first}-{last}'} of {self.runs}"
+
+    def advance(self, units: float, text: str) -> None:
+        self.done += units
+        if self._bar is not None:
+            self._bar.update(units)
+        self._show(text)
+
+    def within(self, label: str, units: float, text: str = "") -> None:
+        self._begun[label] = units
+        if text and (self._bar is not None or time.monotonic() - self._started > self._next_line):
+            self._show(text)
+
+    def _show(self, text: str) -> None:
+        elapsed = time.monotonic() - self._started
+        done = self.done + sum(self._begun.values())
+        left = elapsed / done * max(0.0, self.total - done) if done else 0.0
+        line = f"{text}; {clock(elapsed)} gone, about {clock(left)} left"
+        self._next_line = elapsed + _BETWEEN_LINES
+        if self._bar is None:
+            print(f"  {self.title}: {line}", flush=True)
+        else:
+            self._bar.set_postfix_str(line)
+
+    def skip(self, units: float) -> None:
+        self.total -= units
+        if self._bar is not None:
+            self._bar.total = self.total
+            self._bar.refresh()
+
+    def say(self, text: str) -> None:
+        print(f"  {text}", flush=True)

@@ -1,0 +1,97 @@
+"""The first cells of a notebook: parameters that papermill injected, and the suite they describe."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from faqd_lib.cli import notebook
+from faqd_lib.cli.notebook import check_injected, injected_names, start
+from faqd_lib.config import ConfigurationError
+
+INJECTED = '# Parameters\nprofile = "smoke"\nseeds = 2\n'
+KNOWN = {"profile", "dataset", "data_root", "results_dir", "seeds"}
+
+
+@pytest.fixture
+def shell(monkeypatch):
+    """A function that puts cells into the history of an IPython shell."""
+
+    def show(*cells: str) -> None:
+        monkeypatch.setattr(notebook, "get_ipython", lambda: SimpleNamespace(user_ns={"In": ["", *cells]}))
+
+    return show
+
+
+def test_injected_names_are_those_of_the_latest_injected_cell():
+    assert injected_names([]) == []
+    assert injected_names(["seeds: int = 1  # parameters cell of the notebook", "x = 2"]) == []
+    assert injected_names(["# Parameters\nold = 1", "x = 2", INJECTED, "y = 3"]) == ["profile", "seeds"]
+    assert injected_names(["\n# Parameters\nvalues = [1, 2]\nname = None\n"]) == ["values", "name"]
+
+
+@pytest.mark.parametrize(("name", "near"), [("profle", "profile"), ("seed", "seeds"), ("result_dir", "results_dir")])
+def test_misspelled_parameter_is_refused_with_the_near_name(shell, name, near):
+    shell("profile: str = 'quick'", f"# Parameters\nseeds = 2\n{name} = 3\n")
+    with pytest.raises(ConfigurationError) as raised:
+        check_injected(KNOWN)
+    assert f"unknown parameter {name!r}" in str(raised.value)
+    assert f"did you mean {near!r}?" in str(raised.value)
+
+
+def test_a_name_like_none_lists_them_all(shell):
+    shell("# Parameters\nzzz = 1\n")
+    with pytest.raises(ConfigurationError, match="'zzz'") as raised:
+        check_injected(KNOWN)
+    assert "did you mean" not in str(raised.value)
+    assert ", ".join(sorted(KNOWN)) in str(raised.value)
+
+
+def test_known_parameters_pass(shell):
+    shell(INJECTED)
+    check_injected(KNOWN)
+    shell("nonsense = 1")
+    check_injected(KNOWN)
+
+
+def test_without_ipython_nothing_is_injected(monkeypatch):
+    monkeypatch.setattr(notebook, "get_ipython", lambda: None)
+    check_injected(set())
+
+
+def arguments(tmp_path, **changes) -> dict:
+    return {
+        "profile": "smoke", "dataset": "digits", "data_root": "", "results_dir": str(tmp_path / "r"), "seeds": 0,
+        **changes,
+    }  # fmt: skip
+
+
+def test_start_opens_the_suite_and_says_what_it_is(shell, tmp_path, capsys):
+    shell("# Parameters\nprofile = 'smoke'\nimages_shown = 3\n")
+    suite = start(**arguments(tmp_path), images_shown=3)
+    out = capsys.readouterr().out
+    assert suite.folder == tmp_path / "r" / "smoke-digits"
+    for text in ("digits", "smoke", str(suite.folder), "mean nothing"):
+        assert text in out
+
+
+def test_start_takes_the_results_folder_from_the_environment(shell, tmp_path, monkeypatch):
+    shell()
+    monkeypatch.setenv("FAQD_RESULTS", str(tmp_path / "elsewhere"))
+    assert start(**arguments(tmp_path, results_dir="")).folder == tmp_path / "elsewhere" / "smoke-digits"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("profile", 3), ("dataset", ["digits"]), ("results_dir", None), ("seeds", "2")]
+)
+def test_parameters_of_the_wrong_type_are_named(shell, tmp_path, name, value):
+    shell()
+    with pytest.raises(ConfigurationError, match=name) as raised:
+        start(**arguments(tmp_path, **{name: value}))
+    assert repr(value) in str(raised.value)
+
+
+def test_misspelling_stops_before_the_suite_is_opened(shell, tmp_path):
+    shell("# Parameters\nprofle = 'smoke'\n")
+    with pytest.raises(ConfigurationError, match="profle"):
+        start(**arguments(tmp_path))
+    assert not (tmp_path / "r").exists()

@@ -1,0 +1,164 @@
+"""The real thing: notebooks through papermill at smoke scale, from another folder than the project's."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+from series_runs import NOTEBOOKS, digests, environment, has_accuracy, run
+
+from faqd_lib.reporting import tables
+from faqd_lib.runs.suite import Suite
+from faqd_lib.utils.files import project_root
+
+pytestmark = pytest.mark.series
+
+
+@pytest.fixture(scope="module")
+def whole_series(tmp_path_factory):
+    """Every notebook once, on the images that need no file."""
+    folder = tmp_path_factory.mktemp("series with a space")
+    results = folder / "results"
+    done = run(["smoke", "--dataset", "digits", "--results", str(results)], cwd=folder)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder, results / "smoke-digits", done
+
+
+def test_every_notebook_is_executed_without_an_error(whole_series):
+    _, suite, done = whole_series
+    copies = sorted((suite / "notebooks").glob("*.ipynb"))
+    assert [copy.name for copy in copies] == [path.name for path in NOTEBOOKS]
+    for copy in copies:
+        cells = [cell for cell in nbformat.read(copy, 4).cells if cell.cell_type == "code"]
+        assert all(cell.execution_count for cell in cells), copy.name
+        assert not [o for cell in cells for o in cell.outputs if o.output_type == "error"], copy.name
+        assert copy.stat().st_size < 4_000_000, copy.name
+    assert f"notebook 1 of {len(NOTEBOOKS)}" in done.stdout
+    assert "epoch 1 of 1" in done.stdout
+    assert "left" in done.stdout
+
+
+def test_every_table_and_the_summary_are_written_and_named(whole_series):
+    _, suite, done = whole_series
+    names = {path.name.split("_")[0].split(".")[0] for path in (suite / "tables").iterdir()}
+    assert names == {"T1", "T2", "T3", "T4", "T5", "claims"}
+    assert str(suite / "summary.md") in done.stdout
+    assert list((suite / "figures").glob("*.pdf"))
+    assert "not a result" in (suite / "tables" / "claims.md").read_text()
+
+
+def test_a_second_call_trains_nothing_and_says_why_it_took_which_images(whole_series, tmp_path):
+    _, suite, _ = whole_series
+    (tmp_path / "empty").mkdir()
+    copy = shutil.copytree(suite, tmp_path / "results" / suite.name)
+    before = {path: path.stat().st_mtime_ns for path in copy.glob("runs/*/*")}
+    done = run(["smoke", "--data-root", "empty", "--results", "results", "--only", "05", "09"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ", epoch " not in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in copy.glob("runs/*/*")} == before
+    reason = f"no CIFAR-10 was found in {tmp_path / 'empty'}"
+    assert reason in done.stdout
+    for name in ("claims.md", "T1_weight_quantization_digits.md", "T5_cost_digits.md"):
+        assert reason in (copy / "tables" / name).read_text(), name
+
+
+def test_killed_in_the_middle_it_continues_to_the_same_weights_and_tables(whole_series, tmp_path):
+    _, suite, _ = whole_series
+    # The smoke profile under another name that shows its numbers, or the tables would hold none to compare.
+    shipped = (project_root() / "faqd_lib" / "profiles" / "smoke.toml").read_text()
+    (tmp_path / "tiny.toml").write_text(shipped.replace("shows_results = false", "shows_results = true"))
+    command = [sys.executable, "-m", "faqd_lib.cli.run_all", "tiny.toml", "--dataset", "digits", "--only", "04", "08"]
+    command += ["--results", str(tmp_path / "results")]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(tmp_path / "cache"), stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 900
+    while len(digests(tmp_path / "results")) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = digests(tmp_path / "results")
+    assert kept, "nothing was finished before the kill: the test does not test what it should"
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(tmp_path / "cache"), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    finished = digests(tmp_path / "results")
+    assert kept.items() <= finished.items()
+    assert finished.items() <= digests(suite.parent).items()
+    assert len(finished) > len(kept)
+    # The same runs, trained without interruption, in a folder of their own: the same tables, times apart.
+    folders = [tmp_path / "results" / "tiny-digits", tmp_path / "whole" / "tiny-digits"]
+    for name in finished:
+        shutil.copytree(suite / "runs" / name, folders[1] / "runs" / name)
+    shutil.copy(folders[0] / "suite.json", folders[1])
+    found = []
+    for folder in folders:
+        there = Suite.read(folder)
+        reference = tables.read_paper_reference()
+        made = [make(there, reference) for make in (tables.weight_quantization, tables.affinity_losses)]
+        found.append([table.frame.drop(columns=["ms a step", "peak MB a step"], errors="ignore") for table in made])
+    for interrupted, whole in zip(*found, strict=True):
+        pd.testing.assert_frame_equal(interrupted, whole)
+    assert sum(map(has_accuracy, found[0][0].astype(str).to_numpy().flat)) >= 6
+
+
+def test_what_is_drawn_where_numbers_count(whole_series, tmp_path):
+    """The cells that smoke leaves out: notebooks that show accuracies, with two teachers and two seeds."""
+    _, suite, _ = whole_series
+    shipped = (project_root() / "faqd_lib" / "profiles" / "smoke.toml").read_text()
+    changes = {
+        "shows_results = false": "shows_results = true\nseeds = 2",
+        'teachers = ["resnet8"]': 'teachers = ["resnet8", "resnet20"]',
+        "[grid]": '[grid]\nweight_teachers = ["resnet8"]\nweight_bits = [1]\nweight_regimes = ["end-to-end"]',
+    }
+    for old, new in changes.items():
+        assert old in shipped
+        shipped = shipped.replace(old, new)
+    (tmp_path / "shown.toml").write_text(shipped)
+    there = tmp_path / "results" / "shown-digits"
+    shutil.copytree(suite / "runs", there / "runs")
+    done = run(["shown.toml", "--dataset", "digits", "--only", "05", "09", "--results", "results"], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    drawn = {path.stem for path in (there / "figures").glob("*.png")}
+    assert drawn == {"05_accuracy_by_bits", "05_confusion", "05_curves_fewest_bits", "09_accuracy_and_size"}
+    assert "seeds 1, 2 (n = 2), trained" in (there / "report" / "index.html").read_text()
+
+
+def test_an_interrupted_kernel_is_reported_and_the_next_call_completes(whole_series, tmp_path):
+    _, suite, _ = whole_series
+    command = [sys.executable, "-m", "faqd_lib.cli.run_all", "smoke", "--dataset", "digits", "--only", "08"]
+    command += ["--results", str(tmp_path / "results")]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(tmp_path / "cache"), stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 900
+    while not digests(tmp_path / "results") and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    kernels = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "ipykernel_launcher" in child.cmdline()
+    ]
+    assert len(kernels) == 1
+    kernels[0].send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode == 1
+    assert "08_fa_against_ffa.ipynb, cell" in errors
+    assert "KeyboardInterrupt" in errors
+    kept = digests(tmp_path / "results")
+    assert kept
+    done = run(command[3:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    finished = digests(tmp_path / "results")
+    assert len(finished) > len(kept)
+    assert kept.items() <= finished.items()
+    assert finished.items() <= digests(suite.parent).items()

@@ -1,0 +1,457 @@
+"""ONNX files: real low-bit initialisers, and the outputs of the network itself from ONNX Runtime."""
+
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from faqd_lib.export.onnx import OnnxExportError, export_onnx
+from faqd_lib.export.packed import load_packed, save_packed
+from faqd_lib.models import build_model
+from faqd_lib.quantization.network import calibrate, quantize
+
+IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+STORAGE_BITS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 8: 8}
+STORAGE_TYPES = {2: "INT2", 4: "INT4", 8: "INT8"}
+
+
+@pytest.fixture(autouse=True)
+def own_random_state():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def with_statistics(model: nn.Module, images: torch.Tensor = IMAGES) -> nn.Module:
+    """Batch normalisations with running statistics of their own, so that folding them does something."""
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(images * 2 + 1)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(-1.5, 1.5)
+                module.bias.uniform_(-0.5, 0.5)
+    return model.eval()
+
+
+def run(path, images: torch.Tensor) -> torch.Tensor:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("bits", STORAGE_BITS)
+def test_runtime_gives_the_same_logits_and_weights_take_their_bits(tmp_path, bits, per_channel):
+    model = with_statistics(quantize(build_model("resnet8", 10, seed=1), bits, per_channel=per_channel))
+    path = export_onnx(model, tmp_path / "net.onnx", (3, 32, 32))
+    with torch.no_grad():
+        expected = model(IMAGES)
+    torch.testing.assert_close(run(path, IMAGES), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    torch.testing.assert_close(run(path, IMAGES[:1]), expected[:1], rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    stored = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
+    weights = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    assert len(weights) == 7
+    for name, module in weights.items():
+        tensor = stored[f"{name}.levels"]
+        assert onnx.TensorProto.DataType.Name(tensor.data_type) == STORAGE_TYPES[STORAGE_BITS[bits]]
+        needed = module.weight.numel() * STORAGE_BITS[bits] / 8
+        size = len(tensor.raw_data) or 4 * len(tensor.int32_data)
+        assert needed <= size <= 1.1 * needed + 1, name
+        assert f"{name}.weight" not in stored
+    assert not any(node.op_type == "BatchNormalization" for node in onnx.load(path).graph.node)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_one_quantized_activation_is_exact(tmp_path, bits):
+    model = nn.Sequential(nn.Identity(), nn.ReLU(), nn.Flatten())
+    quantize(model, activation_bits=bits)
+    calibrate(model, IMAGES).eval()
+    with torch.no_grad():
+        expected = model(IMAGES)
+        assert expected.unique().numel() == min(2**bits, expected.unique().numel())
+    path = export_onnx(model, tmp_path / "relu.onnx", (3, 32, 32))
+    assert torch.equal(run(path, IMAGES), expected)
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert "QuantizeLinear" in kinds
+    assert "DequantizeLinear" in kinds
+
+
+@pytest.mark.parametrize("activations", [2, 4, 8])
+@pytest.mark.parametrize("weights", [1, 2, 4, 8, 32])
+def test_full_quantization_with_the_runtimes_own_optimisations(tmp_path, weights, activations):
+    images = torch.randn(64, 3, 32, 32)
+    model = with_statistics(calibrate(quantize(build_model("resnet8", 10, seed=1), weights, activations), IMAGES))
+    path = export_onnx(model, tmp_path / "net.onnx", (3, 32, 32))
+    with torch.no_grad():
+        expected = model(images)
+    found = run(path, images)
+    # A value exactly between two levels may fall to either side: rare, and it moves one image's logits.
+    differs = (found - expected).abs().amax(1) > 1e-4 * float(expected.abs().max())
+    assert differs.double().mean() <= 0.25
+    assert (found.argmax(1) == expected.argmax(1)).double().mean() >= 0.98
+
+
+TORCHVISION = {
+    "resnet18": {}, "mobilenet_v2": {}, "mobilenet_v3_small": {}, "densenet121": {}, "efficientnet_b0": {},
+    "shufflenet_v2_x0_5": {}, "googlenet": {"init_weights": False, "aux_logits": False},
+    "vgg11_bn": {"init_weights": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision_networks(tmp_path, name):
+    from faqd_lib.utils.torchvision_import import torchvision
+
+    images = torch.randn(4, 3, 64, 64)
+    model = getattr(torchvision.models, name)(num_classes=5, **TORCHVISION[name])
+    if name == "vgg11_bn":  # its first classifier layer has a hundred million weights for an average of 7×7 pixels
+        model.avgpool, model.classifier[0] = nn.AdaptiveAvgPool2d(1), nn.Linear(512, 4096)
+    model = quantize(model, 4)
+    with_statistics(model, images)
+    with torch.no_grad():
+        expected = model(images)
+    assert expected.std() > 0
+    found = run(export_onnx(model, tmp_path / "net.onnx", (3, 64, 64)), images)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_a_network_of_many_parts(tmp_path):
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU6(), nn.MaxPool2d(2))
+            self.norm, self.second = nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, 2, 2, dilation=2, groups=3)
+            self.act, self.drop, self.sigmoid = nn.SiLU(), nn.Dropout(), nn.Sigmoid()
+            self.pool, self.head = nn.AvgPool2d(2), nn.Linear(6, 4)
+
+        def forward(self, x):
+            x = self.norm(self.first(x))
+            y = self.act(self.second(x))
+            y = torch.relu(y + 0.25) * self.sigmoid(y)
+            y = torch.cat([self.pool(y), nn.functional.adaptive_avg_pool2d(x, 4)], dim=2)
+            return self.head(self.drop(y.mean((2, 3))))
+
+    class Cut(nn.Module):
+        def forward(self, x):
+            return x[:, :1]
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.norm, self.out = nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 2)
+
+        def forward(self, x):
+            return self.out(self.norm(self.inner(torch.flatten(nn.functional.relu(x.add(1).mul(0.5)), 1))))
+
+    vectors = torch.randn(9, 5, 1, 1)
+    model = quantize(Head(), 8, last_layer="quantize")
+    with torch.no_grad():
+        model.train()(vectors)
+        expected = model.eval()(vectors)
+    found = run(export_onnx(model, tmp_path / "head.onnx", (5, 1, 1)), vectors)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    model = with_statistics(quantize(Parts(), 4, 32))
+    with torch.no_grad():
+        expected = model(IMAGES)
+    found = run(export_onnx(model, tmp_path / "parts.onnx", (3, 32, 32)), IMAGES)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    # A part that has no form here is named; nothing is written.
+    with pytest.raises(OnnxExportError, match="getitem"):
+        export_onnx(Cut(), tmp_path / "cut.onnx", (3, 32, 32))
+    assert not (tmp_path / "cut.onnx").exists()
+
+
+def test_shapes_pools_and_functions_of_every_kind(tmp_path):
+    f = nn.functional
+
+    class Functions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 6, (4, 3), padding="same", dilation=(1, 2))
+            self.second, self.out = nn.Conv2d(6, 6, 3, padding="valid"), nn.Linear(54, 4)
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            x = f.max_pool2d(self.relu(self.first(x)), 3, 2, padding=1, ceil_mode=True)
+            n, c, h, w = x.size()
+            x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(x.shape[0], -1, h, w)
+            first, second, third = x.chunk(3, dim=1)
+            x = torch.cat([third * 2, first, second], 1).permute(0, 1, 3, 2)
+            x = f.avg_pool2d(f.leaky_relu(self.second(x) - 1), kernel_size=4, stride=4, count_include_pad=False)
+            x = f.gelu(x) / (c // 3) + torch.tanh(x) * f.silu(x)
+            return f.log_softmax(self.out(x.reshape(x.size(0), -1)), dim=1)
+
+    model = quantize(Functions(), 4, last_layer="quantize").eval()
+    for images in (IMAGES, IMAGES[:1]):
+        with torch.no_grad():
+            expected = model(images)
+        found = run(export_onnx(model, tmp_path / "net.onnx", (3, 32, 32)), images)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_metadata_goes_with_the_file(tmp_path):
+    path = export_onnx(nn.Flatten(), tmp_path / "net.onnx", (3, 8, 8), metadata={"mean": [0.5], "made by": "ä"})
+    assert {entry.key: entry.value for entry in onnx.load(path).metadata_props} == {"mean": "[0.5]", "made by": "ä"}
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (0, 8, 8), (3, 8.0, 8), (1, 3, 8, 8), (4, 8, 8)])
+def test_a_shape_that_does_not_fit_is_named(tmp_path, shape):
+    with pytest.raises(OnnxExportError, match="image_shape"):
+        export_onnx(nn.Conv2d(3, 3, 1), tmp_path / "net.onnx", shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("weights", "activations"), [(1, 4), (2, 32), (8, 32)])
+def test_a_network_from_a_packed_file_keeps_its_bits(tmp_path, weights, activations, dtype):
+    model = with_statistics(calibrate(quantize(build_model("resnet8", 10), weights, activations), IMAGES)).to(dtype)
+    path = save_packed(model, tmp_path / "net.safetensors")
+    first = export_onnx(model, tmp_path / "first.onnx", (3, 32, 32))
+    wrapped = nn.DataParallel(load_packed(path, build_model("resnet8", 10)))
+    assert export_onnx(wrapped, tmp_path / "again.onnx", (3, 32, 32)).read_bytes() == first.read_bytes()
+
+
+class Chunked(nn.Module):
+    """Overwrites a part of what is read again."""
+
+    def forward(self, x):
+        x = x + 1
+        first, second = x.chunk(2, dim=2)
+        return nn.functional.relu(first, inplace=True) + x.mean((2, 3), True) + second
+
+
+class Parted(nn.Module):
+    def forward(self, x):
+        return x.chunk(2)[0]
+
+
+class PerImage(nn.Module):
+    def forward(self, x):
+        return x / x.shape[0]
+
+
+class AddsInPlace(nn.Module):
+    """A trace has x + 1 for x += 1."""
+
+    def forward(self, x):
+        x = x * 2
+        kept = x
+        x += 1
+        return x + kept
+
+
+class ScalesAPiece(nn.Module):
+    def forward(self, x):
+        x = x * 2
+        first, _, _ = x.chunk(3, dim=1)
+        first *= 0.5
+        return x
+
+
+class ShiftsAView(nn.Module):
+    def forward(self, x):
+        x = x * 2
+        flat = x.view(x.size(0), -1)
+        flat -= 1
+        return x
+
+
+class AlwaysDrops(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(x)
+
+
+def hooked() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+    model[0].register_forward_hook(lambda _module, _inputs, output: output + 1)
+    return model
+
+
+class Turned(nn.Module):
+    def forward(self, x):
+        return x.permute(1, 0, 2, 3).reshape(x.size(0), -1)
+
+
+class Joined(nn.Module):
+    def forward(self, x):
+        return torch.cat(x.chunk(3, 1), 1)
+
+
+class ByName(nn.Sequential):
+    def forward(self, x):
+        return self[0](input=x)
+
+
+class Unbound(nn.Module):
+    def forward(self, x):
+        return x.unbind(1)[0]
+
+
+class Standardised(nn.Conv2d):
+    """A convolution with a forward of its own."""
+
+    def forward(self, x):
+        return super().forward(x - 1)
+
+
+class Scaled(nn.Module):
+    def forward(self, x):
+        return torch.add(x, x, alpha=2)
+
+
+class Aliased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = x + 1
+        return self.relu(y) + y
+
+
+class AliasedBehind(Aliased):
+    """In evaluation a dropout gives back what it was given: the same memory."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.between = between
+
+    def forward(self, x):
+        y = x + 1
+        return self.relu(self.between(y)) + y
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+class Together(nn.Module):
+    def forward(self, x):
+        return x.flatten(0)
+
+
+@pytest.mark.parametrize(
+    ("network", "named"),
+    [(nn.Sequential(Standardised(3, 3, 1)), "no ONNX form"), (Scaled(), "alpha"), (Aliased(), "overwrites"),
+     (AliasedBehind(nn.Dropout()), "overwrites"), (AliasedBehind(nn.Sequential(nn.Identity())), "overwrites"),
+     (Chunked(), "overwrites"), (Parted(), "parted"), (Unbound(), "getitem"),
+     (nn.Sequential(nn.GroupNorm(1, 3)), r"GroupNorm \(0\)"), (PerImage(), "number of images"),
+     (AddsInPlace(), "read again"), (ScalesAPiece(), "read again"), (ShiftsAView(), "read again"),
+     (AlwaysDrops(), "read again"), (hooked(), "read again"), (Turned(), "flattened"), (Joined(), "list of tensors"),
+     (ByName(nn.Conv2d(3, 3, 1)), "by position"),
+     (nn.Sequential(nn.MaxPool2d(2, return_indices=True)), "one tensor"),
+     (nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")), "reflect"),
+     (nn.Sequential(nn.Softmax()), "which dim"),
+     (Pair(), "one tensor"), (Together(), "flattened"), (nn.Sequential(nn.AvgPool2d(2, divisor_override=3)), "divisor"),
+     (nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)), "running statistics")],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)  # fmt: skip
+def test_what_would_be_wrong_is_refused(tmp_path, network, named):
+    with pytest.raises(OnnxExportError, match=named):
+        export_onnx(network, tmp_path / "net.onnx", (3, 8, 8))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_layer_called_twice_and_a_norm_behind_three_dimensions(tmp_path):
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line, self.norm, self.out = nn.Linear(8, 8), nn.BatchNorm1d(3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.out(self.norm(self.line(self.line(x.mean(3)))))
+
+    tokens = torch.randn(6, 3, 8, 4)
+    model = quantize(Tokens(), 4)
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(tokens * 2 + 1)
+        expected = model.eval()(tokens)
+    found = run(export_onnx(model, tmp_path / "net.onnx", (3, 8, 4)), tokens)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def settle(model: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Statistics and factors of batch normalisations that are not those of their birth."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(images * 2 + 1)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.copy_(torch.rand(module.weight.shape, generator=generator) + 0.5)
+                module.bias.copy_(torch.rand(module.bias.shape, generator=generator) - 0.5)
+    return model.eval()
+
+
+class Shared(nn.Module):
+    """One convolution, called twice, with a normalisation of its own behind each call or behind one of them."""
+
+    def __init__(self, first: bool, second: bool) -> None:
+        super().__init__()
+        self.conv, self.line = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.Linear(3 * 64, 4)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) if there else nn.Identity() for there in (first, second))
+        self.relu, self.flatten = nn.ReLU(), nn.Flatten()
+
+    def forward(self, x):
+        for norm in self.norms:
+            x = self.relu(norm(self.conv(x)))
+        return self.line(self.flatten(x))
+
+
+@pytest.mark.parametrize("bits", [1, 4, 32])
+@pytest.mark.parametrize("norms", [(True, True), (True, False), (False, True)])
+def test_a_shared_layer_has_the_normalisation_of_each_call(tmp_path, bits, norms):
+    images = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    model = settle(Shared(*norms) if bits == 32 else quantize(Shared(*norms), bits), images)
+    with torch.no_grad():
+        expected = model(images)
+    path = export_onnx(model, tmp_path / "net.onnx", (3, 8, 8))
+    torch.testing.assert_close(run(path, images), expected, rtol=1e-4, atol=1e-5)
+    levels = [tensor.name for tensor in onnx.load(path).graph.initializer if tensor.name.endswith("levels")]
+    assert len(levels) == len(set(levels)) == (0 if bits == 32 else 1)  # the integers are stored once
+
+
+def test_a_norm_of_images_behind_a_linear_layer_is_not_folded(tmp_path):
+    images = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(2))
+    model = settle(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm2d(3)), images)
+    with torch.no_grad():
+        expected = model(images)
+    found = run(export_onnx(model, tmp_path / "net.onnx", (3, 3, 3)), images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_network_is_left_as_it_was(tmp_path):
+    model = calibrate(quantize(build_model("resnet8", 10), 1, 4), IMAGES).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    export_onnx(model, tmp_path / "net.onnx", (3, 32, 32))
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_control_flow_that_depends_on_data_is_an_error(tmp_path):
+    class Moody(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(OnnxExportError, match="cannot be traced"):
+        export_onnx(Moody(), tmp_path / "net.onnx", (3, 8, 8))
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(OnnxExportError, match="needs onnx"):
+        export_onnx(nn.Flatten(), tmp_path / "net.onnx", (3, 8, 8))
+
+
+def test_a_float_network_is_exported_as_well(tmp_path):
+    model = with_statistics(build_model("resnet8", 10, seed=1))
+    path = export_onnx(model, tmp_path / "net.onnx", (3, 32, 32))
+    with torch.no_grad():
+        np.testing.assert_allclose(run(path, IMAGES).numpy(), model(IMAGES).numpy(), rtol=1e-3, atol=1e-3)

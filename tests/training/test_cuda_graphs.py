@@ -1,0 +1,98 @@
+"""What of recordings can be tested without a GPU; the rest is in ``test_cuda.py``."""
+
+import contextlib
+import gc
+
+import pytest
+import torch
+
+from faqd_lib.data.batches import Batch
+from faqd_lib.training.cuda_graphs import RecordedStep, Recorder, StudentStreams, own_stream
+
+CPU = torch.device("cpu")
+
+
+class Pretended:
+    """In the place of ``torch.cuda.CUDAGraph``: a replay does what was done while it was recorded."""
+
+    def __init__(self):
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    @contextlib.contextmanager
+    def graph(made, pool, stream):
+        assert (pool, stream) == ("pool", "stream")
+        yield
+
+    monkeypatch.setattr("torch.cuda.CUDAGraph", Pretended)
+    monkeypatch.setattr("torch.cuda.graph", graph)
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: "stream")
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
+    return Recorder(CPU)
+
+
+def test_nothing_is_collected_while_it_is_recorded_and_collecting_goes_on_afterwards(recorder):
+    """An old recording that was freed in the middle of a new one made CUDA give the new one up."""
+    seen = []
+    recorder.record([lambda: seen.append(gc.isenabled())])
+    assert seen == [False]
+    assert gc.isenabled()
+
+    def fail() -> None:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        recorder.record([fail])
+    assert gc.isenabled()
+
+
+def test_pieces_are_called_twice_then_recorded_then_replayed(recorder):
+    calls, x = [], torch.zeros(3)
+    pieces = RecordedStep(lambda: calls.append("a"), lambda: calls.append("b"), recorder=recorder)
+    for _ in range(5):
+        pieces.begin([x, None])
+        pieces.run(0)
+        pieces.run(1)
+    assert calls == ["a", "b"] * 3  # two calls, and one while they are recorded, which computes nothing
+    assert [graph.replays for graph in pieces._graphs] == [3, 3]
+    with pytest.raises(ValueError, match="reads its inputs where they were"):
+        pieces.begin([x.clone(), None])
+    assert pieces.are_replayed
+    pieces.release()
+    assert not pieces.are_replayed
+    assert not pieces.are_recorded
+
+
+def test_batches_are_placed_in_one_memory_and_must_have_one_size(recorder):
+    batches = [Batch(torch.full((4, 3, 2, 2), float(i)), torch.full((4,), i)) for i in range(3)]
+    placed = [recorder.placed(batch) for batch in batches]
+    assert len({batch.images.data_ptr() for batch in placed}) == 1
+    assert placed[0].images.unique().tolist() == [2.0]
+    assert placed[0].labels.tolist() == [2] * 4
+    with pytest.raises(ValueError, match=r"\(4, 3, 2, 2\), got one of \(1, 3, 2, 2\)"):
+        recorder.placed(Batch(torch.zeros(1, 3, 2, 2), torch.zeros(1).long()))
+
+
+def test_without_a_recorder_they_are_calls_and_inputs_may_lie_anywhere():
+    calls = []
+    pieces = RecordedStep(lambda: calls.append(1))
+    for _ in range(4):
+        pieces.begin([torch.zeros(2)])
+        pieces.run(0)
+    assert calls == [1] * 4
+    assert not pieces.are_recorded
+
+
+def test_on_the_cpu_streams_and_lanes_do_nothing():
+    with own_stream(CPU):
+        lanes = StudentStreams(CPU, 2)
+        with lanes.lane(1):
+            total = torch.ones(2).sum()
+        lanes.join()
+    assert total == 2

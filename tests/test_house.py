@@ -8,7 +8,8 @@ import faqd_lib
 
 ROOT = Path(faqd_lib.__file__).parent
 FLOORS = (
-    {"affinity", "quantization", "utils"},
+    {"utils"},
+    {"affinity", "quantization"},
     {"config", "data", "models"},
     {"training", "export"},
     {"runs"},

@@ -55,7 +55,7 @@ def _root(x: torch.Tensor, highest: int) -> float:
 
 
 def _chunks(*tensors: torch.Tensor):
-    """RecordedStep of flat tensors: small enough for a core's cache on a CPU, whole elsewhere."""
+    """Pieces of flat tensors: small enough for a core's cache on a CPU, whole elsewhere."""
     size = _chunk_size(tensors[0])
     if tensors[0].numel() <= size:
         return [tensors]

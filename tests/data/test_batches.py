@@ -106,10 +106,10 @@ def test_impossible_batch_sizes_are_refused_by_value(images, batch_size):
 
 def test_what_is_no_images_is_named():
     pixels = torch.zeros(5, 8, 8, 3, dtype=torch.uint8)
-    with pytest.raises(TypeError, match="got Tensor: wrap your pixels"):
+    with pytest.raises(TypeError, match=r"got torch\.uint8 \(5, 3, 8, 8\): use Images\(pixels\)"):
         Batches(pixels.permute(0, 3, 1, 2), 2, 0, RAW)
     for wrong, named in (
-        (pixels, r"use pixels\.permute\(0, 3, 1, 2\)"), (pixels.float(), r"torch\.float32"), (pixels.numpy(), "ndarray")
+        (pixels, r"with pixels\.permute\(0, 3, 1, 2\)"), (pixels.float(), r"torch\.float32"), (pixels.numpy(), "ndarray")
     ):  # fmt: skip
         with pytest.raises(ValueError, match=named):
             Images(wrong)

@@ -479,7 +479,7 @@ def test_a_root_that_is_the_dataset_itself_or_lacks_images_to_test_is_told_so(tm
     assert message(lambda: load("train", tmp_path / "birds")).endswith("train has no train/")
     (tmp_path / "birds" / "test" / "owl").mkdir(parents=True)
     told = message(lambda: load("birds", tmp_path / "birds"))
-    assert told.endswith(f"is the dataset itself: data_root is the folder it lies in, {tmp_path}")
+    assert told.endswith(f"is the dataset itself: set data_root to its parent folder, {tmp_path}")
 
 
 def test_missing_dataset_names_every_place_and_what_to_do(three_places):

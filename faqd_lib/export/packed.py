@@ -184,7 +184,7 @@ def check_json(what: str, value: Mapping[str, Any] | None) -> None:
         try:
             text = json.dumps(part)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{what}[{key!r}] is not JSON ({error}): convert arrays with .tolist() or float()") from error
+            raise ValueError(f"{what}[{key!r}] is not JSON ({error}): use .tolist() or float() of arrays") from error
         if json.loads(text) != (list(part) if isinstance(part, tuple) else part):
             raise ValueError(f"{what}[{key!r}] would come back from JSON as {text}: use text as keys, and lists")
 
@@ -277,24 +277,28 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 def _check_fit(path: Path | str, header: dict[str, Any], state: Mapping[str, torch.Tensor], model: nn.Module) -> None:
     """Raise PackedFileError unless the file and the float network have the same parts. Changes nothing."""
+
+    def misfit(reason: str) -> PackedFileError:
+        return PackedFileError(f"{path} does not fit the network: {reason}")
+
     own = model.state_dict()
     steps = {join(name, "step") for name in header["activations"]}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in header["activations"]:
         if name not in modules:
-            raise PackedFileError(f"{path} does not fit the network: it has no module {name!r}")
+            raise misfit(f"it has no module {name!r}")
         if not isinstance(modules[name], RECTIFIERS):
             kind = type(modules[name]).__name__
-            raise PackedFileError(f"{path} does not fit the network: {name} is a ReLU in the file, a {kind} in the network")
+            raise misfit(f"{name} is a ReLU in the file, a {kind} in the network")
     for name, tensor in state.items():
         if name not in own and name not in steps:
-            raise PackedFileError(f"{path} does not fit the network: it has no {name!r}")
+            raise misfit(f"it has no {name!r}")
         if name in own and own[name].shape != tensor.shape:
             shapes = f"{tuple(tensor.shape)} in the file, {tuple(own[name].shape)} in the network"
-            raise PackedFileError(f"{path} does not fit the network: {name} is {shapes}")
+            raise misfit(f"{name} is {shapes}")
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     if missing:
-        raise PackedFileError(f"{path} does not fit the network: the file has no {missing[0]!r}")
+        raise misfit(f"the file has no {missing[0]!r}")
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:
@@ -324,5 +328,5 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     except (SafetensorError, json.JSONDecodeError) as error:
         raise PackedFileError(f"{path} is damaged or not a safetensors file: {error}") from error
     if header.get("format") != FORMAT:
-        raise PackedFileError(f"{path} must be a packed network of format {FORMAT}, got format {header.get('format')!r}")
+        raise PackedFileError(f"{path} must be a packed network, format {FORMAT}, got {header.get('format')!r}")
     return header, tensors

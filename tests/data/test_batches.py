@@ -109,7 +109,7 @@ def test_what_is_no_images_is_named():
     with pytest.raises(TypeError, match=r"got torch\.uint8 \(5, 3, 8, 8\): use Images\(pixels\)"):
         Batches(pixels.permute(0, 3, 1, 2), 2, 0, RAW)
     for wrong, named in (
-        (pixels, r"with pixels\.permute\(0, 3, 1, 2\)"), (pixels.float(), r"torch\.float32"), (pixels.numpy(), "ndarray")
+        (pixels, r"pixels\.permute\(0, 3, 1, 2\)"), (pixels.float(), r"torch\.float32"), (pixels.numpy(), "ndarray")
     ):  # fmt: skip
         with pytest.raises(ValueError, match=named):
             Images(wrong)

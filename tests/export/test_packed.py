@@ -252,7 +252,7 @@ def test_an_architecture_that_builds_another_network_is_refused(tmp_path, archit
 @pytest.mark.parametrize(
     ("metadata", "named"),
     [
-        ({"mean": torch.zeros(3)}, r"metadata\['mean'\] is not JSON .*with \.tolist"),
+        ({"mean": torch.zeros(3)}, r"metadata\['mean'\] is not JSON .*use \.tolist"),
         (["a"], r"must be a dictionary whose keys are text, got \['a'\]"),
         ({0: "a"}, "keys are text"),
         ({"classes": {0: "a"}}, r"metadata\['classes'\] would come back"),

@@ -376,7 +376,7 @@ class Together(nn.Module):
      (ByName(nn.Conv2d(3, 3, 1)), "by position"),
      (nn.Sequential(nn.MaxPool2d(2, return_indices=True)), "one tensor"),
      (nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")), "reflect"),
-     (nn.Sequential(nn.Softmax()), "which dim"),
+     (nn.Sequential(nn.Softmax()), "give it a dim"),
      (Pair(), "one tensor"), (Together(), "flattened"), (nn.Sequential(nn.AvgPool2d(2, divisor_override=3)), "divisor"),
      (nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)), "running statistics")],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,

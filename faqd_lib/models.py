@@ -160,10 +160,10 @@ class FeatureTap:
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self.names = tuple(names)
-        modules = dict(model.named_modules())
+        modules = {name: module for name, module in model.named_modules() if name}
         for name in self.names:
-            if name not in modules or name == "":
-                hint = did_you_mean(name, modules) or f": it has {', '.join(list(modules)[1:6])}, …"
+            if name not in modules:
+                hint = did_you_mean(name, modules) or f": it has {', '.join(list(modules)[:5])}, …"
                 raise ValueError(f"the network has no module {name!r} to tap{hint}")
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"each module can be tapped once, got a name twice in {list(self.names)}")

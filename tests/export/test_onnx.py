@@ -1,4 +1,4 @@
-"""ONNX files: real low-bit initialisers, and the outputs of the network itself from ONNX Runtime."""
+"""ONNX files: low-bit initialisers, and ONNX Runtime gives the outputs of the network."""
 
 import sys
 
@@ -28,7 +28,7 @@ def own_random_state():
 
 
 def with_statistics(model: nn.Module, images: torch.Tensor = IMAGES) -> nn.Module:
-    """Batch normalisations with running statistics of their own, so that folding them does something."""
+    """Give each batch normalisation its own statistics and factors, so that folding changes the weights."""
     with torch.no_grad():
         for _ in range(3):
             model.train()(images * 2 + 1)
@@ -139,7 +139,7 @@ def test_torchvision_networks(tmp_path, name):
 
     images = torch.randn(4, 3, 64, 64)
     model = getattr(torchvision.models, name)(num_classes=5, **TORCHVISION[name])
-    if name == "vgg11_bn":  # its first classifier layer has a hundred million weights for an average of 7×7 pixels
+    if name == "vgg11_bn":  # its first classifier layer has a hundred million weights, for 7×7 pixels
         model.avgpool, model.classifier[0] = nn.AdaptiveAvgPool2d(1), nn.Linear(512, 4096)
     model = quantize(model, 4)
     with_statistics(model, images)
@@ -190,7 +190,7 @@ def test_a_network_of_many_parts(tmp_path):
         expected = model(IMAGES)
     found = run(export_onnx(model, tmp_path / "parts.onnx", (3, 32, 32)), IMAGES)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    # A part that has no form here is named; nothing is written.
+    # An unknown part is named, and nothing is written.
     with pytest.raises(OnnxExportError, match="getitem"):
         export_onnx(Cut(), tmp_path / "cut.onnx", (3, 32, 32))
     assert not (tmp_path / "cut.onnx").exists()
@@ -246,7 +246,7 @@ def test_a_network_from_a_packed_file_keeps_its_bits(tmp_path, weights, activati
 
 
 class Chunked(nn.Module):
-    """Overwrites a part of what is read again."""
+    """Overwrites a piece of a value that is read again."""
 
     def forward(self, x):
         x = x + 1
@@ -265,7 +265,7 @@ class PerImage(nn.Module):
 
 
 class AddsInPlace(nn.Module):
-    """A trace has x + 1 for x += 1."""
+    """Overwrites a value that is read again; a trace records x + 1 for x += 1."""
 
     def forward(self, x):
         x = x * 2
@@ -322,7 +322,7 @@ class Unbound(nn.Module):
 
 
 class Standardised(nn.Conv2d):
-    """A convolution with a forward of its own."""
+    """A convolution with another forward."""
 
     def forward(self, x):
         return super().forward(x - 1)
@@ -344,7 +344,7 @@ class Aliased(nn.Module):
 
 
 class AliasedBehind(Aliased):
-    """In evaluation a dropout gives back what it was given: the same memory."""
+    """Puts a module between that returns its input's memory in evaluation, such as a dropout."""
 
     def __init__(self, between: nn.Module) -> None:
         super().__init__()
@@ -407,7 +407,7 @@ def test_a_layer_called_twice_and_a_norm_behind_three_dimensions(tmp_path):
 
 
 def settle(model: nn.Module, images: torch.Tensor) -> nn.Module:
-    """Statistics and factors of batch normalisations that are not those of their birth."""
+    """Give each batch normalisation other statistics, factors and offsets than its initial ones."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for _ in range(3):
@@ -420,7 +420,7 @@ def settle(model: nn.Module, images: torch.Tensor) -> nn.Module:
 
 
 class Shared(nn.Module):
-    """One convolution, called twice, with a normalisation of its own behind each call or behind one of them."""
+    """One convolution, called twice; a different normalisation follows each call, or one call only."""
 
     def __init__(self, first: bool, second: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Atomic writes, digests, places, progress and measurements."""
+"""Atomic writes, digests, folders, progress and measurements."""
 
 import json
 import math

@@ -146,7 +146,7 @@ def test_unknown_name_lists_close_matches_and_leaves_no_hook():
         FeatureTap(model, ["layer1", "layer4"])
     assert "did you mean 'layer3'" in str(raised.value)
     assert hooks(model) == 0
-    with pytest.raises(ValueError, match="'': it has conv1, bn1, relu, layer1, "):
+    with pytest.raises(ValueError, match="'' to tap: it has conv1, bn1, relu, layer1, "):
         FeatureTap(model, [""])
 
 

@@ -16,7 +16,7 @@ from faqd_lib.runs import local
 from faqd_lib.runs.ray import EngineError, RayEngine, _follow, chosen_engine
 from faqd_lib.runs.store import RunStore
 from faqd_lib.runs.suite import Suite
-from faqd_lib.training.learner import NonFiniteLossError
+from faqd_lib.training.loss_log import NonFiniteLossError
 from faqd_lib.utils.progress import Progress
 
 PROFILE = """

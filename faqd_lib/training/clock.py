@@ -2,10 +2,11 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from ..data.batches import Batch
 from ..utils.measure import Stopwatch
 
 
@@ -64,6 +65,14 @@ class CohortClock:
         self.data, self.teacher, self.students = Stopwatch(device), Stopwatch(device), Stopwatch(device)
         self._sharers: list[Sequence[StepClock]] = []  # of each batch
         self._overlapping = device.type == "cuda"
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; the time to make each is taken."""
+        self.data.start()
+        for batch in batches:
+            self.data.stop()
+            yield batch
+            self.data.start()
 
     def share(self, clocks: Sequence[StepClock]) -> None:
         """Charge the batch at hand to these students."""

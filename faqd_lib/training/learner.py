@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -129,30 +130,17 @@ class Learner:
         Returns:
             The terms of the objective and ``gradient_norm`` (before clipping), scalars without gradient.
         """
-        logits = self._forward(batch.images)
-        terms = self._compare(logits, teacher, batch.labels)
+        timed = not self._recorded_step.replays_next  # no clock runs within a recording
+        with self._autocast():
+            logits = self.network(batch.images)
+        with self._autocast(), self.clock.loss if timed else nullcontext():
+            terms = self.objective(logits, self.tap.features, teacher.logits, teacher.maps, batch.labels)
         self.optimizer.zero_grad(set_to_none=True)
         terms["total"].backward()
         terms["gradient_norm"] = nn.utils.clip_grad_norm_(self.parameters, self.config.optimization.clip_norm)
         blend(self.model, self.config.quantization.blending)
         self.optimizer.step()
         return {name: term.detach() for name, term in terms.items()}
-
-    def _forward(self, images: torch.Tensor) -> torch.Tensor:
-        with self._autocast():
-            return self.network(images)
-
-    def _compare(
-        self, logits: torch.Tensor, teacher: TeacherOutput, labels: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
-        timed = not self._recorded_step.replays_next  # a recording holds no clock
-        if timed:
-            self.clock.loss.start()
-        with self._autocast():
-            terms = self.objective(logits, self.tap.features, teacher.logits, teacher.maps, labels)
-        if timed:
-            self.clock.loss.stop()
-        return terms
 
     def _autocast(self) -> torch.autocast:
         enabled = self.config.optimization.precision == "bf16"

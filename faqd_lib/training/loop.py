@@ -6,8 +6,8 @@ in a cohort: initial weights, optimizer and random projections belong to the net
 holds for a network that goes on from a checkpoint, whichever step the checkpoint and the rest of the cohort are at.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -121,7 +121,9 @@ def train(
             cohort.clock.settle()
             ending = [learner for learner in cohort.active if learner.position(epoch) is not None]
             for learner in ending:
-                cohort.attempt(learner, learner.end_epoch, epoch, evaluated(learner))
+                evaluations = evaluated(learner)
+                with cohort.excluding(learner):
+                    learner.end_epoch(epoch, evaluations)
             if finished := [learner for learner in ending if learner in cohort.active]:
                 on_epoch(epoch, finished)
 
@@ -132,7 +134,7 @@ def train(
             # Learners that go on from checkpoints may be at different batches of the epoch.
             places = (at for learner in cohort.active if (at := learner.position(epoch)) is not None)
             first = min(places, default=len(batches))
-            for index, batch in enumerate(cohort.placed(batches.epoch(epoch, first)), start=first):
+            for index, batch in enumerate(cohort.clock.timed(batches.epoch(epoch, first)), start=first):
                 cohort.step(epoch, batch, [one for one in cohort.active if one.position(epoch) == index])
                 if not cohort.active:
                     break
@@ -192,17 +194,10 @@ class Cohort:
             learner.model.train()
             learner.record_with(self._recorder)
 
-    def placed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, copied to where recorded steps read them; timed."""
-        self.clock.data.start()
-        for batch in batches:
-            ready = batch if self._recorder is None else self._recorder.placed(batch)
-            self.clock.data.stop()
-            yield ready
-            self.clock.data.start()
-
     def step(self, epoch: int, batch: Batch, learners: Sequence[Learner]) -> None:
         """One step of each of ``learners``; one whose loss is not finite leaves the active ones."""
+        if self._recorder is not None:
+            batch = self._recorder.placed(batch)
         self.clock.teacher.start()
         teacher = self.teacher(batch.images)
         self.clock.teacher.stop(counts=not self.teacher.is_preparing)
@@ -211,8 +206,8 @@ class Cohort:
         unlabelled = Batch(batch.images, None)
         for learner in learners:
             seen = unlabelled if learner.config.label_free else batch
-            with self._streams.of(self._learners.index(learner)):
-                self.attempt(learner, learner.advance, epoch, seen, teacher)
+            with self._streams.of(self._learners.index(learner)), self.excluding(learner):
+                learner.advance(epoch, seen, teacher)
         self._streams.join()
         self.clock.students.stop(counts=not any(learner.is_preparing for learner in learners))
 
@@ -223,10 +218,11 @@ class Cohort:
         for learner in self._learners:
             learner.close()
 
-    def attempt(self, learner: Learner, action: Callable[..., None], *arguments: object) -> None:
-        """Do something for a learner. If its numbers are not finite any more, it leaves the active ones."""
+    @contextmanager
+    def excluding(self, learner: Learner) -> Iterator[None]:
+        """Take a learner out of the active ones if its numbers stop being finite within the context."""
         try:
-            action(*arguments)
+            yield
         except NonFiniteLossError as error:
             self.failed[learner.config.run_id] = error
             self.active.remove(learner)

@@ -82,6 +82,12 @@ class Stopwatch:
         """End it. What does not count has no duration (NaN): its length would say nothing of the others'."""
         self._marks.append((self._started, self._now(), counts))
 
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *_exception: object) -> None:
+        self.stop()
+
     def read(self) -> list[float]:
         """All durations so far."""
         if self._cuda and self._marks:

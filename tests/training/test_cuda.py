@@ -196,7 +196,7 @@ def test_no_step_waits_for_the_device(cuda_suite, recorded):
         learners = [suite.learner(config, batches) for config in configs]
         teacher = suite.build(suite.teacher()).eval().requires_grad_(False)
         cohort = Cohort(learners, teacher, teacher.feature_names, CUDA, cuda_graphs=recorded)
-        source = cohort.placed(itertools.chain.from_iterable(batches.epoch(epoch) for epoch in range(2)))
+        source = itertools.chain.from_iterable(batches.epoch(epoch) for epoch in range(2))
 
         def step() -> None:
             cohort.step(0, next(source), learners)

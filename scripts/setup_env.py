@@ -38,7 +38,7 @@ VERSIONS = ROOT / "requirements.lock"
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "faqd-setup.json"
-PIP_OUTPUT = VENV / "faqd-setup.log"
+OUTPUT = VENV / "faqd-setup.log"  # of venv or pip
 LOCK = ROOT / ".venv.lock"
 INCOMPLETE = {}  # the stamp during an installation
 HEARTBEAT = 15  # seconds between signs of life
@@ -132,6 +132,29 @@ def hold_lock() -> None:
         say(f"{LOCK} cannot be locked ({error.strerror}): do not start two set-ups at the same time")
 
 
+def last_lines(count: int) -> str:
+    """Return the end of what the command under way has printed."""
+    return "\n".join(OUTPUT.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])
+
+
+def run(*command: str | Path) -> int:
+    """Run a command with signs of life, and return its exit status. Show the end of its output if it fails."""
+    start = time.monotonic()
+    with open(OUTPUT, "wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, close_fds=False
+        )
+    while True:
+        try:
+            status = process.wait(HEARTBEAT)
+            break
+        except subprocess.TimeoutExpired:
+            say(f"  {time.monotonic() - start:.0f} s: {last_lines(1).strip()[:80]}")
+    if status:
+        print(last_lines(20), file=sys.stderr)
+    return status
+
+
 def make_venv() -> None:
     """Make ``.venv`` anew. The stamp stays, so a kill leaves an incomplete installation."""
     for child in VENV.iterdir():
@@ -141,25 +164,8 @@ def make_venv() -> None:
             child.unlink()
     python = sys._base_executable  # sys.executable may lie in the .venv that was just emptied
     say(f"making {VENV} with Python {platform.python_version()} ({python})")
-    command = [python, "-I", "-m", "venv", VENV]
-    if subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, close_fds=False, check=False).returncode:
-        sys.exit(f"set-up: {python} cannot make {VENV}, see above. Debian and Ubuntu need the package python3-venv.")
-
-
-def run_pip() -> int:
-    """Install the project into ``.venv``, with signs of life. Return the exit status of pip."""
-    command = [PYTHON, "-I", "-m", "pip", "install", "--no-input", "--no-user", "--disable-pip-version-check"]
-    command += ["--progress-bar=off", "--no-compile"]  # most modules of Jupyter are never imported
-    command += ["-c", VERSIONS, "-e", f"{ROOT}[test]"]
-    start = time.monotonic()
-    with open(PIP_OUTPUT, "w", encoding="utf-8") as output:  # errors go to stderr
-        pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, close_fds=False)
-    while True:
-        try:
-            return pip.wait(HEARTBEAT)
-        except subprocess.TimeoutExpired:
-            lines = PIP_OUTPUT.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-            say(f"  {time.monotonic() - start:.0f} s: {lines[-1].strip()[:80]}")
+    if run(python, "-I", "-m", "venv", VENV):
+        sys.exit(f"set-up: {python} cannot make {VENV}. On Debian and Ubuntu, install the package python3-venv.")
 
 
 def install() -> None:
@@ -176,14 +182,18 @@ def install() -> None:
         before = INCOMPLETE
         make_venv()
     say(f"installing the packages of {VERSIONS.name}: some minutes, much longer with CUDA libraries")
-    status = run_pip()
+    options = ("--no-input", "--no-user", "--disable-pip-version-check", "--progress-bar=off")
+    options += ("--no-compile",)  # most modules of Jupyter are never imported
+    status = run(PYTHON, "-I", "-m", "pip", "install", *options, "-c", VERSIONS, "-e", f"{ROOT}[test]")
     if status > 0:  # pip ended by itself, and has put back what it had replaced
         STAMP.write_text(json.dumps(before))
     if status:
         sys.exit(
-            f"set-up: pip failed (exit status {status}), see above and {PIP_OUTPUT}.\nWithout a network: connect, or "
-            "set HTTPS_PROXY or the index of pip (pip config). With a full disk: make room, or set TMPDIR.\nWith "
-            "versions in conflict: make requirements.lock again, as its first lines say. Then start again."
+            f"set-up: pip failed (exit status {status}); all of its output is in {OUTPUT}.\n"
+            "Without a network: connect, or set HTTPS_PROXY or the index of pip (pip config).\n"
+            "With a full disk: make room, or set TMPDIR if the temporary folder is full.\n"
+            "With versions in conflict: make requirements.lock again, as its first lines say.\n"
+            "Then start the same command again."
         )
     if reason := shortcoming(PYTHON, ["test"]):
         sys.exit(f"set-up: {VERSIONS} does not fit pyproject.toml ({reason}): make it again, as its first lines say")

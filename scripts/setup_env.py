@@ -3,13 +3,13 @@
     python scripts/setup_env.py [--extra test]
 
 1. The Python that ``FAQD_PYTHON`` names, or else an active environment, is used if it satisfies ``pyproject.toml``.
-   It is never changed.
+   Such an environment is never changed.
 2. Otherwise ``.venv`` in the project is used. venv and pip make it, with the versions of ``requirements.lock`` and
    with the test tools.
 
-The stamp ``.venv/faqd-setup.json`` says what ``.venv`` was installed from. It is empty during an installation, so the
-next call notices an installation that was killed, and makes ``.venv`` again. A ``.venv`` without a stamp was not made
-here, and is never changed. Only the standard library is needed.
+The stamp ``.venv/faqd-setup.json`` says what ``.venv`` was installed from. The stamp is empty during an installation,
+so the next call notices an installation that was killed, and makes ``.venv`` again. A ``.venv`` without a stamp was
+made by the user, and is never changed.
 """
 
 import sys
@@ -31,11 +31,12 @@ import subprocess
 import time
 import tomllib
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = ROOT / "pyproject.toml"
 VERSIONS = ROOT / "requirements.lock"
-VENV = ROOT / ".venv"
+VENV = (ROOT / ".venv").resolve()  # venv refuses a link
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "faqd-setup.json"
 OUTPUT = VENV / "faqd-setup.log"  # of venv or pip
@@ -51,10 +52,8 @@ def say(text: str) -> None:
 
 def unmet(extras: list[str]) -> list[str]:
     """Return the requirements of ``pyproject.toml`` that the running Python does not satisfy."""
-    try:
-        from packaging.requirements import Requirement
-    except ImportError:
-        return ["packaging: not installed"]
+    from packaging.requirements import Requirement  # not in the standard library, but in every environment with Jupyter
+
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     lines = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
     reasons = []
@@ -72,7 +71,7 @@ def unmet(extras: list[str]) -> list[str]:
 def failure(*command: str | Path) -> str:
     """Run a command. Return the last line of its error message, or nothing if it succeeds."""
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, stdin=DEVNULL, capture_output=True, text=True, check=False)
     except OSError as error:
         return f"{command[0]} does not start ({error.strerror})"
     return (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1] if done.returncode else ""
@@ -102,7 +101,7 @@ def read_stamp() -> dict | None:
 
 
 def current_stamp() -> dict[str, str]:
-    """Return what the stamp of an up-to-date ``.venv`` says. The folder belongs to it, since pip notes it there."""
+    """Return what the stamp of an up-to-date ``.venv`` says. pip writes the folder's path into ``.venv``."""
     files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (PYPROJECT, VERSIONS)}
     return {"folder": str(ROOT), **files}
 
@@ -133,7 +132,7 @@ def hold_lock() -> None:
 
 
 def last_lines(count: int) -> str:
-    """Return the end of what the command under way has printed."""
+    """Return the last lines that the command has printed."""
     return "\n".join(OUTPUT.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])
 
 
@@ -141,9 +140,7 @@ def run(*command: str | Path) -> int:
     """Run a command with signs of life, and return its exit status. Show the end of its output if it fails."""
     start = time.monotonic()
     with open(OUTPUT, "wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, close_fds=False
-        )
+        process = subprocess.Popen(command, stdin=DEVNULL, stdout=output, stderr=STDOUT, close_fds=False)
     while True:
         try:
             status = process.wait(HEARTBEAT)
@@ -157,13 +154,13 @@ def run(*command: str | Path) -> int:
 
 def make_venv() -> None:
     """Make ``.venv`` anew. The stamp stays, so a kill leaves an incomplete installation."""
+    python = sys._base_executable  # sys.executable may lie in the .venv that is emptied here
+    say(f"making {VENV} with Python {platform.python_version()} ({python})")
     for child in VENV.iterdir():
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
         elif child != STAMP:
             child.unlink()
-    python = sys._base_executable  # sys.executable may lie in the .venv that was just emptied
-    say(f"making {VENV} with Python {platform.python_version()} ({python})")
     if run(python, "-I", "-m", "venv", VENV):
         sys.exit(f"set-up: {python} cannot make {VENV}. On Debian and Ubuntu, install the package python3-venv.")
 
@@ -185,15 +182,13 @@ def install() -> None:
     options = ("--no-input", "--no-user", "--disable-pip-version-check", "--progress-bar=off")
     options += ("--no-compile",)  # most modules of Jupyter are never imported
     status = run(PYTHON, "-I", "-m", "pip", "install", *options, "-c", VERSIONS, "-e", f"{ROOT}[test]")
-    if status > 0:  # pip ended by itself, and has put back what it had replaced
+    if status > 0:  # pip ended by itself, and has undone its changes
         STAMP.write_text(json.dumps(before))
     if status:
         sys.exit(
             f"set-up: pip failed (exit status {status}); all of its output is in {OUTPUT}.\n"
-            "Without a network: connect, or set HTTPS_PROXY or the index of pip (pip config).\n"
-            "With a full disk: make room, or set TMPDIR if the temporary folder is full.\n"
-            "With versions in conflict: make requirements.lock again, as its first lines say.\n"
-            "Then start the same command again."
+            "No network: connect, or set HTTPS_PROXY or the index of pip (pip config). Full disk: make room, or set "
+            "TMPDIR.\nVersions in conflict: make requirements.lock again, as its first lines say. Then start again."
         )
     if reason := shortcoming(PYTHON, ["test"]):
         sys.exit(f"set-up: {VERSIONS} does not fit pyproject.toml ({reason}): make it again, as its first lines say")
@@ -203,7 +198,7 @@ def install() -> None:
 def find_environment(extras: list[str]) -> Path:
     """Return the Python to use, after an installation if one is needed."""
     for name, python in chosen_environments().items():
-        if python.parent.parent.resolve() == VENV.resolve():
+        if python.parent.parent.resolve() == VENV:
             continue
         reason = shortcoming(python, extras)
         if not reason:
@@ -225,10 +220,10 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.check:
         reasons = unmet(arguments.extra)
-        sys.exit(f"{reasons[0]} (of {len(reasons)} requirements that are not met)" if reasons else 0)
+        sys.exit(f"{reasons[0]} (unmet in all: {len(reasons)})" if reasons else 0)
     try:
         print(find_environment(arguments.extra))
     except OSError as error:
-        sys.exit(f"set-up: {error}. {ROOT} must be writable, or an active environment must satisfy pyproject.toml.")
+        sys.exit(f"set-up: {error}. Make {ROOT} writable, or activate an environment that satisfies pyproject.toml.")
     except KeyboardInterrupt:
         sys.exit("set-up: interrupted; the next call completes what is incomplete")

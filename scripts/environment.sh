@@ -16,7 +16,7 @@ set_up() { # set_up [--extra test]: sets $python to the Python to use, and PYTHO
         tried+="  $candidate: $version"$'\n'
     done
     {
-        printf 'This project needs Python 3.11 or newer.%s Tried:\n%s' "${FAQD_PYTHON:+ FAQD_PYTHON names another.}" "$tried"
+        printf 'This project needs Python 3.11 or newer. None was found%s:\n%s' "${FAQD_PYTHON:+ by FAQD_PYTHON}" "$tried"
         printf 'Install one from the packages of the system, with pyenv or with conda, and put it on the PATH.\n'
         printf 'Or name one: FAQD_PYTHON=/path/to/python3.12 %s\n' "$0"
     } >&2

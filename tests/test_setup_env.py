@@ -112,7 +112,7 @@ def test_a_failed_update_keeps_the_environment_and_a_killed_one_does_not(install
 def test_an_incomplete_environment_is_made_anew(installed, monkeypatch):
     installed.STAMP.write_text("{}")
     (installed.VENV / "lib").mkdir()
-    (installed.VENV / "lib64").symlink_to("lib")
+    (installed.VENV / "lib64").symlink_to(installed.ROOT)
     commands = []
 
     def run(*command):
@@ -121,6 +121,7 @@ def test_an_incomplete_environment_is_made_anew(installed, monkeypatch):
         commands.append(command)
         return 0
 
+    monkeypatch.setattr(installed, "failure", lambda *command: "")
     monkeypatch.setattr(installed, "run", run)
     installed.install()
     assert [command[3] for command in commands] == ["venv", "pip"]
@@ -165,9 +166,10 @@ def test_a_wrong_faqd_python_is_named(tmp_path):
     assert "/no/python: does not start" in done.stderr
 
 
-def test_commands_that_do_not_start_are_passed_over(tmp_path):
-    for name, program in (("python3.13", "/bin/false"), ("python3", sys.executable)):
-        (tmp_path / name).write_text(f'#!/bin/sh\nexec {program} "$@"\n')
+@pytest.mark.parametrize("code", ["exit 1", 'exec {} -c "import sys; sys.version_info = (3, 10); $2"'])
+def test_commands_that_do_not_start_or_are_too_old_are_passed_over(tmp_path, code):
+    for name, line in (("python3.13", code.format(sys.executable)), ("python3", f'exec {sys.executable} "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
     done = find_python(tmp_path, PATH=str(tmp_path))
     assert (done.returncode, done.stdout.strip()) == (0, sys.executable), done.stderr

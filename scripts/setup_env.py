@@ -182,7 +182,7 @@ def install() -> None:
     options = ("--no-input", "--no-user", "--disable-pip-version-check", "--progress-bar=off")
     options += ("--no-compile",)  # most modules of Jupyter are never imported
     status = run(PYTHON, "-I", "-m", "pip", "install", *options, "-c", VERSIONS, "-e", f"{ROOT}[test]")
-    if status > 0:  # pip ended by itself, and has undone its changes
+    if status > 0:  # pip ended by itself, and left no package half-installed
         STAMP.write_text(json.dumps(before))
     if status:
         sys.exit(

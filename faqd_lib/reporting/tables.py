@@ -4,7 +4,7 @@ A cell whose runs do not exist reads "not run". A profile whose numbers mean not
 instead of numbers. The paper's printed values come from a file that the user fills, never from here.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,9 +17,11 @@ from ..runs.store import ResultsError, RunRecord
 from ..runs.suite import Suite
 from ..utils.files import atomic_write_text
 from . import grids
+from .grids import Cell
 
 NOT_RUN = "not run"
 NOT_A_RESULT = "not a result"
+OURS = "ours, last epoch"
 RUNS = "runs"  # the column of records behind a row, their names separated by spaces
 PAPER_DATASETS = ("cifar10", "cifar100", "tiny-imagenet")
 REFERENCE_COLUMNS = (
@@ -162,40 +164,45 @@ def percent(values: list[float]) -> str:
     return f"{series.mean():.2f}" if len(series) == 1 else f"{series.mean():.2f} ± {series.std(ddof=1):.2f}"
 
 
-class _Cells:
-    """Looks up the runs of cells: accuracies over seeds, or "not run"."""
+class _Lookup:
+    """Finds the runs of cells, and the paper's value beside them."""
 
-    def __init__(self, suite: Suite, reference: pd.DataFrame) -> None:
-        self.suite, self.reference = suite, reference
+    def __init__(self, suite: Suite, reference: pd.DataFrame, table: str) -> None:
+        self.suite, self.reference, self.table = suite, reference, table
 
-    def records(self, configs: Iterable[RunConfig]) -> list[RunRecord]:
-        return [record for record in map(self.suite.store.record, configs) if record is not None]
+    def records(self, cell: Cell) -> list[RunRecord]:
+        """The records of those runs of a cell that are finished."""
+        return [record for record in map(self.suite.store.record, cell.runs) if record is not None]
 
-    def text(self, configs: Iterable[RunConfig], value: Callable[[RunRecord], float], show=percent) -> str:
-        records = self.records(configs)
+    def text(self, cell: Cell, value: Callable[[RunRecord], float], show: Callable[[list[float]], str]) -> str:
+        """A value over the runs of a cell, "not run", or "not a result"."""
+        records = self.records(cell)
         if not records:
             return NOT_RUN
         return show([value(record) for record in records]) if self.suite.profile.shows_results else NOT_A_RESULT
 
-    def accuracy(self, table: str, configs: list[RunConfig]) -> dict[str, str]:
-        """Columns paper, last, best, difference, n of one cell (all its seeds)."""
-        records, paper = self.records(configs), self._paper(table, configs[0])
+    def accuracy(self, cell: Cell) -> dict[str, str]:
+        """The columns paper, ours (last and best epoch), difference, n and runs of one cell."""
+        records, paper = self.records(cell), self._paper(cell.runs[0])
         difference = ""
         if records and paper is not None and self.suite.profile.shows_results:
-            difference = f"{sum(r.last_accuracy for r in records) / len(records) - paper:+.2f}"
+            mean = sum(record.last_accuracy for record in records) / len(records)
+            difference = f"{mean - paper:+.2f}"
         return {
             "paper": "" if paper is None else f"{paper:.2f}",
-            "ours, last epoch": self.text(configs, lambda record: record.last_accuracy),
-            "ours, best epoch": self.text(configs, lambda record: record.best_accuracy),
+            OURS: self.text(cell, lambda record: record.last_accuracy, percent),
+            "ours, best epoch": self.text(cell, lambda record: record.best_accuracy, percent),
             "difference": difference,
             "n": str(len(records)),
             RUNS: " ".join(record.run_id for record in records),
         }
 
-    def _paper(self, table: str, config: RunConfig) -> float | None:
+    def _paper(self, config: RunConfig) -> float | None:
+        if config.quantization.variant:  # the paper has its own quantizers only
+            return None
         affinity = config.objective.affinity
         key = {
-            "table": table,
+            "table": self.table,
             "dataset": config.data.name,
             "teacher": config.teacher.model if config.teacher else "",
             "student": config.model,
@@ -279,81 +286,57 @@ def with_origin(suite: Suite, table: Table) -> Table:
     return replace(table, caption=f"{table.caption} {origin(records)}")
 
 
-def _per_seed(suite: Suite, make: Callable[[int], RunConfig]) -> list[RunConfig]:
-    return [make(seed) for seed in grids.seeds(suite)]
+def _table(suite: Suite, name: str, title: str, what: str, rows: list[dict], overview: pd.DataFrame | None) -> Table:
+    number = name.partition("_")[0]
+    made = Table(
+        f"{name}_{suite.dataset}",
+        f"{number} {title}, {suite.dataset}",
+        _caption(suite, what),
+        pd.DataFrame(rows),
+        overview,
+    )
+    return with_origin(suite, made)
 
 
-def _reference_rows(cells: _Cells, table: str) -> list[dict[str, str]]:
-    suite = cells.suite
-    rows = []
-    for model in suite.profile.teachers:
-        rows.append(
-            {"bits": "float", "learns from": f"teacher {model}", **cells.accuracy(table, [suite.teacher(model)])}
-        )
-    students = _per_seed(suite, suite.float_student)
-    rows.append({"bits": "float", "learns from": f"student {suite.profile.student}", **cells.accuracy(table, students)})
-    return rows
+def _rows(lookup: _Lookup, cells: Iterable[Cell], across: str) -> list[dict[str, str]]:
+    """One row a cell: its headings (the one across is called ``across``), then its accuracies."""
+    return [{**cell.row, across: cell.column, **lookup.accuracy(cell)} for cell in cells]
+
+
+def _overview(rows: Iterable[Mapping[str, str]], headings: Sequence[str], across: str) -> pd.DataFrame:
+    """The rows as a grid: a line for each value of the headings, a column for each value of the heading ``across``."""
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        here = {heading: row[heading] for heading in headings}
+        lines.setdefault(tuple(here.values()), here)[row[across]] = row[OURS]
+    return pd.DataFrame(lines.values())
 
 
 def _quantization_table(
-    cells: _Cells,
-    name: str,
-    title: str,
-    bits: list[tuple[int, int]],
-    regimes: list[str],
-    teachers: list[str],
-    what: str,
+    suite: Suite, reference: pd.DataFrame, cells: list[Cell], name: str, title: str, what: str
 ) -> Table:
-    suite, rows, overview = cells.suite, [], []
-    table = name.split("_", maxsplit=1)[0]
-    for row in _reference_rows(cells, table):
-        rows.append({"teacher": "", "regime": "", **row})
-        grid = dict.fromkeys((column.title for column in grids.COLUMNS), "")
-        overview.append(
-            {
-                "teacher": "",
-                "regime": row["learns from"],
-                "bits": "float",
-                **grid,
-                "labels only": row["ours, last epoch"],
-            }
-        )
-    for weights, activations in bits:
-        line = {"teacher": "", "regime": "post-training", "bits": f"{weights}W{activations}A"}
-        configs = _per_seed(suite, lambda seed, w=weights, a=activations: suite.post_training(w, a, seed=seed))
-        accuracy = cells.accuracy(table, configs)
-        rows.append({**line, "learns from": "nothing: the float student, rounded", **accuracy})
-        grid = dict.fromkeys((column.title for column in grids.COLUMNS), "")
-        overview.append({**line, **grid, "labels only": accuracy["ours, last epoch"]})
-    for teacher in teachers:
-        for regime in regimes:
-            for weights, activations in bits:
-                line = {"teacher": teacher, "regime": regime, "bits": f"{weights}W{activations}A"}
-                grid = {}
-                for column in grids.COLUMNS:
-                    configs = _per_seed(
-                        suite,
-                        lambda seed, c=column, w=weights, a=activations, r=regime, t=teacher: suite.student(
-                            c.method, labels=c.labels, weight_bits=w, activation_bits=a, regime=r, teacher=t, seed=seed
-                        ),
-                    )
-                    accuracy = cells.accuracy(table, configs)
-                    rows.append({**line, "learns from": column.title, **accuracy})
-                    grid[column.title] = accuracy["ours, last epoch"]
-                overview.append({**line, **grid})
-    return with_origin(suite, Table(name, title, _caption(suite, what), pd.DataFrame(rows), pd.DataFrame(overview)))
+    rows = _rows(_Lookup(suite, reference, name.partition("_")[0]), cells, "learns from")
+    titles = [column.title for column in grids.COLUMNS]
+    placed = []
+    for row in rows:
+        # Networks that no student of the table is compared with across stand below "labels only", as they learned so.
+        column = row["learns from"] if row["learns from"] in titles else "labels only"
+        placed.append({**row, "regime": row["regime"] or row["learns from"], "learns from": column})
+    overview = _overview(placed, ("teacher", "regime", "bits"), "learns from").reindex(
+        columns=["teacher", "regime", "bits", *titles], fill_value=""
+    )
+    return _table(suite, name, title, what, rows, overview.fillna(""))
 
 
 def weight_quantization(suite: Suite, reference: pd.DataFrame) -> Table:
     """T1 for the suite's dataset."""
     losses = suite.profile.losses
     return _quantization_table(
-        _Cells(suite, reference),
-        f"T1_weight_quantization_{suite.dataset}",
-        f"T1 Weight quantization, {suite.dataset}",
-        [(bits, FLOAT_BITS) for bits in sorted({1, 2, 4, *suite.profile.grid.weight_bits})],
-        ["end-to-end", "fine-tuning"],
-        grids.weight_teachers(suite),
+        suite,
+        reference,
+        grids.weight_cells(suite),
+        "T1_weight_quantization",
+        "Weight quantization",
         f"Students {suite.profile.student} with quantized weights and float activations; logit loss "
         f"{losses.end_to_end_logit_loss.upper()} end to end, {losses.fine_tuning_logit_loss.upper()} in fine-tuning; "
         "fine-tuning starts from the float student, which like the teacher was trained with labels; post-training: "
@@ -363,79 +346,62 @@ def weight_quantization(suite: Suite, reference: pd.DataFrame) -> Table:
 
 def full_quantization(suite: Suite, reference: pd.DataFrame) -> Table:
     """T2 for the suite's dataset."""
-    bits = sorted({(1, 4), (4, 4), *suite.profile.grid.full_bits})
     return _quantization_table(
-        _Cells(suite, reference),
-        f"T2_full_quantization_{suite.dataset}",
-        f"T2 Full quantization, {suite.dataset}",
-        bits,
-        ["end-to-end", "fine-tuning"],
-        suite.profile.teachers[:1],
+        suite,
+        reference,
+        grids.full_cells(suite),
+        "T2_full_quantization",
+        "Full quantization",
         f"Students {suite.profile.student} with quantized weights and activations (learned step); post-training: the "
         "float student with its weights rounded, its steps calibrated and its batch normalisation estimated anew, not "
         "trained any further.",
     )
 
 
+def activation_steps(suite: Suite, reference: pd.DataFrame) -> Table:
+    """T2's students by the gradient of their activation steps: what learning the steps buys."""
+    rows = _rows(_Lookup(suite, reference, "T2"), grids.activation_step_cells(suite), "gradient of the steps")
+    what = (
+        f"Label-free FAQD, student {suite.profile.student}, teacher {suite.profile.teachers[0]}. Gradient of the "
+        "activation steps: learned (lsq), coarse, or none, so that the steps stay as calibrated (frozen)."
+    )
+    return _table(suite, "T2_activation_steps", "Activation steps", what, rows, None)
+
+
 def logit_losses(suite: Suite, reference: pd.DataFrame) -> Table:
     """T3: MSE against KL."""
-    cells, rows, overview = _Cells(suite, reference), [], []
-    for regime in ("end-to-end", "fine-tuning"):
-        for bits in sorted({1, 2, 4, *suite.profile.grid.logit_bits}):
-            line = {"regime": regime, "bits": f"{bits}W32A"}
-            grid = {}
-            for loss in ("mse", "kl"):
-                configs = _per_seed(
-                    suite,
-                    lambda seed, b=bits, r=regime, loss=loss: suite.student(
-                        "FAQD", weight_bits=b, regime=r, logit_loss=loss, seed=seed
-                    ),
-                )
-                accuracy = cells.accuracy("T3", configs)
-                rows.append({**line, "logit loss": loss.upper(), **accuracy})
-                grid[loss.upper()] = accuracy["ours, last epoch"]
-            overview.append({**line, **grid})
+    rows = _rows(_Lookup(suite, reference, "T3"), grids.logit_loss_cells(suite), "logit loss")
     what = f"Label-free FAQD, student {suite.profile.student}, teacher {suite.profile.teachers[0]}."
-    frame = pd.DataFrame(rows)
-    name = f"T3_logit_loss_{suite.dataset}"
-    table = Table(name, f"T3 Logit loss, {suite.dataset}", _caption(suite, what), frame, pd.DataFrame(overview))
-    return with_origin(suite, table)
+    overview = _overview(rows, ("regime", "bits"), "logit loss")
+    return _table(suite, "T3_logit_loss", "Logit loss", what, rows, overview)
 
 
 def affinity_losses(suite: Suite, reference: pd.DataFrame) -> Table:
     """T4: no affinity loss, exact, and k projections: accuracy, final affinity loss, time and memory of a step."""
-    cells, rows = _Cells(suite, reference), []
-    fewest = min(suite.profile.grid.affinity_bits)
-    variants = []
-    for bits in suite.profile.grid.affinity_bits:
-        some = {1, 3, 6, 15} if bits == fewest else set()
-        variants += [(bits, "none", "KD", None), (bits, "FA (exact)", "FAQD", None)]
-        variants += [(bits, f"FFA, k = {k}", "FFAQD", k) for k in sorted({*some, *grids.projections(suite, bits)})]
+    lookup, rows = _Lookup(suite, reference, "T4"), []
 
     def number(values: list[float]) -> str:
         return f"{pd.Series(values).mean():.4g}"
 
-    for bits, title, method, k in variants:
-        configs = _per_seed(suite, lambda seed, b=bits, m=method, k=k: suite.student(m, weight_bits=b, k=k, seed=seed))
-        affinity = lambda record: record.history[-1]["affinity"]  # noqa: E731
-        rows.append(
+    for cell in grids.affinity_loss_cells(suite):
+        has_affinity = cell.runs[0].objective.affinity != "none"
+        rows += [
             {
-                "bits": f"{bits}W32A",
-                "affinity loss": title,
-                **cells.accuracy("T4", configs),
-                "final affinity loss": "" if method == "KD" else cells.text(configs, affinity, number),
-                "ms a step": cells.text(configs, lambda record: record.cost["step_milliseconds"], number),
-                "peak MB a step": cells.text(configs, lambda record: record.cost["peak_step_bytes"] / 1e6, number),
+                **row,
+                "final affinity loss": (
+                    lookup.text(cell, lambda record: record.history[-1]["affinity"], number) if has_affinity else ""
+                ),
+                "ms a step": lookup.text(cell, lambda record: record.cost["step_milliseconds"], number),
+                "peak MB a step": lookup.text(cell, lambda record: record.cost["peak_step_bytes"] / 1e6, number),
             }
-        )
+            for row in _rows(lookup, [cell], "affinity loss")
+        ]
     what = (
         f"Label-free students {suite.profile.student} with quantized weights, end to end; the final affinity loss is "
         "the training loss's mean over the last epoch (FFA: an estimate of the same quantity); a step is the student's "
         "own, without data and teacher."
     )
-    name = f"T4_affinity_loss_{suite.dataset}"
-    table = Table(name, f"T4 Affinity loss, {suite.dataset}", _caption(suite, what), pd.DataFrame(rows))
-    return with_origin(suite, table)
+    return _table(suite, "T4_affinity_loss", "Affinity loss", what, rows, None)
 
 
 def cost(suite: Suite) -> Table:
@@ -468,9 +434,9 @@ def cost(suite: Suite) -> Table:
 def not_run(dataset: str, profile: str) -> Table:
     """T1 of a dataset of the paper that this profile has not been run on."""
     rows = [
-        {"regime": regime, "bits": f"{bits}W32A", **dict.fromkeys((c.title for c in grids.COLUMNS), NOT_RUN)}
-        for regime in ("end-to-end", "fine-tuning")
-        for bits in (1, 2, 4)
+        {"regime": regime, "bits": f"{bits}W32A", **dict.fromkeys((column.title for column in grids.COLUMNS), NOT_RUN)}
+        for regime in grids.REGIMES
+        for bits in grids.PAPER_WEIGHT_BITS
     ]
     return Table(
         f"T1_weight_quantization_{dataset}",
@@ -492,8 +458,8 @@ def all_tables(suite: Suite, reference: pd.DataFrame | None = None) -> list[Tabl
             tables.append(weight_quantization(Suite.read(folder), reference))
         else:
             tables.append(not_run(dataset, suite.profile.name))
-    tables += [make(suite, reference) for make in (full_quantization, logit_losses, affinity_losses)]
-    return [*tables, cost(suite)]
+    others = (full_quantization, activation_steps, logit_losses, affinity_losses)
+    return [*tables, *(make(suite, reference) for make in others), cost(suite)]
 
 
 def write_all(suite: Suite, tables: Iterable[Table]) -> list[Path]:

@@ -1,7 +1,8 @@
 """The paper's tables from run records: DataFrames with captions, written as CSV, Markdown and LaTeX.
 
-A cell whose runs do not exist reads "not run". A profile whose numbers mean nothing (smoke) gets "not a result"
-instead of numbers. The paper's printed values come from a file that the user fills, never from here.
+The cells and their runs come from :mod:`faqd_lib.reporting.grids`. A cell whose runs do not exist reads "not run".
+A profile whose numbers mean nothing (smoke) gets "not a result" instead of numbers. The paper's printed values come
+from a file that the user fills.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from ..runs.profile import default_results, suite_folder
 from ..runs.store import ResultsError, RunRecord
 from ..runs.suite import Suite
 from ..utils.files import atomic_write_text
+from ..utils.messages import check_choice
 from . import grids
 from .grids import Cell
 
@@ -28,7 +30,7 @@ REFERENCE_COLUMNS = (
     "table", "dataset", "teacher", "student", "weight_bits", "activation_bits", "regime", "method", "labels",
     "logit_loss", "affinity", "k", "accuracy", "source",
 )  # fmt: skip
-# A line with any other value would silently match nothing.
+# The values that the paper's file may have. Other values would match no run.
 REFERENCE_VALUES = {
     "table": ("T1", "T2", "T3", "T4"),
     "weight_bits": tuple(map(str, (*WEIGHT_BITS, FLOAT_BITS))),
@@ -43,8 +45,14 @@ REFERENCE_VALUES = {
 
 @dataclass(frozen=True)
 class Table:
-    """``frame`` holds one row a cell of the experiment, its column ``runs`` the records behind it; ``overview``, if
-    there is one, the same as a grid to read."""
+    """A table with its caption.
+
+    Args:
+        name: of its files, without suffix.
+        title, caption: in words.
+        frame: one row a cell; its column ``runs`` names the records behind the row.
+        overview: the last-epoch accuracies as a grid, or None.
+    """
 
     name: str
     title: str
@@ -59,7 +67,7 @@ class Table:
 
     @property
     def readable(self) -> pd.DataFrame:
-        """All rows, without the long column of records."""
+        """All rows, without the long column ``runs``."""
         return self.frame.drop(columns=RUNS, errors="ignore")
 
     def markdown(self) -> str:
@@ -98,7 +106,7 @@ def _latex_text(value: object) -> str:
 
 
 def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
-    """One row a run: its settings, accuracies (percent), final losses and cost. Plots and claims start from it."""
+    """One row a run: settings, accuracies (percent), final losses and cost. The input of charts and claims."""
     rows = []
     for record in records:
         config, cost, final = record.configuration, record.cost, record.history[-1]
@@ -146,7 +154,15 @@ MEASURES = {
 
 
 def history_frame(records: Iterable[RunRecord], measures: Iterable[str]) -> pd.DataFrame:
-    """Long form of histories for plots: columns run, epoch, measure (its label, see ``MEASURES``), value."""
+    """Histories in long form, for charts.
+
+    Args:
+        records: the runs.
+        measures: keys of ``MEASURES``.
+
+    Returns:
+        Columns ``run``, ``epoch``, ``measure`` (a label from ``MEASURES``) and ``value``.
+    """
     wanted = list(measures)
     rows = [
         {"run": record.run_id, "epoch": int(row["epoch"]), "measure": MEASURES[measure], "value": row[measure]}
@@ -222,10 +238,17 @@ class _Lookup:
 
 
 def read_paper_reference(path: Path | None = None) -> pd.DataFrame:
-    """The paper's printed values that a user has filled in (``results/paper_reference.csv``; see results/README.md).
+    """Read the paper's printed values that the user filled in; see results/README.md.
+
+    Args:
+        path: the file. None: ``results/paper_reference.csv``.
+
+    Returns:
+        The columns ``REFERENCE_COLUMNS``; no rows if there is no file.
 
     Raises:
-        ResultsError: the file lacks a column, or an accuracy is not a percentage.
+        ResultsError: the file lacks a column, a value matches no run, an accuracy is not a percentage, or two lines
+            are for the same cell.
     """
     path = path or default_results() / "paper_reference.csv"
     if not path.is_file():
@@ -239,11 +262,8 @@ def read_paper_reference(path: Path | None = None) -> pd.DataFrame:
     if len(bad):
         raise ResultsError(f"{path}: accuracy {bad['accuracy'].iloc[0]!r} is not a percentage between 0 and 100")
     for column, allowed in REFERENCE_VALUES.items():
-        strange = frame[~frame[column].isin(allowed)]
-        if len(strange):
-            raise ResultsError(
-                f"{path}: {column} = {strange[column].iloc[0]!r} matches no run; write one of {', '.join(allowed)}"
-            )
+        for value in frame[column]:
+            check_choice(f"{path}: {column}", value, allowed, ResultsError)
     keys = [column for column in REFERENCE_COLUMNS if column not in ("accuracy", "source")]
     twice = frame[frame.duplicated(keys)]
     if len(twice):
@@ -263,13 +283,13 @@ def _caption(suite: Suite, what: str) -> str:
 
 
 def span(dates: Iterable[str]) -> str:
-    """``2026-01-01 to 2026-01-03`` of dates in any order; empty if there are none."""
+    """First and last of some dates: ``2026-01-01 to 2026-01-03``; empty without dates."""
     found = sorted(set(dates))
     return "" if not found else found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def origin(records: Iterable[RunRecord]) -> str:
-    """How many runs there are, of which seeds, and when they were trained, for captions."""
+    """Number, seeds and dates of runs, for captions."""
     records = list(records)
     if not records:
         return "No runs yet: n = 0."
@@ -280,7 +300,7 @@ def origin(records: Iterable[RunRecord]) -> str:
 
 
 def with_origin(suite: Suite, table: Table) -> Table:
-    """The table, its caption saying how many runs are behind it, of which seeds and when."""
+    """The table with number, seeds and dates of its runs added to the caption."""
     behind = set(table.runs)
     records = [record for record in suite.store.records() if record.run_id in behind]
     return replace(table, caption=f"{table.caption} {origin(records)}")
@@ -319,7 +339,7 @@ def _quantization_table(
     titles = [column.title for column in grids.COLUMNS]
     placed = []
     for row in rows:
-        # Networks that no student of the table is compared with across stand below "labels only", as they learned so.
+        # Reference and rounded networks learned from labels only, and stand in that column.
         column = row["learns from"] if row["learns from"] in titles else "labels only"
         placed.append({**row, "regime": row["regime"] or row["learns from"], "learns from": column})
     overview = _overview(placed, ("teacher", "regime", "bits"), "learns from").reindex(
@@ -405,7 +425,7 @@ def affinity_losses(suite: Suite, reference: pd.DataFrame) -> Table:
 
 
 def cost(suite: Suite) -> Table:
-    """T5: what every run cost."""
+    """T5: time, memory and size of every run."""
     frame = runs_frame(suite.store.records())
     columns = {
         "run": "run",
@@ -432,7 +452,7 @@ def cost(suite: Suite) -> Table:
 
 
 def not_run(dataset: str, profile: str) -> Table:
-    """T1 of a dataset of the paper that this profile has not been run on."""
+    """T1 of a dataset of the paper on which this profile has no runs."""
     rows = [
         {"regime": regime, "bits": f"{bits}W32A", **dict.fromkeys((column.title for column in grids.COLUMNS), NOT_RUN)}
         for regime in grids.REGIMES
@@ -447,7 +467,12 @@ def not_run(dataset: str, profile: str) -> Table:
 
 
 def all_tables(suite: Suite, reference: pd.DataFrame | None = None) -> list[Table]:
-    """T1 for each dataset of the paper and for the suite's own, T2 to T5 for the suite's own."""
+    """T1 for the suite's dataset and for each dataset of the paper, then T2 to T5 for the suite's dataset.
+
+    Args:
+        suite: whose records are shown.
+        reference: the paper's values. None: :func:`read_paper_reference`.
+    """
     reference = read_paper_reference() if reference is None else reference
     tables = [weight_quantization(suite, reference)]
     for dataset in PAPER_DATASETS:
@@ -463,7 +488,7 @@ def all_tables(suite: Suite, reference: pd.DataFrame | None = None) -> list[Tabl
 
 
 def write_all(suite: Suite, tables: Iterable[Table]) -> list[Path]:
-    """Write every table to ``tables/`` and all of them, with the figures, to ``summary.md``; return the paths."""
+    """Write every table to ``tables/``, and all tables and figures to ``summary.md``; return the paths."""
     tables = list(tables)
     paths = [path for table in tables for path in table.write(suite.folder / "tables")]
     figures = sorted((suite.folder / "figures").glob("*.png"))

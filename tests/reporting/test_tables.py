@@ -280,7 +280,10 @@ def test_shipped_paper_reference_holds_no_guess():
     ("text", "message"),
     [
         ("table,dataset\nT1,cifar10\n", "lacks the columns"),
-        (",".join(tables.REFERENCE_COLUMNS) + "\nT1,a,b,c,1,32,end-to-end,KD,no,mse,fa,,80,p\n", "labels = 'no'"),
+        (
+            ",".join(tables.REFERENCE_COLUMNS) + "\nT1,a,b,c,1,32,end-to-end,KD,no,mse,fa,,80,p\n",
+            "labels must be one of true, false, got 'no'",
+        ),
         (
             ",".join(tables.REFERENCE_COLUMNS) + 2 * "\nT1,a,b,c,1,32,end-to-end,KD,true,mse,none,,80,p" + "\n",
             "has two lines for",

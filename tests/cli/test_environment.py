@@ -1,8 +1,13 @@
 """Environment variables of the command line and JupyterLab."""
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+import faqd_lib
 from faqd_lib.cli import environment
 from faqd_lib.config import ConfigurationError
 from faqd_lib.runs.local import train_here
@@ -47,3 +52,16 @@ def test_progress_is_text_or_a_bar(monkeypatch):
     monkeypatch.setenv("FAQD_PROGRESS", "loud")
     with pytest.raises(ConfigurationError, match="FAQD_PROGRESS must be one of text, bar, got 'loud'"):
         environment.progress_bar()
+
+
+def test_only_the_command_line_reads_settings_from_the_environment():
+    """Below ``cli``, the only variables are those that say where images are."""
+    root = Path(faqd_lib.__file__).parent
+    found = {
+        path.relative_to(root).parts[0]: node.value
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and re.fullmatch(r"FAQD_[A-Z_]+", str(node.value))
+        if node.value not in ("FAQD_DATA", "FAQD_CACHE")
+    }
+    assert set(found) == {"cli"}, found

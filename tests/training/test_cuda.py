@@ -30,9 +30,7 @@ def cuda_suite(tmp_path):
         data = make_tiny_data()
         made = make_tiny_suite(tmp_path / name, data, **{"student_schedule": SCHEDULE, **profile})
         state = made.state.model_copy(update={"precision": precision})
-        suite = dataclasses.replace(made, state=state, device=CUDA)
-        suite.__dict__["data"] = data
-        return suite
+        return dataclasses.replace(made, state=state, device=CUDA)
 
     return make
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-
 from faqd_lib.files import project_root
 
 SCRIPTS = project_root() / "scripts"

@@ -91,7 +91,7 @@ def cohort_step(
         model = build_model(teacher, 10, image_size=32, seed=0)
         model = model.to(suite.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     cohort = Cohort(learners, model, STAGES, suite.device, optimization=like.optimization, cuda_graphs=cuda_graphs)
-    source = cohort.placed(endless(batches))
+    source = endless(batches)
 
     def step() -> None:
         cohort.step(0, next(source), learners)

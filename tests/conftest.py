@@ -84,7 +84,7 @@ def isolated(request, monkeypatch, tmp_path):
         return  # notebooks run in other processes, with settings that the tests choose
     for name in USER_SETTINGS:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("FAQD_PROGRESS", "text")
+    monkeypatch.setattr("faqd_lib.utils.progress.headless", lambda: True)
     monkeypatch.setenv("FAQD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("faqd_lib.data.datasets.project_root", lambda: tmp_path / "project")
 
@@ -137,9 +137,7 @@ def make_tiny_suite(folder: Path, data: ImageData, **profile) -> Suite:
         affinity_recipe=AFFINITY_RECIPE,
         quantizer_recipe=QUANTIZER_RECIPE,
     )
-    suite = Suite(state, RunStore(folder), DEVICE)
-    suite.__dict__["data"] = data
-    return suite
+    return Suite(state, RunStore(folder), DEVICE, images=data)
 
 
 class Killed(BaseException):

@@ -1,25 +1,25 @@
-"""CUDA graphs and streams: the kernels of a step launched together, and those of several students side by side.
+"""CUDA graphs and streams: the kernels of a step launched together, and several students side by side.
 
-The kernels of a small network take less time than the host needs to launch each of them. So work that is the same at
-every step, and finds its input at the same place, is recorded once and replayed from then on. And they leave most of a
-GPU idle: so each student of a cohort has a stream of its own. Either way they are the same kernels on the same numbers,
-hence the same bits.
+A small network's kernels take less time than the host needs to launch each of them. A step is therefore recorded once
+and replayed from then on. Its kernels also leave most of a GPU idle. Each student of a cohort therefore has a stream.
+Kernels and numbers stay the same, hence the bits do.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from ..data.batches import Batch
 
-WARMUP_CALLS = 2  # calls before a recording: by then libraries, momentum and workspaces are what they will be
+WARMUP_CALLS = 2  # ordinary calls before the recording: libraries, momentum and workspaces settle meanwhile
 
 
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """A context in which work on CUDA is queued on a stream of its own: the default one cannot be recorded."""
+    """Queue the work of a context on a stream other than the default one, which cannot be recorded."""
     if device.type != "cuda":
         yield
         return
@@ -28,20 +28,20 @@ def own_stream(device: torch.device) -> Iterator[None]:
     try:
         with torch.cuda.stream(stream):
             yield
-    finally:  # also for who goes on after an interrupt
+    finally:  # also after an interrupt
         around.wait_stream(stream)
 
 
 class StudentStreams:
-    """A stream for each of several workers who read what was made on the stream around them."""
+    """A stream for each of several students, who read what was made on the stream around them."""
 
     def __init__(self, device: torch.device, count: int) -> None:
         self._device = device
         self._streams = [torch.cuda.Stream(device) for _ in range(count)] if device.type == "cuda" else []
 
     @contextmanager
-    def lane(self, index: int) -> Iterator[None]:
-        """A context for one of them: it begins when the work around, so far, is done."""
+    def of(self, index: int) -> Iterator[None]:
+        """Queue the work of a context on one student's stream, after the work around it so far."""
         if not self._streams:
             yield
             return
@@ -50,13 +50,13 @@ class StudentStreams:
             yield
 
     def join(self) -> None:
-        """The work around goes on when that in all lanes, so far, is done."""
+        """Let the work around wait for the students' work so far."""
         for stream in self._streams:
             torch.cuda.current_stream(self._device).wait_stream(stream)
 
 
 class Recorder:
-    """Makes recordings, for which batches always lie at the same place."""
+    """Records functions as CUDA graphs, and copies every batch to the one place that the graphs read."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -66,7 +66,7 @@ class Recorder:
         """The batch, copied to where all batches lie.
 
         Raises:
-            ValueError: it is not of the first one's size.
+            ValueError: its size is not the first batch's.
         """
         if self._batch is None:
             labels = None if batch.labels is None else torch.empty_like(batch.labels)
@@ -79,23 +79,18 @@ class Recorder:
             self._batch.labels.copy_(batch.labels)
         return self._batch
 
-    def record(self, works: Sequence[Callable[[], None]]) -> list[torch.cuda.CUDAGraph]:
-        """Graphs of what each of ``works`` launches, to be replayed in this order; nothing is computed yet.
-
-        They share memory of their own: what one of them leaves behind, others of other workers may not overwrite.
-        """
-        graphs, pool = [], torch.cuda.graph_pool_handle()
-        with _nothing_collected():
-            for work in works:
-                graphs.append(torch.cuda.CUDAGraph())
-                with torch.cuda.graph(graphs[-1], pool=pool, stream=torch.cuda.current_stream(self.device)):
-                    work()
-        return graphs
+    def record(self, function: Callable[..., Any], *inputs: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """The graph of what ``function(*inputs)`` launches, and its result; nothing is computed before a replay."""
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream(self.device)
+        with _nothing_collected(), torch.cuda.graph(graph, pool=torch.cuda.graph_pool_handle(), stream=stream):
+            result = function(*inputs)
+        return graph, result
 
 
 @contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """A context in which Python frees no garbage: an old recording among it, freed now, would spoil the new one."""
+    """Keep Python from freeing garbage: an old recording freed now would spoil the new one."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -107,59 +102,65 @@ def _nothing_collected() -> Iterator[None]:
 
 
 class RecordedStep:
-    """Work in pieces that are always run in order, with room between them for what cannot be recorded (a clock).
+    """A function of tensors that is recorded after some calls and replayed from then on.
 
-    Without a recorder every piece is an ordinary call. With one, the first calls are, too; then all pieces are recorded
-    one after the other, and replayed ever after. They must take what changes from call to call from the same memory
-    (:meth:`Recorder.placed`) and may leave results in attributes: those stay the same tensors, with new numbers.
+    Without a recorder every call is an ordinary one. A replay returns the same tensors each time, with new numbers.
+
+    Args:
+        function: takes tensors, None, batches, and tuples or lists of these.
+        recorder: None to record nothing.
     """
 
-    def __init__(self, *works: Callable[[], None], recorder: Recorder | None = None) -> None:
-        self.works, self.recorder = works, recorder
+    def __init__(self, function: Callable[..., Any], recorder: Recorder | None = None) -> None:
+        self._function, self.recorder = function, recorder
         self._calls = 0
-        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
         self._places: list[int] = []
+        self._result: Any = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Call the function, or replay it.
+
+        Raises:
+            ValueError: a recorded function is given inputs at another place than those that it was recorded with.
+        """
+        if not self.replays_next:
+            result = self._function(*inputs)
+            self._calls += 1
+            return result
+        places = [tensor.data_ptr() for tensor in _tensors(inputs)]
+        if self._graph is None:
+            self._graph, self._result = self.recorder.record(self._function, *inputs)
+            self._places = places
+        elif places != self._places:
+            raise ValueError("a recorded step reads its inputs where they were: copy them there (Recorder.placed)")
+        self._graph.replay()
+        self._calls += 1
+        return self._result
 
     @property
-    def are_recorded(self) -> bool:
-        """Whether they are, or the next :meth:`begin` does it."""
+    def replays_next(self) -> bool:
+        """Whether the next call is a replay, the first of them after recording."""
         return self.recorder is not None and self._calls >= WARMUP_CALLS
 
     @property
-    def are_replayed(self) -> bool:
-        """Whether :meth:`run` replays."""
-        return bool(self._graphs)
-
-    @property
     def is_preparing(self) -> bool:
-        """Whether the last :meth:`begin` was one of the first, which libraries, compilers and recordings make long."""
+        """Whether the last call was one of the first, which libraries, compilers and recordings make long."""
         return self._calls <= (WARMUP_CALLS + 1 if self.recorder is not None else 1)
 
-    def begin(self, inputs: Sequence[torch.Tensor | None]) -> None:
-        """To be called before the first piece, with everything that the pieces read and others have written.
-
-        Raises:
-            ValueError: recorded pieces are given inputs at another place than those that they were recorded with.
-        """
-        if self.are_recorded:
-            places = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
-            if not self._graphs:
-                self._graphs = self.recorder.record(self.works)
-                self._places = places
-            elif places != self._places:
-                raise ValueError("what was recorded reads its inputs where they were then: put them there (placed)")
-        self._calls += 1
-
     def release(self) -> None:
-        """Free the recordings and their memory; the work is done for good."""
-        if self._graphs:
+        """Free the recording and its memory. No call is possible afterwards."""
+        if self._graph is not None:
             torch.cuda.synchronize(self.recorder.device)
-        self._graphs.clear()
-        self.works, self.recorder = (), None
+        self._graph = self._result = self._function = self.recorder = None
 
-    def run(self, index: int) -> None:
-        """One piece, in its turn."""
-        if self._graphs:
-            self._graphs[index].replay()
-        else:
-            self.works[index]()
+
+def _tensors(inputs: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors within nested inputs, in order."""
+    for value in inputs:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, Batch):
+            yield from _tensors((value.images, value.labels))
+        elif value is not None:
+            yield from _tensors(value)

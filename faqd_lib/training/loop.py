@@ -1,15 +1,13 @@
 """The training loop, for teachers and students alike.
 
-Networks that share data, seed, batch size, epochs and teacher train side by side as a cohort: one augmentation and one
-teacher pass for all, and paired comparisons on the same batches. A network's weights are the same bits whether it
-trains alone or in a cohort: its initial weights, optimizer and random projections are its own. The same holds when it
-goes on from :meth:`Learner.state`, wherever in an epoch that was taken and wherever the others of its cohort are.
+Networks that share data, seed, batch size, epochs and teacher train side by side as a cohort. One augmentation and one
+teacher pass serve all, and comparisons are paired on the same batches. A network's weights are the same bits alone and
+in a cohort: initial weights, optimizer and random projections belong to the network. The same
+holds for a network that goes on from a checkpoint, whichever step the checkpoint and the rest of the cohort are at.
 """
 
-import math
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -18,20 +16,22 @@ from torch import nn
 
 from ..config import OptimizationConfig, Precision, RunConfig
 from ..data.batches import Batch, Batches, Normalizer
-from ..data.datasets import Images
+from ..data.images import Images
 from ..models import FeatureTap
-from ..utils.measure import Stopwatch, exact_kernels
-from .compile import compiled
+from ..utils.measure import exact_kernels
+from .clock import CohortClock
+from .compile import compile_network
 from .cuda_graphs import RecordedStep, Recorder, StudentStreams, own_stream
-from .learner import Evaluation, Learner, NonFiniteLossError
+from .learner import Evaluation, Learner, TeacherOutput
+from .loss_log import NonFiniteLossError
 
-EVALUATED_PIXELS = 2500 * 32**2  # in a batch on a GPU: many, for every batch has its price in launches
+EVALUATED_PIXELS = 2500 * 32**2  # a batch on a GPU: large, because each launch of a kernel costs time
 
 
 @exact_kernels()
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Images, normalizer: Normalizer, batch_size: int = 0) -> Evaluation:
-    """Look at labelled images, in float32, with the weights as they are now; ``batch_size`` 0 for the device's own."""
+    """Classify labelled images in float32 with the present weights; ``batch_size`` 0 chooses one for the device."""
     device = next(model.parameters()).device
     if not batch_size:
         height, width = images.pixels.shape[2:]
@@ -53,8 +53,14 @@ def evaluate(model: nn.Module, images: Images, normalizer: Normalizer, batch_siz
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run: the network in evaluation mode, its history, what it cost, which class it took every test image
-    for, and what its record has to say of compiled kernels."""
+    """A finished run.
+
+    Attributes:
+        model: in evaluation mode.
+        cost: seconds, milliseconds, bytes; see ``results/README.md``.
+        predictions: the predicted class (N,) int64 of each test image after the last epoch.
+        kernels: kernel settings, stored in the run record.
+    """
 
     config: RunConfig
     model: nn.Module
@@ -66,7 +72,7 @@ class Trained:
 
 @dataclass
 class CohortResult:
-    """What a cohort came to: finished runs, and by run the error that stopped the others."""
+    """Finished runs, and by run the error that stopped each of the others."""
 
     trained: list[Trained] = field(default_factory=list)
     failed: dict[str, NonFiniteLossError] = field(default_factory=dict)
@@ -78,7 +84,7 @@ def train(
     batches: Batches,
     teacher: nn.Module | None,
     feature_names: Sequence[str],
-    splits: dict[str, Images],
+    splits: Mapping[str, Images],
     on_epoch: Callable[[int, list[Learner]], None] = lambda epoch, learners: None,
     checkpoint_due: Callable[[], bool] = lambda: False,
     checkpoint: Callable[[Learner], None] = lambda learner: None,
@@ -88,20 +94,20 @@ def train(
     """Train a cohort to the end.
 
     Args:
-        learners: at least one; all with the same epochs, batch size and seed, wherever they are in training. If
-            ``batches`` has no labels, theirs must be label-free objectives.
+        learners: at least one; all with the same epochs, batch size and seed, at any step. Where ``batches`` has no
+            labels, every objective must be label-free.
         batches: the training batches that all of them see.
         teacher: in evaluation mode and frozen; None if no learner needs one.
-        feature_names: modules of the teacher to tap; the students' own were given to them.
-        splits: what to evaluate after each epoch, by name; labelled. One of them is ``"test"``.
+        feature_names: modules of the teacher to tap. Each learner knows its own.
+        splits: labelled images to evaluate after each epoch, by name. One name is ``"test"``.
         on_epoch: called after every epoch with its number (from 0) and the learners that have just finished it.
-        on_batch: called after every batch with the epoch (from 0) and how many of its batches are done.
-        checkpoint_due: asked after every batch whether ``checkpoint`` is to be called, for each learner in training.
+        checkpoint_due: asked after every batch whether to call ``checkpoint`` for each learner in training.
+        on_batch: called after every batch with the epoch (from 0) and the number of its batches that are done.
         cuda_graphs: whether steps on CUDA are recorded and replayed, with the same bits
             (:mod:`faqd_lib.training.cuda_graphs`).
 
     Returns:
-        A learner whose loss stops being finite is reported as failed; the others go on undisturbed.
+        Finished runs, and those whose loss stopped being finite. One that stops does not disturb the others.
     """
     with (
         own_stream(batches.device),
@@ -112,47 +118,55 @@ def train(
             return {name: evaluate(learner.model, images, batches.normalizer) for name, images in splits.items()}
 
         def end_epoch(epoch: int) -> None:
-            cohort.shared.settle()
+            cohort.clock.settle()
             ending = [learner for learner in cohort.active if learner.position(epoch) is not None]
             for learner in ending:
-                cohort.attempt(learner, learner.end_epoch, epoch, evaluated(learner))
+                evaluations = evaluated(learner)
+                with cohort.excluding(learner):
+                    learner.end_epoch(epoch, evaluations)
             if finished := [learner for learner in ending if learner in cohort.active]:
                 on_epoch(epoch, finished)
 
         epochs = learners[0].config.optimization.epochs
-        if epochs == 0:  # quantized after training: there is nothing to do but to look
+        if epochs == 0:  # quantized after training: evaluated only
             end_epoch(-1)
         for epoch in range(min(len(learner.history) for learner in learners), epochs):
-            # Who goes on from a checkpoint may be elsewhere in the epoch than the others.
+            # Learners that go on from checkpoints may be at different batches of the epoch.
             places = (at for learner in cohort.active if (at := learner.position(epoch)) is not None)
             first = min(places, default=len(batches))
-            for index, batch in enumerate(cohort.placed(batches.epoch(epoch, first)), start=first):
+            for index, batch in enumerate(cohort.clock.timed(batches.epoch(epoch, first)), start=first):
                 cohort.step(epoch, batch, [one for one in cohort.active if one.position(epoch) == index])
                 if not cohort.active:
                     break
                 on_batch(epoch, index + 1)
                 if checkpoint_due():
-                    cohort.shared.settle()
+                    cohort.clock.settle()
                     for learner in cohort.active:
                         checkpoint(learner)
             if not cohort.active:
                 break
             end_epoch(epoch)
         for learner in cohort.active:
-            if learner.predictions is None:  # its checkpoint was that of a finished training
+            if learner.predictions is None:  # the checkpoint was taken after the last epoch
                 learner.predictions = evaluated(learner)["test"].predictions
         trained = [_finish(learner, batches.batch_size, len(learners)) for learner in cohort.active]
         return CohortResult(trained, cohort.failed)
 
 
+def _finish(learner: Learner, batch_size: int, cohort: int) -> Trained:
+    cost = learner.clock.cost(batch_size) | {"peak_step_bytes": learner.peak_bytes, "cohort": cohort}
+    return Trained(learner.config, learner.model.eval(), learner.history, cost, learner.predictions, learner.kernels)
+
+
 class Cohort:
-    """Learners side by side on the same batches, and what they share: batches, the teacher's pass, the clock.
+    """Learners side by side on the same batches, with one teacher pass and one clock for all.
 
     Args:
         learners: with the same epochs, batch size and seed.
         teacher, feature_names: see :func:`train`.
-        device: of all of it; on CUDA, to be used in one :func:`~faqd_lib.training.cuda_graphs.own_stream`.
-        optimization: the learners'; needed where there are none.
+        device: of everything; on CUDA a cohort is used within one
+            :func:`~faqd_lib.training.cuda_graphs.own_stream`.
+        optimization: the learners'; needed where there is no learner.
         cuda_graphs: whether steps on CUDA are recorded and replayed.
     """
 
@@ -167,90 +181,55 @@ class Cohort:
         cuda_graphs: bool = True,
     ) -> None:
         self._learners, self.active, self.failed = list(learners), list(learners), {}
-        o = optimization or learners[0].config.optimization
+        optimization = optimization or learners[0].config.optimization
         self._recorder = Recorder(device) if cuda_graphs and device.type == "cuda" else None
-        # A compiled teacher's maps are always taken: what is fused, and so its logits' last digits, depends on what is
-        # asked of it.
-        wants_maps = o.compiled or any(learner.objective.affinity_weight > 0 for learner in learners)
-        names = feature_names if wants_maps else ()
-        self.teaches = TeacherPass(teacher, names, o.precision, o.compiled, self._recorder)
-        self.shared = _SharedCost(device)
-        self._lanes = StudentStreams(device, len(learners))
-        self._lane_of = {id(one): i for i, one in enumerate(learners)}
+        # The maps of a compiled teacher are always taken: its logits' last digits depend on which outputs it has.
+        wants_maps = optimization.compiled or any(learner.objective.affinity_weight > 0 for learner in learners)
+        self.teacher = TeacherPass(
+            teacher, feature_names if wants_maps else (), optimization.precision, optimization.compiled, self._recorder
+        )
+        self.clock = CohortClock(device)
+        self._streams = StudentStreams(device, len(learners))
         for learner in learners:
             learner.model.train()
             learner.record_with(self._recorder)
 
-    def placed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, where the steps look for them; the time to make them is taken."""
-        self.shared.data.start()
-        for batch in batches:
-            ready = batch if self._recorder is None else self._recorder.placed(batch)
-            self.shared.data.stop()
-            yield ready
-            self.shared.data.start()
-
     def step(self, epoch: int, batch: Batch, learners: Sequence[Learner]) -> None:
-        """One step of those for whose turn it is; who fails is active no longer."""
-        self.shared.teacher.start()
-        teacher_logits, teacher_maps = self.teaches(batch.images)
-        self.shared.teacher.stop(counts=not self.teaches.is_preparing)
-        self.shared.sharers.append(list(learners))
-        self.shared.students.start()
+        """One step of each of ``learners``; one whose loss is not finite leaves the active ones."""
+        if self._recorder is not None:
+            batch = self._recorder.placed(batch)
+        self.clock.teacher.start()
+        teacher = self.teacher(batch.images)
+        self.clock.teacher.stop(counts=not self.teacher.is_preparing)
+        self.clock.share([learner.clock for learner in learners])
+        self.clock.students.start()
+        unlabelled = Batch(batch.images, None)
         for learner in learners:
-            labels = None if learner.config.label_free else batch.labels
-            with self._lanes.lane(self._lane_of[id(learner)]):
-                self.attempt(learner, learner.step, epoch, batch.images, labels, teacher_logits, teacher_maps)
-        self._lanes.join()
-        self.shared.students.stop(counts=not any(learner.is_preparing for learner in learners))
+            seen = unlabelled if learner.config.label_free else batch
+            with self._streams.of(self._learners.index(learner)), self.excluding(learner):
+                learner.advance(epoch, seen, teacher)
+        self._streams.join()
+        self.clock.students.stop(counts=not any(learner.is_preparing for learner in learners))
 
     def close(self) -> None:
-        """Take the hooks off the networks and free what was recorded; there are no steps any more."""
-        self._lanes.join()
-        self.teaches.close()
+        """Take the hooks off the networks and free the recordings. No step is possible afterwards."""
+        self._streams.join()
+        self.teacher.close()
         for learner in self._learners:
             learner.close()
 
-    def attempt(self, learner: Learner, action: Callable[..., None], *arguments: object) -> None:
-        """Do something of a learner's; if its numbers are not finite any more, it is out."""
+    @contextmanager
+    def excluding(self, learner: Learner) -> Iterator[None]:
+        """Take a learner out of the active ones if its numbers stop being finite within the context."""
         try:
-            action(*arguments)
+            yield
         except NonFiniteLossError as error:
             self.failed[learner.config.run_id] = error
             self.active.remove(learner)
 
 
-class _SharedCost:
-    """What making the batches and the teacher's pass take, shared evenly among those who use them.
-
-    Students that compute at the same time, on CUDA, take longer each than they would alone: of the time they take
-    together, each has the part that it has of the sum.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.data, self.teacher, self.students = Stopwatch(device), Stopwatch(device), Stopwatch(device)
-        self.sharers: list[list[Learner]] = []  # for each batch
-        self._overlapping = device.type == "cuda"
-
-    def settle(self) -> None:
-        teacher = counted(self.teacher.read())
-        usual = statistics.median(teacher) if teacher else 0.0  # in the place of a pass that took its compiling, too
-        for data, seconds, sharers in zip(self.data.read(), self.teacher.seconds, self.sharers, strict=True):
-            for learner in sharers:
-                learner.data_seconds += data / len(sharers)
-                learner.teacher_seconds += (usual if math.isnan(seconds) else seconds) / len(sharers)
-        together = sum(counted(self.students.read()))
-        learners = {id(learner): learner for sharers in self.sharers for learner in sharers}.values()
-        if self._overlapping and (apart := sum(learner.unsettled() for learner in learners)) > 0:
-            for learner in learners:
-                learner.settle(min(1.0, together / apart))
-        for watch in (self.data, self.teacher, self.students):
-            watch.seconds.clear()
-        self.sharers.clear()
-
-
 class TeacherPass:
-    """The one pass through the teacher that a whole cohort shares; without a teacher, nothing."""
+    """The one pass through the teacher that a whole cohort shares; without a teacher, no output."""
 
     def __init__(
         self,
@@ -262,60 +241,28 @@ class TeacherPass:
     ) -> None:
         self.precision = precision
         self.tap = None if model is None else FeatureTap(model.eval(), feature_names)
-        self._network = compiled(model, training=False) if compile_it and model is not None else model
-        self._pieces = RecordedStep(self._pass, recorder=recorder)
-        self._images: torch.Tensor | None = None
-        self._result: tuple[torch.Tensor | None, list[torch.Tensor]] = None, []
+        self._network = compile_network(model, training=False) if compile_it and model is not None else model
+        self._recorded_pass = RecordedStep(self._pass, recorder)
 
     @property
     def is_preparing(self) -> bool:
         """Whether the last pass was one of the first, which take longer than all others."""
-        return self._network is not None and self._pieces.is_preparing
+        return self._network is not None and self._recorded_pass.is_preparing
 
-    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """Logits and tapped maps of a batch."""
-        if self._network is None:
-            return None, []
-        self._images = images
-        self._pieces.begin([images])
-        self._pieces.run(0)
-        if self._pieces.are_replayed:
-            return self._result
-        result, self._result = self._result, (None, [])  # or the last batch's maps would live beside the next one's
-        return result
+    def __call__(self, images: torch.Tensor) -> TeacherOutput:
+        """Logits and tapped maps of a batch; a recorded pass returns the same tensors each time."""
+        return TeacherOutput() if self._network is None else self._recorded_pass(images)
 
     @torch.no_grad()
-    def _pass(self) -> None:
-        with torch.autocast(self._images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self._network(self._images)
-        self._result = logits, self.tap.features
+    def _pass(self, images: torch.Tensor) -> TeacherOutput:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = self._network(images)
+        output = TeacherOutput(logits, self.tap.features)
         self.tap.clear()
+        return output
 
     def close(self) -> None:
+        """Take the hooks off the teacher and free the recording."""
         if self.tap is not None:
             self.tap.close()
-        self._pieces.release()
-
-
-def counted(seconds: Iterable[float]) -> list[float]:
-    """Those durations that count: see :meth:`~faqd_lib.utils.measure.Stopwatch.stop`."""
-    return [each for each in seconds if not math.isnan(each)]
-
-
-def _finish(learner: Learner, batch_size: int, cohort: int) -> Trained:
-    every = learner.watch.read()
-    measured = counted(every)
-    own = sum(measured)
-    shared = learner.data_seconds + learner.teacher_seconds
-    cost = {
-        "training_seconds": own / max(1, len(measured)) * len(every) + shared,
-        "shared_seconds": shared,
-        "data_seconds": learner.data_seconds,
-        "teacher_seconds": learner.teacher_seconds,
-        "loss_seconds": sum(learner.loss_watch.read()),
-        "step_milliseconds": 1000 * statistics.median(measured) if measured else 0.0,
-        "images_per_second": batch_size * len(measured) / own if measured else 0.0,
-        "peak_step_bytes": learner.peak_bytes,
-        "cohort": cohort,
-    }
-    return Trained(learner.config, learner.model.eval(), learner.history, cost, learner.predictions, learner.kernels)
+        self._recorded_pass.release()

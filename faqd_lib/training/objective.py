@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..affinity.loss import FastFeatureAffinityLoss, FeatureAffinityLoss
+from ..utils.messages import check_choice
 
 LOGIT_LOSSES = ("none", "mse", "kl")
 AFFINITY_LOSSES = ("none", "fa", "ffa")
@@ -32,7 +33,7 @@ def logit_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -
 class Adapter(nn.Sequential):
     """1×1 convolution and ReLU between a student's map and the comparison (the released code's variant).
 
-    It starts as the identity where channel counts agree, and it is trained: its parameters belong to the objective.
+    It starts as the identity. Its parameters are trained and belong to the objective.
     """
 
     def __init__(self, channels: int) -> None:
@@ -42,7 +43,7 @@ class Adapter(nn.Sequential):
 
 
 class DistillationObjective(nn.Module):
-    """The objective above as one module; call it and it returns its terms and their weighted total.
+    """The objective at the head of this module; a call returns its terms and their weighted total.
 
     Args:
         logit_loss: ``"mse"``, ``"kl"`` or ``"none"``.
@@ -50,8 +51,8 @@ class DistillationObjective(nn.Module):
         logit_weight, affinity_weight, label_weight: each at least 0. Without labels leave ``label_weight`` at 0.
         temperature: of KL, above 0.
         k, distribution: of the projections (FFA only).
-        adapter_channels: channels of the student's maps, one entry a stage, to put a trained 1×1 adapter before
-            each comparison; empty for none. Give ``objective.parameters()`` to the optimizer, too.
+        adapter_channels: channels of the student's maps, one entry a stage: a trained 1×1 adapter stands before each
+            comparison. Empty for no adapters. Give ``objective.parameters()`` to the optimizer as well.
         seed: of the projections.
 
     Raises:
@@ -73,10 +74,8 @@ class DistillationObjective(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if logit_loss not in LOGIT_LOSSES:
-            raise ValueError(f"unknown logit_loss {logit_loss!r}: choose one of {', '.join(LOGIT_LOSSES)}")
-        if affinity not in AFFINITY_LOSSES:
-            raise ValueError(f"unknown affinity {affinity!r}: choose one of {', '.join(AFFINITY_LOSSES)}")
+        check_choice("logit_loss", logit_loss, LOGIT_LOSSES)
+        check_choice("affinity", affinity, AFFINITY_LOSSES)
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature!r}")
         weights = {"logit_weight": logit_weight, "affinity_weight": affinity_weight, "label_weight": label_weight}
@@ -97,9 +96,9 @@ class DistillationObjective(nn.Module):
         self.adapters = nn.ModuleList(Adapter(channels) for channels in adapter_channels)
 
     def predraw(self, pixels: Sequence[int], device: torch.device) -> None:
-        """What the next call would draw at random is drawn now, for student's maps of these sizes (height times width).
+        """Draw the projections of the next call now, for student's maps of these sizes (height times width).
 
-        See :meth:`faqd_lib.affinity.loss.FastFeatureAffinityLoss.predraw`; other losses draw nothing.
+        See :meth:`faqd_lib.affinity.loss.FastFeatureAffinityLoss.predraw`. Other losses draw nothing.
         """
         if isinstance(self.affinity_loss, FastFeatureAffinityLoss):
             self.affinity_loss.predraw(pixels, device)
@@ -120,11 +119,14 @@ class DistillationObjective(nn.Module):
             labels: int64 (batch); needed where ``label_weight`` is above 0, refused where it is 0.
 
         Returns:
-            Scalars: ``"total"`` (weighted, to be minimised) and the unweighted ``"logit"``, ``"affinity"`` (sum over
-            stages) and ``"label"``, as far as they are part of the objective.
+            Scalars: ``"total"``, the weighted sum to minimise; and the unweighted terms of the objective, among
+            ``"logit"``, ``"affinity"`` (sum over stages) and ``"label"``.
+
+        Raises:
+            ValueError: labels, teacher's logits or maps are missing, superfluous or of other shapes.
 
         Warns:
-            UserWarning: a map has one pixel only: its affinity loss is 0 whatever it holds.
+            UserWarning: a map has one pixel: its affinity loss is 0 whatever the map holds.
         """
         if (labels is None) == (self.label_weight > 0):
             raise ValueError(

@@ -83,6 +83,12 @@ class Stopwatch:
         """Stop timing the piece of work; ``counts=False`` records NaN instead of its duration."""
         self._marks.append((self._started, self._now(), counts))
 
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *_exception: object) -> None:
+        self.stop()
+
     def read(self) -> list[float]:
         """Wait for the device and return all durations so far."""
         if self._cuda and self._marks:

@@ -1,6 +1,5 @@
 """Progress of many runs: a bar in JupyterLab and on a terminal, lines of text everywhere else."""
 
-import os
 import sys
 import time
 from typing import Protocol, Self
@@ -11,12 +10,8 @@ _FIRST_LINE, _BETWEEN_LINES = 20.0, 600.0  # seconds, for lines of text within a
 
 
 def headless() -> bool:
-    """Whether progress is to be lines of text: ``FAQD_PROGRESS=text`` (set by ``run_all.sh``), or output to a file."""
-    style = os.environ.get("FAQD_PROGRESS")
-    if style not in (None, "text", "bar"):
-        raise ValueError(f"FAQD_PROGRESS must be 'text' or 'bar', got {style!r}")
-    in_jupyter = "ipykernel" in sys.modules
-    return style == "text" if style else not (in_jupyter or sys.stderr.isatty())
+    """Whether nobody watches: output goes neither to JupyterLab nor to a terminal."""
+    return not ("ipykernel" in sys.modules or sys.stderr.isatty())
 
 
 def clock(seconds: float) -> str:
@@ -48,12 +43,13 @@ class ProgressReporter(Protocol):
 class Progress:
     """Counts units of work up to ``total`` and estimates the time left from the pace so far."""
 
-    def __init__(self, total: float, title: str, runs: int = 1) -> None:
+    def __init__(self, total: float, title: str, runs: int = 1, bar: bool | None = None) -> None:
         self.total, self.title, self.runs = total, title, runs
         self.done, self._numbered, self._started = 0.0, 0, time.monotonic()
         self._begun: dict[str, float] = {}  # unfinished units of :meth:`within`, by label
         self._next_line = _FIRST_LINE  # seconds from the start
-        self._bar = None if headless() else tqdm(total=total, desc=title, bar_format="{l_bar}{bar}| {postfix}")
+        shown = not headless() if bar is None else bar
+        self._bar = tqdm(total=total, desc=title, bar_format="{l_bar}{bar}| {postfix}") if shown else None
 
     def __enter__(self) -> Self:
         return self

@@ -16,7 +16,7 @@ from faqd_lib.models import FeatureTap
 from faqd_lib.quantization.network import quantize
 from faqd_lib.quantization.weights import WeightQuantizer
 from faqd_lib.runs.suite import Suite
-from faqd_lib.training.compile import CompilationError, compiled
+from faqd_lib.training.compile import CompilationError, compile_network
 from faqd_lib.utils.files import project_root
 
 with_compiler = pytest.mark.usefixtures("compiler")
@@ -71,7 +71,7 @@ def test_alone_interrupted_and_in_a_cohort_are_the_same_bits_and_runs_of_their_o
 @pytest.mark.parametrize("step_gradient", ["lsq", "coarse", "frozen"])
 def test_values_gradients_and_statistics_are_those_of_the_network(step_gradient):
     x, found = images(), []
-    for way in (lambda model: model, lambda model: compiled(model, training=True)):
+    for way in (lambda model: model, lambda model: compile_network(model, training=True)):
         model = small_network(4, 4, step_gradient).train()
         out = way(model)(x)
         out.square().sum().backward()
@@ -89,7 +89,7 @@ def test_maps_are_tapped_and_a_network_in_evaluation_is_folded():
     with torch.no_grad(), FeatureTap(model, ["2", "4"]) as tap:
         expected = [model(x), *tap.features]
         tap.clear()
-        work = compiled(model, training=False)
+        work = compile_network(model, training=False)
         for got, wanted in zip([work(x), *tap.features], expected, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
         assert torch.equal(work(x), work(x))
@@ -102,7 +102,7 @@ def test_an_overwritten_map_is_copied_before():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)).eval().requires_grad_(False)
     x = images()
     with torch.no_grad(), FeatureTap(model, ["0"]) as tap:
-        compiled(model, training=False)(x)
+        compile_network(model, training=False)(x)
         torch.testing.assert_close(tap.features[0], model[0](x), rtol=1e-4, atol=1e-5)
         assert tap.features[0].min() < 0
 
@@ -110,7 +110,7 @@ def test_an_overwritten_map_is_copied_before():
 @with_compiler
 def test_what_is_not_trained_is_folded_whatever_the_callers_mode():
     model = small_network().eval()
-    work = compiled(model, training=False)
+    work = compile_network(model, training=False)
     first = work(images())
     assert not first.requires_grad
     model[1].running_mean += 1
@@ -122,7 +122,7 @@ def test_the_number_of_threads_is_part_of_what_is_compiled(monkeypatch):
     """Sums depend on it, and not every version of torch looks at it before it takes something from its cache."""
     seen = []
     monkeypatch.setattr(torch, "compile", lambda function, **settings: seen.append(settings["options"]))
-    compiled(small_network(), training=True)
+    compile_network(small_network(), training=True)
     assert seen[0]["cpp.threads"] == torch.get_num_threads()
 
 
@@ -137,7 +137,7 @@ def test_a_quantizer_of_ones_own_is_compiled_with_the_rest():
     layer = nn.Conv2d(3, 2, 3)
     parametrize.register_parametrization(layer, "weight", Sign())
     x = images()
-    torch.testing.assert_close(compiled(layer, training=True)(x), layer(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compile_network(layer, training=True)(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
 @with_compiler
@@ -146,8 +146,8 @@ def test_without_triton_the_error_says_what_to_do(monkeypatch):
         raise TritonMissing(None)
 
     monkeypatch.setattr(torch, "compile", lambda function, **settings: fail)
-    with pytest.raises(CompilationError, match=r"cannot be compiled \(TritonMissing: .*on CUDA Triton, too"):
-        compiled(small_network(), training=True)(images())
+    with pytest.raises(CompilationError, match=r"cannot be compiled \(TritonMissing: .*on CUDA also Triton"):
+        compile_network(small_network(), training=True)(images())
 
 
 @with_compiler
@@ -157,7 +157,7 @@ def test_more_networks_than_torch_compiles_of_one_function():
         for seed in range(10):
             model = nn.Conv2d(3, 2, 3).eval()
             nn.init.constant_(model.weight, seed)
-            torch.testing.assert_close(compiled(model, training=False)(x), model(x), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(compile_network(model, training=False)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -170,15 +170,15 @@ def test_the_quantizer_as_an_operator(bits, per_channel):
 def test_switched_off_is_an_error_and_not_another_run():
     switched_off = torch._dynamo.config.patch(disable=True)
     with switched_off, pytest.raises(CompilationError, match="TORCH_COMPILE_DISABLE"):
-        compiled(small_network(), training=True)
+        compile_network(small_network(), training=True)
 
 
 def test_without_a_compiler_the_error_says_what_to_do(tmp_path):
     code = """
 import torch
 from torch import nn
-from faqd_lib.training.compile import compiled
-compiled(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), training=True)(torch.ones(2, 3, 8, 8))
+from faqd_lib.training.compile import compile_network
+compile_network(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), training=True)(torch.ones(2, 3, 8, 8))
 """
     missing = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(

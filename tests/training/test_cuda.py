@@ -14,8 +14,8 @@ from faqd_lib.quantization.relu_kernels import quantized_relu
 from faqd_lib.quantization.weights import running_sums, weight_quantizer
 from faqd_lib.runs.suite import Suite
 from faqd_lib.training.cuda_graphs import RecordedStep, Recorder, own_stream
-from faqd_lib.training.learner import NonFiniteLossError
 from faqd_lib.training.loop import Cohort, train
+from faqd_lib.training.loss_log import NonFiniteLossError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")
@@ -30,9 +30,7 @@ def cuda_suite(tmp_path):
         data = make_tiny_data()
         made = make_tiny_suite(tmp_path / name, data, **{"student_schedule": SCHEDULE, **profile})
         state = made.state.model_copy(update={"precision": precision})
-        suite = dataclasses.replace(made, state=state, device=CUDA)
-        suite.__dict__["data"] = data
-        return suite
+        return dataclasses.replace(made, state=state, device=CUDA)
 
     return make
 
@@ -196,7 +194,7 @@ def test_no_step_waits_for_the_device(cuda_suite, recorded):
         learners = [suite.learner(config, batches) for config in configs]
         teacher = suite.build(suite.teacher()).eval().requires_grad_(False)
         cohort = Cohort(learners, teacher, teacher.feature_names, CUDA, cuda_graphs=recorded)
-        source = cohort.placed(itertools.chain.from_iterable(batches.epoch(epoch) for epoch in range(2)))
+        source = itertools.chain.from_iterable(batches.epoch(epoch) for epoch in range(2))
 
         def step() -> None:
             cohort.step(0, next(source), learners)
@@ -204,27 +202,26 @@ def test_no_step_waits_for_the_device(cuda_suite, recorded):
         for _ in range(3):  # the first one measures memory, the third one records
             step()
             for learner in learners:
-                learner._filled = 1  # as in a longer epoch
+                learner.log.steps = 1  # as in a longer epoch
         next(source)  # an epoch's order is drawn when its first batch is: once an epoch the host may wait
         torch.cuda.set_sync_debug_mode("error")
         try:
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert all(learner._pieces.are_recorded == recorded for learner in learners)
+    assert all(learner._recorded_step.replays_next == recorded for learner in learners)
 
 
-def test_recorded_pieces_refuse_inputs_at_another_place():
+def test_a_recorded_step_refuses_inputs_at_another_place():
     with own_stream(CUDA):
         x = torch.ones(4, device=CUDA)
         total = torch.zeros(4, device=CUDA)
-        pieces = RecordedStep(lambda: total.add_(x), recorder=Recorder(CUDA))
+        step = RecordedStep(total.add_, Recorder(CUDA))
         for _ in range(4):
-            pieces.begin([x])
-            pieces.run(0)
+            step(x)
         assert total.tolist() == [4.0] * 4
         with pytest.raises(ValueError, match="reads its inputs where they were"):
-            pieces.begin([x.clone()])
+            step(x.clone())
 
 
 def test_training_waits_for_what_its_caller_has_begun(cuda_suite):

@@ -1,4 +1,4 @@
-"""What of recordings can be tested without a GPU; the rest is in ``test_cuda.py``."""
+"""Recordings, as far as no GPU is needed; the rest is in ``test_cuda.py``."""
 
 import contextlib
 import gc
@@ -40,7 +40,7 @@ def recorder(monkeypatch):
 def test_nothing_is_collected_while_it_is_recorded_and_collecting_goes_on_afterwards(recorder):
     """An old recording that was freed in the middle of a new one made CUDA give the new one up."""
     seen = []
-    recorder.record([lambda: seen.append(gc.isenabled())])
+    recorder.record(lambda: seen.append(gc.isenabled()))
     assert seen == [False]
     assert gc.isenabled()
 
@@ -48,25 +48,29 @@ def test_nothing_is_collected_while_it_is_recorded_and_collecting_goes_on_afterw
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
-        recorder.record([fail])
+        recorder.record(fail)
     assert gc.isenabled()
 
 
-def test_pieces_are_called_twice_then_recorded_then_replayed(recorder):
+def test_a_step_is_called_twice_then_recorded_then_replayed(recorder):
     calls, x = [], torch.zeros(3)
-    pieces = RecordedStep(lambda: calls.append("a"), lambda: calls.append("b"), recorder=recorder)
-    for _ in range(5):
-        pieces.begin([x, None])
-        pieces.run(0)
-        pieces.run(1)
-    assert calls == ["a", "b"] * 3  # two calls, and one while they are recorded, which computes nothing
-    assert [graph.replays for graph in pieces._graphs] == [3, 3]
+
+    def function(inputs: tuple, labels: None) -> torch.Tensor:
+        calls.append((step.replays_next, step.is_preparing))
+        return inputs[0] + len(calls)
+
+    step = RecordedStep(function, recorder)
+    results = [step((x, [x]), None) for _ in range(5)]
+    assert len(calls) == 3  # two calls, and one while it is recorded, which computes nothing
+    assert [recording for recording, _ in calls] == [False, False, True]
+    assert [float(result[0]) for result in results] == [1.0, 2.0, 3.0, 3.0, 3.0]
+    assert results[2] is results[4]
+    assert not step.is_preparing
+    assert step._graph.replays == 3
     with pytest.raises(ValueError, match="reads its inputs where they were"):
-        pieces.begin([x.clone(), None])
-    assert pieces.are_replayed
-    pieces.release()
-    assert not pieces.are_replayed
-    assert not pieces.are_recorded
+        step((x.clone(), [x]), None)
+    step.release()
+    assert not step.replays_next
 
 
 def test_batches_are_placed_in_one_memory_and_must_have_one_size(recorder):
@@ -79,20 +83,19 @@ def test_batches_are_placed_in_one_memory_and_must_have_one_size(recorder):
         recorder.placed(Batch(torch.zeros(1, 3, 2, 2), torch.zeros(1).long()))
 
 
-def test_without_a_recorder_they_are_calls_and_inputs_may_lie_anywhere():
+def test_without_a_recorder_every_call_is_an_ordinary_one():
     calls = []
-    pieces = RecordedStep(lambda: calls.append(1))
+    step = RecordedStep(calls.append)
     for _ in range(4):
-        pieces.begin([torch.zeros(2)])
-        pieces.run(0)
-    assert calls == [1] * 4
-    assert not pieces.are_recorded
+        step(torch.zeros(2))
+    assert len(calls) == 4
+    assert not step.replays_next
 
 
-def test_on_the_cpu_streams_and_lanes_do_nothing():
+def test_on_the_cpu_streams_do_nothing():
     with own_stream(CPU):
-        lanes = StudentStreams(CPU, 2)
-        with lanes.lane(1):
+        streams = StudentStreams(CPU, 2)
+        with streams.of(1):
             total = torch.ones(2).sum()
-        lanes.join()
+        streams.join()
     assert total == 2

@@ -147,13 +147,19 @@ def test_progress_within_an_epoch_is_estimated_and_shown_seldom(capsys, monkeypa
         assert "batch 50" in capsys.readouterr().out
 
 
-def test_progress_style(monkeypatch):
-    assert progress.headless()
-    monkeypatch.setenv("FAQD_PROGRESS", "bar")
-    assert not progress.headless()
-    monkeypatch.setenv("FAQD_PROGRESS", "loud")
-    with pytest.raises(ValueError, match="'loud'"):
-        progress.headless()
+def test_progress_style(monkeypatch, capsys):
+    """A bar is drawn where it is asked for, or where somebody watches."""
+    for bar, nobody_watches, is_bar in (
+        (None, True, False),
+        (None, False, True),
+        (True, True, True),
+        (False, False, False),
+    ):
+        monkeypatch.setattr(progress, "headless", lambda answer=nobody_watches: answer)
+        with progress.Progress(2, "students", bar=bar) as line:
+            line.advance(1, "first")
+        captured = capsys.readouterr()
+        assert ("students" in captured.err, "students" in captured.out) == (is_bar, not is_bar)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3725, "1:02:05")])

@@ -27,7 +27,8 @@ from reporting import announce, options, parse, show, write
 from training import cohort_step, peaks
 
 from faqd_lib.config import RunConfig
-from faqd_lib.quantization.weights import FLOAT_BITS, STEP_GRADIENTS
+from faqd_lib.quantization.relu import STEP_GRADIENTS
+from faqd_lib.quantization.weights import FLOAT_BITS
 from faqd_lib.reporting import grids
 from faqd_lib.runs import planning
 from faqd_lib.runs.profile import Profile

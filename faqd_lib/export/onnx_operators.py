@@ -13,8 +13,8 @@ import torch
 from torch import fx, nn
 
 from ..models import SubsampleAndPad
+from ..quantization.relu import QuantizedReLU
 from ..quantization.relu_kernels import SMALLEST_STEP
-from ..quantization.weights import QuantizedReLU
 from .onnx_writer import OnnxExportError, Writer
 
 Handler = Callable[[Writer, fx.Node, Any], str]

@@ -34,7 +34,8 @@ from ..quantization.network import (
     uncalibrated,
     unwrapped,
 )
-from ..quantization.weights import QuantizedReLU, low_bit_values
+from ..quantization.relu import QuantizedReLU
+from ..quantization.weights import low_bit_values
 from ..utils.files import atomic_write, canonical_json, tensors_digest
 
 FORMAT = "faqd-packed-1"

@@ -9,7 +9,8 @@ from itertools import chain, product
 from typing import NamedTuple
 
 from ..config import RunConfig
-from ..quantization.weights import FLOAT_BITS, STEP_GRADIENTS
+from ..quantization.relu import STEP_GRADIENTS
+from ..quantization.weights import FLOAT_BITS
 from ..runs.suite import Suite
 
 REGIMES = ("end-to-end", "fine-tuning")

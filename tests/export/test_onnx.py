@@ -13,7 +13,7 @@ from faqd_lib.export.onnx import OnnxExportError, export_onnx
 from faqd_lib.export.packed import load_packed, save_packed
 from faqd_lib.models import build_model
 from faqd_lib.quantization.network import calibrate, low_bit_weights, quantize
-from faqd_lib.quantization.weights import QuantizedReLU
+from faqd_lib.quantization.relu import QuantizedReLU
 
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 STORAGE_BITS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 8: 8}

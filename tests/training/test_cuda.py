@@ -11,7 +11,8 @@ from faqd_lib.affinity.loss import FastFeatureAffinityLoss, FeatureAffinityLoss
 from faqd_lib.config import RunConfig
 from faqd_lib.data.batches import Batches, stream
 from faqd_lib.quantization.relu_kernels import quantized_relu
-from faqd_lib.quantization.weights import running_sums, weight_quantizer
+from faqd_lib.quantization.step_search import running_sums
+from faqd_lib.quantization.weights import weight_quantizer
 from faqd_lib.runs.suite import Suite
 from faqd_lib.training.cuda_graphs import RecordedStep, Recorder, own_stream
 from faqd_lib.training.loop import Cohort, train

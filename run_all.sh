@@ -8,6 +8,6 @@ set_up
 if [ "${1:-}" = lab ]; then
     shift
     export JUPYTER_PREFER_ENV_PATH=1 # this environment's kernel before a user's own
-    exec "$python" -m jupyter lab --ServerApp.root_dir="$root/notebooks" --LabApp.default_url=/lab/tree/00_start_here.ipynb "$@"
+    exec "$python" -m jupyterlab --ServerApp.root_dir="$root/notebooks" --LabApp.default_url=/lab/tree/00_start_here.ipynb "$@"
 fi
 exec "$python" -m faqd_lib.cli.run_all "$@"

@@ -182,11 +182,11 @@ def sweep(device: str, rounds: int, bandwidth: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def step_overhead(device: str, rounds: int, precision: str) -> pd.DataFrame:
-    """A training step of a 1-bit ResNet-20, batch 128, with FA on its stages and without; no teacher pass."""
+def step_overhead(device: str, batch: int, rounds: int, precision: str) -> pd.DataFrame:
+    """A training step of a 1-bit ResNet-20, with FA on its stages and without; no teacher pass."""
     teacher = build_model("resnet20", 10, image_size=32, seed=0).to(device, memory_format=torch.channels_last).eval()
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(128, 3, 32, 32, generator=generator).to(device, memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, 32, 32, generator=generator).to(device, memory_format=torch.channels_last)
     with FeatureTap(teacher, teacher.feature_names) as tap, torch.no_grad():
         logits = teacher(images)
         maps = list(tap.features)
@@ -209,7 +209,7 @@ def step_overhead(device: str, rounds: int, precision: str) -> pd.DataFrame:
             optimizer.step()
 
         calls[name] = step
-    rows = measure(calls, rounds, device, batch=128, precision=precision)
+    rows = measure(calls, rounds, device, batch=batch, precision=precision)
     for row in rows:
         row["time / logits"] = row["median_ms"] / rows[0]["median_ms"]
     rows[1] |= {"wanted": "≤ 1.2", "met": rows[1]["time / logits"] <= 1.2}
@@ -233,6 +233,7 @@ PARTS = ("targets", "ffa", "memory", "step", "sweep")
 def main() -> None:
     parser = options(__doc__, rounds=15)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which parts (all)")
+    parser.add_argument("--batch", type=int, default=128, help="images of a training step, part step (128)")
     arguments = parse(parser)
     device, rounds = arguments.device, arguments.rounds
     machine = environment(device)
@@ -242,7 +243,9 @@ def main() -> None:
         "targets": lambda: targets(device, rounds),
         "ffa": lambda: ffa_backward(device, rounds),
         "memory": lambda: large_map(device),
-        "step": lambda: pd.concat([step_overhead(device, max(5, rounds * 2 // 3), p) for p in ("float32", "bf16")]),
+        "step": lambda: pd.concat(
+            [step_overhead(device, arguments.batch, max(5, rounds * 2 // 3), p) for p in ("float32", "bf16")]
+        ),
         "sweep": lambda: sweep(device, rounds, bandwidth),
     }
     result = {"environment": machine, "copy_bandwidth": bandwidth}

@@ -12,7 +12,6 @@ differ or nothing was taken up from a checkpoint. Needs the extra ``ray``.
 import argparse
 import contextlib
 import io
-import os
 import sys
 import tempfile
 import threading
@@ -22,14 +21,16 @@ from pathlib import Path
 import torch
 
 from faqd_lib.config import RunConfig
+from faqd_lib.runs.local import Engine, train_here
 from faqd_lib.runs.profile import Profile
+from faqd_lib.runs.ray import RayEngine
 from faqd_lib.runs.suite import Suite
 
 STORE = 100 * 2**20  # bytes of each node's object store
 RESUMED = "goes on from its checkpoint"
 
 
-def suite_in(folder: Path, epochs: int) -> Suite:
+def suite_in(folder: Path, epochs: int, engine: Engine = train_here) -> Suite:
     schedule = {"epochs": 1, "batch_size": 32, "warmup_epochs": 0.5}
     profile = Profile.parse(
         {"name": "cluster", "shows_results": False, "train_images": 96, "test_images": 50, "teachers": ["resnet8"],
@@ -37,7 +38,7 @@ def suite_in(folder: Path, epochs: int) -> Suite:
          "student_schedule": {**schedule, "epochs": epochs}, "fine_tuning_schedule": schedule},
         "cluster",
     )  # fmt: skip
-    return Suite.open(profile, "digits", results=folder)
+    return Suite.open(profile, "digits", results=folder, device="cpu", engine=engine)
 
 
 def students(suite: Suite, machines: int) -> list[RunConfig]:
@@ -76,8 +77,7 @@ def main() -> int:
         cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
         others = [cluster.add_node(**node) for _ in range(arguments.machines - 1)]
         cluster.wait_for_nodes()
-        os.environ |= {"FAQD_ENGINE": "ray", "FAQD_RAY_ADDRESS": cluster.address}
-        there = suite_in(Path(scratch) / "there", arguments.epochs)
+        there = suite_in(Path(scratch) / "there", arguments.epochs, RayEngine(cluster.address))
         there.run([there.teacher()], "cluster")
         begun, lost = time.monotonic(), []
 

@@ -27,7 +27,8 @@ from reporting import announce, options, parse, show, write
 from training import cohort_step, peaks
 
 from faqd_lib.config import RunConfig
-from faqd_lib.quantization.weights import FLOAT_BITS, STEP_GRADIENTS
+from faqd_lib.quantization.relu import STEP_GRADIENTS
+from faqd_lib.quantization.weights import FLOAT_BITS
 from faqd_lib.reporting import grids
 from faqd_lib.runs import planning
 from faqd_lib.runs.profile import Profile
@@ -38,9 +39,9 @@ from faqd_lib.utils.measure import environment, exact_kernels, take_turns
 # What the notebooks ask for, call by call. A table costs its own calls; the series all, but no run twice.
 TABLES = {
     "references": [grids.references],
-    "T1": [lambda suite: grids.references(suite) + grids.weight_quantization(suite)],
+    "T1": [grids.weight_quantization],
     "T2": [
-        lambda suite: grids.references(suite) + grids.full_quantization(suite),
+        grids.full_quantization,
         *(lambda suite, kind=kind: grids.activation_steps(suite)[kind] for kind in STEP_GRADIENTS),
     ],
     "T3": [grids.logit_losses],
@@ -68,13 +69,17 @@ def alone(config: RunConfig) -> RunConfig:
 def measured(suite: Suite, runs: Iterable[RunConfig], rounds: int) -> tuple[dict[Kind, float], dict[tuple, float]]:
     """Seconds of a student's own step by kind, and of (data and teacher's pass) by (teacher, batch size)."""
     kinds = {kind_of(config): alone(config) for config in runs}
-    whole: dict[object, Callable[[], None]] = {kind: cohort_step(suite, [c], _teacher(c)) for kind, c in kinds.items()}
-    shared = {(_teacher(c), c.optimization.batch_size): c for c in kinds.values()}
+    whole: dict[object, Callable[[], None]] = {
+        kind: cohort_step(suite, [config], _teacher(config)) for kind, config in kinds.items()
+    }
+    shared = {(_teacher(config), config.optimization.batch_size): config for config in kinds.values()}
     whole |= {key: cohort_step(suite, [], key[0], like=config) for key, config in shared.items()}
     peaks(whole, suite.device)  # the third call is recorded, where steps are
     seconds = {name: statistics.median(times) for name, times in take_turns(whole, rounds, suite.device).items()}
     common = {key: seconds[key] for key in shared}
-    own = {kind: seconds[kind] - common[_teacher(c), c.optimization.batch_size] for kind, c in kinds.items()}
+    own = {
+        kind: seconds[kind] - common[_teacher(config), config.optimization.batch_size] for kind, config in kinds.items()
+    }
     return own, common
 
 
@@ -107,9 +112,9 @@ def projected(
         free = [0.0] * workers
         for cohort in planning.cohorts(wave, planning.cohort_size(len(wave), workers, largest)):
             teacher = next((name for name in map(_teacher, cohort) if name), None)
-            o = cohort[0].optimization
-            step = common[teacher, o.batch_size] + sum(own[kind_of(config)] for config in cohort)
-            steps = o.epochs * (images // o.batch_size)
+            schedule = cohort[0].optimization
+            step = common[teacher, schedule.batch_size] + sum(own[kind_of(config)] for config in cohort)
+            steps = schedule.epochs * (images // schedule.batch_size)
             heapq.heapreplace(free, free[0] + steps * step)
         total += max(free)
     return total

@@ -45,6 +45,7 @@ COHORTS = (1, 2, 4, 8)
 LEAST_AGAINST_PLAIN = {1: 9, 8: 18}
 MOST_OF_SEPARATE = {"resnet110": 0.58, "resnet20": 0.9}
 MOST_FOR_DATA = 0.05
+PLAIN_BATCH = 100  # of the released code
 
 
 def suite_in(folder: Path, batch: int, device: str) -> Suite:
@@ -209,7 +210,7 @@ def plain_affinity(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor
 
 def plain_step(suite: Suite, teacher_name: str, workers: int) -> Callable[[], None]:
     """One step of a 1-bit student, written the plain way."""
-    device, batch = suite.device, 100
+    device = suite.device
     student = build_model("resnet20", 10, image_size=32, seed=1).to(device).train()
     teacher = build_model(teacher_name, 10, image_size=32, seed=0).to(device).eval()
     adapters = nn.ModuleList(nn.Sequential(nn.Conv2d(c, c, 1), nn.ReLU()) for c in (16, 32, 64)).to(device)
@@ -217,7 +218,7 @@ def plain_step(suite: Suite, teacher_name: str, workers: int) -> Callable[[], No
     optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
     quantized = [module.weight for module in student.modules() if isinstance(module, nn.Conv2d)]
     loader = DataLoader(
-        PlainImages(suite.splits[0].pixels), batch, shuffle=True, drop_last=True, num_workers=workers,
+        PlainImages(suite.splits[0].pixels), PLAIN_BATCH, shuffle=True, drop_last=True, num_workers=workers,
         persistent_workers=workers > 0,
     )  # fmt: skip
     source = itertools.chain.from_iterable(loader for _ in itertools.count())
@@ -259,7 +260,7 @@ def against_plain(suite: Suite, batch: int, rounds: int, workers: int, compiling
     memory = peaks(calls, suite.device)
     times = take_turns(calls, rounds, suite.device)
     rows = [
-        row(times[name], count * batch or 100, implementation=name, teacher=teacher, peak_MiB=memory[name])
+        row(times[name], count * batch or PLAIN_BATCH, implementation=name, teacher=teacher, peak_MiB=memory[name])
         for name, count in students.items()
     ]
     for count, found in zip(students.values(), rows, strict=True):

@@ -1,18 +1,17 @@
-"""What a run is: a validated, frozen configuration whose digest names it. Everything that changes numbers is here."""
+"""Configurations of runs: validated, frozen, and named by a digest of every setting that changes numbers."""
 
-import difflib
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from .utils.files import canonical_json, text_digest
+from .utils.messages import did_you_mean
 
-# Raise this whenever the same configuration would train to other numbers than before (loop, losses, quantizers,
-# augmentation): old runs then keep their names and are not mistaken for new ones.
-RECIPE = 1
-# The same for the affinity losses alone: part of the objectives that have one, so that other runs keep their names.
-AFFINITY_RECIPE = 3
-QUANTIZER_RECIPE = 4  # and for the quantizers
+# Recipe numbers are part of a run's digest. Raise one when the same configuration would train to other numbers than
+# before: new runs then get new names, and old records are not mistaken for them.
+RECIPE = 1  # of the training loop and augmentation: part of every run
+AFFINITY_RECIPE = 3  # of the affinity losses: part of runs with an affinity loss
+QUANTIZER_RECIPE = 4  # of the quantizers: part of quantized runs
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -23,25 +22,25 @@ Precision = Literal["float32", "bf16"]
 
 
 def omitted_at_default(default: Any) -> Any:
-    """A setting that came later: at its default it is left out, so that older runs keep their digests."""
+    """A setting added after the first records: omitted from the digest at its default, so that old digests stay."""
     return Field(default=default, exclude_if=lambda value: value == default)
 
 
 class ConfigurationError(ValueError):
-    """A setting is unknown, of the wrong type or out of range; the message has one line for each."""
+    """A setting is unknown, of the wrong type or out of range; the message has one line a setting."""
 
 
 class StrictModel(BaseModel):
-    """Unknown keys, wrong types and later changes raise."""
+    """A frozen model that accepts no unknown keys and converts no types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     @classmethod
     def parse(cls, values: dict, where: str) -> Self:
-        """Validate a dictionary; ``where`` (a file, a notebook) starts every error message.
+        """Validate a dictionary; ``where`` (a file, a notebook) starts every line of an error message.
 
         Raises:
-            ConfigurationError: one line for each bad key, with the value and what was expected.
+            ConfigurationError: one line for each bad key, with its value and the expected ones.
         """
         try:
             return cls.model_validate(values)
@@ -55,9 +54,8 @@ def _explain(model: type[BaseModel], error: ValidationError, where: str) -> str:
         key = ".".join(str(part) for part in problem["loc"]) or "the whole"
         if problem["type"] == "extra_forbidden":
             known = _fields_at(model, problem["loc"][:-1])
-            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            lines.append(f"{where}: unknown setting {key!r}{hint}; known are: {', '.join(known)}")
+            hint = did_you_mean(problem["loc"][-1], known)
+            lines.append(f"{where}: unknown setting {key!r}{hint}; known settings are {', '.join(known)}")
         elif problem["type"] == "missing":
             lines.append(f"{where}: {key} is missing")
         else:
@@ -68,7 +66,7 @@ def _explain(model: type[BaseModel], error: ValidationError, where: str) -> str:
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Names of the settings at a place inside a model, in alphabetical order."""
+    """Names of the settings of the model at ``location``, in alphabetical order."""
     for part in location:
         inner = getattr(model.model_fields.get(part), "annotation", None) if isinstance(part, str) else None
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
@@ -78,7 +76,7 @@ def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[
 
 
 class DataConfig(StrictModel):
-    """Which images: a dataset by name and fingerprint, and the seeded, class-balanced subsets taken from it."""
+    """The images of a run: a dataset by name and fingerprint, and the sizes and seed of its class-balanced subsets."""
 
     name: str
     fingerprint: str
@@ -91,7 +89,8 @@ class DataConfig(StrictModel):
 class QuantizationConfig(StrictModel):
     """Bits of weights and activations, and how they are quantized; see :func:`faqd_lib.quantization.network.quantize`.
 
-    ``blending`` is the ρ of blended coarse gradient descent (:func:`faqd_lib.quantization.network.blend`), 0 for none.
+    ``blending`` is the ρ of blended coarse gradient descent, 0 to switch it off; see
+    :func:`faqd_lib.quantization.network.blend`. 32 bits stand for float.
     """
 
     weight_bits: WeightBits = 32
@@ -107,7 +106,7 @@ class QuantizationConfig(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _current_recipe(cls, values: Any, info: ValidationInfo) -> Any:
-        # What is made now has the recipe of now; what is read from a record says which one it had.
+        # A new configuration gets the current recipe; one read from a record (JSON) keeps the recipe it names.
         if info.mode == "python" and isinstance(values, dict):
             quantized = (values.get("weight_bits", 32), values.get("activation_bits", 32)) != (32, 32)
             return {"quantizer_recipe": QUANTIZER_RECIPE, **values} if quantized else values
@@ -120,16 +119,16 @@ class QuantizationConfig(StrictModel):
             raise ValueError(
                 f"quantizer_recipe {self.quantizer_recipe} is not that of this version ({QUANTIZER_RECIPE})"
             )
-        # Settings without effect would make other names for the same numbers.
+        # A setting without effect would give the same numbers a second name.
         if self.weight_bits == 32 and (self.blending or self.per_channel or self.shortcuts != "quantize"):
-            raise ValueError("blending, per_channel and shortcuts are of quantized weights: set weight_bits below 32")
+            raise ValueError("blending, per_channel and shortcuts need quantized weights: set weight_bits below 32")
         if self.activation_bits == 32 and self.step_gradient != "lsq":
-            raise ValueError("step_gradient is of quantized activations: set activation_bits below 32")
+            raise ValueError("step_gradient needs quantized activations: set activation_bits below 32")
         return self
 
     @property
     def variant(self) -> str:
-        """What is not at its default beside the bits: ``"step_gradient=frozen"``; empty if nothing is."""
+        """Settings that differ from their defaults, bits aside: ``"step_gradient=frozen"``; empty if none differ."""
         other = self.model_dump(exclude_defaults=True, exclude={"weight_bits", "activation_bits", "quantizer_recipe"})
         return ", ".join(f"{name}={value}" for name, value in other.items())
 
@@ -156,17 +155,19 @@ class ObjectiveConfig(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _current_recipe(cls, values: Any, info: ValidationInfo) -> Any:
-        # What is made now has the recipe of now; what is read from a record says which one it had.
+        # A new configuration gets the current recipe; one read from a record (JSON) keeps the recipe it names.
         if info.mode == "python" and isinstance(values, dict) and values.get("affinity", "none") != "none":
             return {"affinity_recipe": AFFINITY_RECIPE, **values}
         return values
 
     @property
     def uses_teacher(self) -> bool:
+        """Whether the objective has a logit loss or an affinity loss."""
         return self.logit_loss != "none" or self.affinity != "none"
 
     @property
     def label_free(self) -> bool:
+        """Whether the objective has no label loss."""
         return self.label_weight == 0
 
     @model_validator(mode="after")
@@ -174,16 +175,16 @@ class ObjectiveConfig(StrictModel):
         if not self.uses_teacher and self.label_free:
             raise ValueError("the objective has no term: set logit_loss, affinity or label_weight")
         if (self.affinity == "none") != (self.affinity_weight == 0):
-            raise ValueError("affinity and affinity_weight must be given together: 'none' with 0, a loss with more")
+            raise ValueError("affinity_weight must be 0 with affinity='none', and above 0 with 'fa' or 'ffa'")
         if self.affinity_recipe != (None if self.affinity == "none" else AFFINITY_RECIPE):
             raise ValueError(f"affinity_recipe {self.affinity_recipe} is not that of this version ({AFFINITY_RECIPE})")
         if self.adapters and self.affinity == "none":
-            raise ValueError("adapters need an affinity loss: they stand before its comparison")
+            raise ValueError("adapters need an affinity loss: set affinity to 'fa' or 'ffa'")
         return self
 
 
 class Schedule(StrictModel):
-    """SGD with Nesterov momentum, linear warm-up, cosine to zero, gradient norm clipped."""
+    """SGD with Nesterov momentum, linear warm-up, cosine decay to zero, and clipped gradient norm."""
 
     epochs: Count
     batch_size: Annotated[int, Field(ge=2)] = 128  # batch normalisation needs at least two images
@@ -201,25 +202,26 @@ class Schedule(StrictModel):
 
 
 class OptimizationConfig(Schedule):
-    """A schedule, and in which precision its steps compute. No epochs at all: quantized after training, not trained."""
+    """A schedule and the precision of its steps; ``epochs=0`` quantizes after training, without training steps."""
 
     epochs: Annotated[int, Field(ge=0)]
     precision: Precision = "float32"
-    # Of a network that is not trained: unlabelled batches over which its batch normalisation is estimated anew.
+    # For epochs=0: unlabelled batches that re-estimate the statistics of batch normalisation.
     batch_norm_batches: Annotated[int, Field(ge=0)] = omitted_at_default(0)
-    compiled: bool = omitted_at_default(False)  # passes through teacher and student by torch.compile: other last digits
+    # Whether torch.compile runs the passes through teacher and student; the last digits differ then.
+    compiled: bool = omitted_at_default(False)
 
     @model_validator(mode="after")
     def _estimates_or_trains(self) -> Self:
         if self.epochs and self.batch_norm_batches:
-            raise ValueError("batch_norm_batches is for epochs = 0: training estimates batch normalisation by itself")
+            raise ValueError("batch_norm_batches is for epochs = 0: training estimates the statistics itself")
         if self.compiled and not self.epochs:
-            raise ValueError("compiled is of training steps, and epochs = 0 has none")
+            raise ValueError("compiled is for training steps, and epochs = 0 has none")
         return self
 
 
 class RunConfig(StrictModel):
-    """One training run. ``teacher`` and ``initial`` (the float student that fine-tuning starts from) are runs, too."""
+    """One training run. ``teacher`` and ``initial``, the float student to fine-tune, are runs as well."""
 
     data: DataConfig
     model: str
@@ -234,11 +236,11 @@ class RunConfig(StrictModel):
     @model_validator(mode="after")
     def _needs(self) -> Self:
         if self.objective.uses_teacher != (self.teacher is not None):
-            raise ValueError("a teacher is needed exactly where the objective has a logit or an affinity loss")
+            raise ValueError("a teacher is needed if and only if the objective has a logit loss or an affinity loss")
         if self.initial is not None and self.initial.model != self.model:
             raise ValueError(f"initial weights of {self.initial.model} do not fit {self.model}")
         if self.optimization.epochs == 0 and (self.initial is None or self.objective.uses_teacher):
-            raise ValueError("epochs = 0 needs initial weights and no teacher: it is quantization after training")
+            raise ValueError("epochs = 0 is quantization after training: it needs initial weights and no teacher")
         for other in (self.teacher, self.initial):
             if other is not None and other.data != self.data:
                 raise ValueError("teacher, initial weights and student must be trained on the same data")
@@ -246,7 +248,7 @@ class RunConfig(StrictModel):
 
     @property
     def label_free(self) -> bool:
-        """Whether this run's own training is given no labels."""
+        """Whether this run trains without labels; its teacher may have used them."""
         return self.objective.label_free
 
     @property
@@ -258,7 +260,7 @@ class RunConfig(StrictModel):
 
     @property
     def method(self) -> str:
-        """``labels``, ``KD``, ``FAQD``, ``FFAQD``: what the student learns from, labels aside; ``none``: nothing."""
+        """``KD``, ``FAQD`` or ``FFAQD``; ``labels`` without a teacher, ``none`` without training."""
         if self.optimization.epochs == 0:
             return "none"
         if not self.objective.uses_teacher:
@@ -267,7 +269,7 @@ class RunConfig(StrictModel):
 
     @property
     def bits(self) -> str:
-        """``1W4A`` and the like; 32 bits stand for float."""
+        """Bits of weights and activations, such as ``1W4A``; 32 bits stand for float."""
         return f"{self.quantization.weight_bits}W{self.quantization.activation_bits}A"
 
     @property

@@ -1,6 +1,5 @@
-"""Networks, and feature maps tapped from any network by module name."""
+"""The networks of the experiments, and feature maps caught from any network by module name."""
 
-import difflib
 from collections import OrderedDict
 from collections.abc import Iterable
 
@@ -8,11 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .utils.messages import check_choice, did_you_mean
+
 CIFAR_DEPTHS = (8, 20, 32, 44, 56, 110)
 
 
 class SubsampleAndPad(nn.Module):
-    """Option-A shortcut of He et al. (2016): every second pixel, new channels filled with zeros; no parameters."""
+    """Option-A shortcut of He et al. (2016): every ``stride``-th pixel, and new channels of zeros; no parameters.
+
+    (batch, C, height, width) → (batch, C + new_channels, ⌈height/stride⌉, ⌈width/stride⌉).
+    """
 
     def __init__(self, stride: int, new_channels: int) -> None:
         super().__init__()
@@ -24,7 +28,7 @@ class SubsampleAndPad(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions around a shortcut. Each ReLU is a module of its own, so that each can be quantized."""
+    """Two 3×3 convolutions with a shortcut. Each ReLU is a separate module, so that each can be quantized."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -45,8 +49,11 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """The CIFAR ResNet of He et al. (2016), section 4.2: 6n+2 layers, stages of 16, 32 and 64 channels.
 
-    Input (batch, 3, height, width), height and width at least 4 and made for 32; output (batch, num_classes).
-    Feature maps to tap: ``layer1`` (16 channels, full size), ``layer2`` (32, half), ``layer3`` (64, quarter).
+    Input: (batch, 3, height, width), designed for 32×32 pixels, at least 4×4. Output: (batch, num_classes).
+    Feature maps: ``layer1`` (16 channels, full size), ``layer2`` (32, half), ``layer3`` (64, quarter).
+
+    Raises:
+        ValueError: ``depth`` is not 6n+2 with n at least 1.
     """
 
     feature_names = ("layer1", "layer2", "layer3")
@@ -78,11 +85,11 @@ class CifarResNet(nn.Module):
 
 
 def _resnet18(num_classes: int, image_size: int) -> nn.Module:
-    """torchvision's ResNet-18; for images up to 64 pixels the stem is 3×3 with stride 1 and no pooling."""
+    """torchvision's ResNet-18; up to 64 pixels its stem is a 3×3 convolution of stride 1, without pooling."""
     from .utils.torchvision_import import torchvision
 
     class Block(torchvision.models.resnet.BasicBlock):
-        """torchvision's block with a ReLU of its own at each of the two places, so that each can be quantized."""
+        """torchvision's block with two separate ReLUs instead of a shared one, so that each can be quantized."""
 
         def __init__(self, inplanes: int, planes: int, *arguments, **options) -> None:
             super().__init__(inplanes, planes, *arguments, **options)
@@ -107,19 +114,18 @@ MODEL_NAMES = tuple(f"resnet{depth}" for depth in CIFAR_DEPTHS) + ("resnet18",)
 
 
 def build_model(name: str, num_classes: int, *, image_size: int = 32, seed: int = 0) -> nn.Module:
-    """A freshly initialised network; the same seed gives the same weights and leaves the global generator alone.
+    """A newly initialised network; the same seed gives the same weights. Torch's global generator is not touched.
 
     Args:
         name: one of :data:`MODEL_NAMES`.
         num_classes: size of the output, at least 2.
-        image_size: height of the images in pixels (chooses the stem of ResNet-18).
+        image_size: height of the images in pixels; chooses the stem of ResNet-18.
         seed: seed of the initial weights.
 
     Raises:
         ValueError: unknown name, or fewer than 2 classes.
     """
-    if name not in MODEL_NAMES:
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODEL_NAMES)}")
+    check_choice("the model's name", name, MODEL_NAMES)
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     with torch.random.fork_rng(devices=[]):
@@ -130,12 +136,12 @@ def build_model(name: str, num_classes: int, *, image_size: int = 32, seed: int 
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Number of learned values."""
+    """Number of values in all parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 class FeatureTap:
-    """Catch the outputs of named modules of any network while it runs.
+    """Catches the outputs of named modules of any network while it runs.
 
     >>> model = build_model("resnet20", 10)
     >>> with FeatureTap(model, ["layer1", "layer3"]) as tap:
@@ -143,26 +149,26 @@ class FeatureTap:
     >>> [tuple(feature_map.shape) for feature_map in tap.features]
     [(2, 16, 32, 32), (2, 64, 8, 8)]
 
-    ``features`` lists the maps of the latest forward pass in the order of ``names``; ``clear()`` lets go of them.
-    Hooks are removed on exit (or by ``close()``), so a network is never left changed.
+    ``features`` lists the maps of the latest forward pass in the order of ``names``; ``clear()`` drops them. The end of
+    the block, or ``close()``, removes the hooks and leaves the network unchanged.
 
     Raises:
-        ValueError: a name that the network does not have (close matches are listed), or a name given twice.
-        RuntimeError: ``features`` is read before every tapped module has run, or a module behind a tapped one (an
-            ``nn.ReLU(inplace=True)``) has overwritten its output.
+        ValueError: the network has no module of that name, or a name is given twice.
+        RuntimeError: ``features`` was read before every tapped module had run, or a later in-place module such as
+            ``nn.ReLU(inplace=True)`` overwrote a tapped output.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self.names = tuple(names)
-        modules = dict(model.named_modules())
+        modules = {name: module for name, module in model.named_modules() if name}
         for name in self.names:
-            if name not in modules or name == "":
-                near = difflib.get_close_matches(name, modules, n=3, cutoff=0.3) or list(modules)[1:6]
-                raise ValueError(f"the network has no module {name!r} to tap; did you mean one of {near}?")
+            if name not in modules:
+                hint = did_you_mean(name, modules) or f": it has {', '.join(list(modules)[:5])}, …"
+                raise ValueError(f"the network has no module {name!r} to tap{hint}")
         if len(set(self.names)) != len(self.names):
-            raise ValueError(f"a module is tapped twice in {list(self.names)}")
+            raise ValueError(f"each module can be tapped once, got a name twice in {list(self.names)}")
         self._caught: OrderedDict[str, torch.Tensor] = OrderedDict()
-        # All keys from the beginning: compiled code looks at them, and is made anew where there are others.
+        # All keys from the start: compiled code guards on them and would be compiled again for new ones.
         self._versions: dict[str, int | None] = dict.fromkeys(self.names)
         self._copies = any(getattr(module, "inplace", False) for module in model.modules())
         self._handles = [modules[name].register_forward_hook(self._catcher(name)) for name in self.names]
@@ -170,7 +176,7 @@ class FeatureTap:
     def _catcher(self, name: str):
         def catch(_module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
             counted = not torch.compiler.is_compiling() and not output.is_inference()
-            # A compiler follows no versions: where something might overwrite the map, a copy is kept.
+            # Compiled code has no version counters: copy a map that an in-place module could overwrite.
             self._caught[name] = output.clone() if self._copies and torch.compiler.is_compiling() else output
             self._versions[name] = output._version if counted else None
 
@@ -186,17 +192,17 @@ class FeatureTap:
             version = self._versions[name]
             if version is not None and self._caught[name]._version != version:
                 raise RuntimeError(
-                    f"the output of {name!r} was overwritten by a module behind it (an in-place ReLU?): tap that one, "
-                    "or set its inplace=False"
+                    f"the output of {name!r} was overwritten by a later in-place module (a ReLU?): tap that module, or "
+                    "build it with inplace=False"
                 )
         return [self._caught[name] for name in self.names]
 
     def clear(self) -> None:
-        """Forget the maps, so that their memory can be freed."""
+        """Drop the maps, so that their memory can be freed."""
         self._caught.clear()
 
     def close(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks and drop the maps."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -206,7 +212,7 @@ class FeatureTap:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        # The maps stay readable after the block; only the hooks go.
+        # The maps stay readable after the block; only the hooks are removed.
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: no network, no settings of the user's, one thread, tiny images."""
+"""Fixtures of all tests: no network, no user settings, one thread, tiny images."""
 
 import ipaddress
 import os
@@ -27,26 +27,26 @@ from faqd_lib.runs.profile import Profile, SuiteState
 from faqd_lib.runs.store import RunStore
 from faqd_lib.runs.suite import Suite
 
-# The user's own settings, as they were before any test changed them.
+# The user's settings, before any test changes them.
 USER_SETTINGS = {name: value for name, value in os.environ.items() if name.startswith("FAQD_")}
 
-# Where tiny suites train: FAQD_TEST_DEVICE=cuda runs the tests of the training loop on a GPU.
+# Device of tiny suites: FAQD_TEST_DEVICE=cuda runs the tests of the training loop on a GPU.
 DEVICE = torch.device(os.environ.get("FAQD_TEST_DEVICE", "cpu"))
 
-# The same examples on every machine and in every run; nothing is written into the checkout.
+# The same examples on every machine and in every run, and no database in the checkout.
 settings.register_profile("faqd", max_examples=20, deadline=None, derandomize=True, database=None)
 settings.load_profile("faqd")
 
-torch.set_num_threads(1)  # several test processes share few cores; tiny tensors gain nothing from threads
+torch.set_num_threads(1)  # test processes share few cores, and threads do not speed up tiny tensors
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The notebooks first: they take longest, and the other worker does everything else meanwhile."""
+    """Run the notebooks first: they take longest, and the other workers run the rest meanwhile."""
     items.sort(key=lambda item: "series" not in item.keywords)
 
 
 class NetworkUsedError(AssertionError):
-    """Not an OSError, so that no code under test can take it for an ordinary failed download."""
+    """Not an OSError: the code under test cannot mistake it for a failed download."""
 
 
 def _is_local(host: object) -> bool:
@@ -60,7 +60,7 @@ def _is_local(host: object) -> bool:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """Any connection that leaves the machine fails the test. Kernels talk over the loopback, which stays open."""
+    """Fail a test that connects to another machine. The loopback stays open: notebook kernels use it."""
     connect, look_up = socket.socket.connect, socket.getaddrinfo
 
     def checked_connect(self, address):
@@ -79,12 +79,12 @@ def no_network(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def isolated(request, monkeypatch, tmp_path):
-    """No FAQD_* setting of the user's and no dataset of the checkout's reaches a test; text progress, own cache."""
+    """Hide the user's FAQD_* settings and the checkout's datasets; set text progress and a temporary cache."""
     if request.node.get_closest_marker("series"):
-        return  # those start processes of their own and say what they are given
+        return  # notebooks run in other processes, with settings that the tests choose
     for name in USER_SETTINGS:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("FAQD_PROGRESS", "text")
+    monkeypatch.setattr("faqd_lib.utils.progress.headless", lambda: True)
     monkeypatch.setenv("FAQD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("faqd_lib.data.datasets.project_root", lambda: tmp_path / "project")
 
@@ -97,7 +97,7 @@ def user_data() -> Path | None:
 
 
 def random_images(count: int, classes: int, size: int, purpose: str, labels: bool = True) -> Images:
-    """Noise around one colour a class, so that there is something to learn."""
+    """Noise around one colour a class: images that a network can learn to classify."""
     generator = stream(0, purpose)
     label = torch.arange(count) % classes
     colours = torch.randint(40, 216, (classes, 3, 1, 1), generator=stream(0, "colours"))
@@ -112,7 +112,7 @@ def make_tiny_data() -> ImageData:
 
 
 def make_tiny_suite(folder: Path, data: ImageData, **profile) -> Suite:
-    """A suite of tiny runs, its images in memory."""
+    """A suite of tiny runs with its images in memory."""
     schedule = {"epochs": 2, "batch_size": 16, "warmup_epochs": 0.5, "learning_rate": 0.05}
     values = {
         "name": "tiny",
@@ -137,17 +137,15 @@ def make_tiny_suite(folder: Path, data: ImageData, **profile) -> Suite:
         affinity_recipe=AFFINITY_RECIPE,
         quantizer_recipe=QUANTIZER_RECIPE,
     )
-    suite = Suite(state, RunStore(folder), DEVICE)
-    suite.__dict__["data"] = data
-    return suite
+    return Suite(state, RunStore(folder), DEVICE, images=data)
 
 
 class Killed(BaseException):
-    """Not an Exception, so that nothing under test can take it for an ordinary error."""
+    """Not an Exception: the code under test cannot mistake it for an ordinary error."""
 
 
 def run_until_killed(monkeypatch, suite: Suite, configs: list[RunConfig], checkpoints: int) -> None:
-    """Train until so many checkpoints have been written, and no further."""
+    """Train until ``checkpoints`` checkpoints are written, and stop there as a killed process does."""
     original, left = local.save_checkpoint, [checkpoints]
 
     def checkpoint(*arguments):
@@ -180,7 +178,7 @@ def tiny_suite(tmp_path, tiny_data):
 
 @pytest.fixture
 def run_config() -> RunConfig:
-    """A run on labels alone."""
+    """A run that trains on labels, without a teacher."""
     return RunConfig(
         data=DataConfig(name="tiny", fingerprint="0" * 64),
         model="resnet8",
@@ -191,7 +189,7 @@ def run_config() -> RunConfig:
 
 @pytest.fixture(scope="session")
 def compiler() -> None:
-    """Skips where there is no C++ compiler; where there is one, compiled kernels must come of it."""
+    """Skip without a C++ compiler; with one, the kernels must compile."""
     if os.environ.get("TORCH_COMPILE_DISABLE") or not any(map(shutil.which, ("g++", "clang++"))):
         pytest.skip("needs a C++ compiler (g++ or clang), and TORCH_COMPILE_DISABLE unset")
     assert activation_kernels.kernels(torch.float32, False) is not None

@@ -1,24 +1,52 @@
-"""What benchmarks compute beside the time that they measure."""
+"""Each benchmark run once at toy size, and the model behind projected costs."""
 
+import importlib
 import itertools
+import json
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from conftest import run_until_killed
 
 from faqd_lib.reporting import grids
 from faqd_lib.runs import planning
 from faqd_lib.runs.suite import Suite
 from faqd_lib.utils.files import project_root
 
+FOLDER = project_root() / "benchmarks"
+NOT_RUN = {
+    "cluster": "needs Ray and a cluster of several nodes, and takes minutes",
+    "reporting": "is a module of the others, no benchmark",
+}
+
 
 @pytest.fixture(scope="module")
-def cost():
-    folder = str(project_root() / "benchmarks")
-    sys.path.insert(0, folder)
-    import cost
+def benchmark():
+    """A function that imports a benchmark by its name. Compiling is off: it would take most of the time."""
+    sys.path.insert(0, str(FOLDER))
+    with torch._dynamo.config.patch(disable=True):
+        yield importlib.import_module
+    sys.path.remove(str(FOLDER))
 
-    yield cost
-    sys.path.remove(folder)
+
+@pytest.fixture
+def cost(benchmark):
+    return benchmark("cost")
+
+
+@pytest.fixture
+def call(benchmark, monkeypatch, tmp_path):
+    """A function that runs a benchmark as its command line does, and returns what it wrote as JSON."""
+
+    def run(name: str, *arguments: str, wrote: str | Path = "") -> dict:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments, *([] if wrote else ["--out", str(tmp_path)])])
+        assert not benchmark(name).main()
+        return json.loads((Path(wrote) if wrote else tmp_path / f"{name}.json").read_text("utf-8"))
+
+    return run
 
 
 @pytest.fixture
@@ -51,3 +79,130 @@ def test_projected_time_is_that_of_the_schedule(cost, suite):
         seconds = cost.projected(waves, workers, 8, 1000, own, common)
         assert seconds == pytest.approx(teacher + students_seconds)
     assert cost.projected(waves, 1, 1, 1000, own, common) == pytest.approx(teacher + 3 * alone)
+
+
+# ---- each benchmark at toy size
+
+
+def test_every_benchmark_is_run_here_or_the_reason_is_given():
+    text = Path(__file__).read_text("utf-8")
+    for path in FOLDER.glob("*.py"):
+        assert f"def test_{path.stem}_at_toy_size" in text or path.stem in NOT_RUN, path.stem
+
+
+def check_rows(rows: list[dict], count: int) -> None:
+    """So many rows, each with a median of several calls."""
+    assert len(rows) == count
+    for row in rows:
+        assert row["n"] >= 2
+        assert row["median_ms"] > 0
+
+
+def test_affinity_at_toy_size(benchmark, call, monkeypatch, tmp_path):
+    module = benchmark("affinity")
+    pair = module.pair
+    monkeypatch.setattr(module, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(module, "pair", lambda b, c, h, device: pair(min(b, 2), min(c, 4), min(h, 4), device))
+    found = call("affinity", "--device", "cpu", "--rounds", "2", "--batch", "2")
+    check_rows(found["targets"], 3 * 5)
+    assert {row["loss"] for row in found["targets"] if row["met"] is not None} == {"exact (auto)"}
+    check_rows(found["ffa"], 4)
+    check_rows(found["memory"], 1)
+    check_rows(found["step"], 2 * 3)
+    assert [row["time / logits"] for row in found["step"] if row["loss"] == "logits"] == [1, 1]
+    assert {row["C"] for row in found["sweep"]} == {16, 64, 128, 512}
+    assert {row["loss"] for row in found["sweep"]} == set(module.candidates(*pair(1, 1, 1, "cpu"))) - {
+        "plain FFA, k = 15"
+    }
+    assert (tmp_path / "affinity.png").stat().st_size > 10_000
+
+
+def test_quantization_at_toy_size(call):
+    found = call("quantization", "--device", "cpu", "--rounds", "2", "--batch", "2", "--precisions", "float32")
+    networks = {row["network"]: row for row in found["steps"]}
+    check_rows(found["steps"], len(networks))
+    assert networks.keys() >= {"float", "1W32A", "1W4A", "1W4A, not compiled", "1W4A, coarse"}
+    assert networks["float"]["time / float"] == 1
+    assert networks["1W4A"]["met"] == (networks["1W4A"]["time / float"] <= 1.25)
+
+
+def test_training_at_toy_size(benchmark, call, monkeypatch, tmp_path):
+    module = benchmark("training")
+    build, suite_in = module.build_model, module.suite_in
+
+    def small_suite(*arguments):
+        suite = suite_in(*arguments)
+        profile = suite.profile.model_copy(update={"student": "resnet8"})
+        return replace(suite, state=suite.state.model_copy(update={"profile": profile}))
+
+    monkeypatch.setattr(module, "PLAIN_BATCH", 2)
+    monkeypatch.setattr(module, "COHORTS", (1, 2))
+    monkeypatch.setattr(module, "LEAST_AGAINST_PLAIN", {1: 9, 2: 18})
+    monkeypatch.setattr(module, "suite_in", small_suite)
+    monkeypatch.setattr(
+        module, "build_model", lambda name, *arguments, **options: build("resnet8", *arguments, **options)
+    )
+    found = call("training", "--device", "cpu", "--rounds", "2", "--batch", "2", "--teachers", "resnet20")
+    check_rows(found["steps"], 5 + 1)
+    assert [row["step"] for row in found["steps"]][0::5] == ["float, labels", "data alone"]
+    check_rows(found["cohorts"], 2)
+    assert [row["students"] for row in found["cohorts"]] == [1, 2]
+    assert found["cohorts"][0]["time / separate runs"] == 1
+    check_rows(found["plain"], 3)
+    assert found["plain"][0]["times the plain images/s"] == 1
+    assert (tmp_path / "training.png").stat().st_size > 10_000
+
+
+def test_cost_at_toy_size(call, tmp_path):
+    parts = ("teacher_schedule", "student_schedule", "fine_tuning_schedule")
+    schedules = "".join(f"[{part}]\nepochs = 1\nbatch_size = 2\n" for part in parts)
+    profile = tmp_path / "toy.toml"
+    profile.write_text(f'shows_results = false\nteachers = ["resnet8"]\nstudent = "resnet8"\n{schedules}')
+    arguments = (str(profile), "--images", "640", "--device", "cpu", "--rounds", "2", "--workers", "1", "2")
+    found = call("cost", *arguments, "--out", str(tmp_path), wrote=tmp_path / "cost-toy.json")
+    lines = {line["table"]: line for line in found["projected"]}
+    assert lines.keys() == {"references", "T1", "T2", "T3", "T4", "series"}
+    for line in lines.values():
+        assert 0 < line["hours, 2 workers"] <= line["hours, 1 worker"] <= lines["series"]["hours, 1 worker"]
+    assert all(row["ms"] > 0 for row in found["measured"] if row["what"].startswith("data"))
+
+
+def test_affinity_weight_at_toy_size(call, tmp_path):
+    folder = tmp_path / "smoke-tuning-digits"
+    arguments = ("--profile", "smoke", "--dataset", "digits", "--results", str(tmp_path), "--weights", "0", "30")
+    found = call("affinity_weight", *arguments, wrote=folder / "affinity_weight.json")
+    assert [row["affinity weight"] for row in found["rows"]] == [0, 30]
+    assert all(0 <= row["validation accuracy (%)"] <= 100 for row in found["rows"])
+
+
+def test_export_at_toy_size(call, tmp_path):
+    suite = Suite.open("smoke", "digits", results=tmp_path)
+    (record,) = suite.run([suite.student("labels", weight_bits=1)])
+    wrote = tmp_path / "export-smoke.json"
+    arguments = (str(suite.folder), "--batch", "2", "--rounds", "2", "--out", str(tmp_path))
+    (row,) = call("export", *arguments, wrote=wrote)["export"]
+    assert (row["run"], row["images"], row["packed: same bits"]) == (record.run_id, 100, True)
+    assert row["top-1 PyTorch"] == pytest.approx(record.last_accuracy)
+    assert 10 * row["packed_bytes"] < row["float32_bytes"]
+
+
+def test_kill_at_toy_size(benchmark, capsys, monkeypatch):
+    """One kill and one resumption, in this process: importing torch in three others takes most of a minute."""
+    module = benchmark("kill")
+
+    def killed_here(folder, seconds, mid_write):
+        suite = module.suite_in(folder)
+        configs = [suite.student("FAQD", weight_bits=1, activation_bits=4), suite.student("FFAQD", weight_bits=2)]
+        if seconds < float("inf"):
+            run_until_killed(monkeypatch, suite, configs, checkpoints=8)
+            return "after 8 checkpoints", "", 1.0
+        suite.run(configs)
+        return None, capsys.readouterr().out, 1.0
+
+    monkeypatch.setattr(module, "SCHEDULE", {**module.SCHEDULE, "epochs": 1})
+    monkeypatch.setattr(module, "killed_once", killed_here)
+    monkeypatch.setattr(sys, "argv", ["kill.py", "--kills", "1"])
+    assert module.main() == 0
+    said = capsys.readouterr().out
+    assert "killed after 8 checkpoints: the same bits, from a checkpoint" in said
+    assert "1 kills in 1 trials: all the same bits" in said

@@ -1,4 +1,4 @@
-"""Configurations: nothing unknown, nothing of the wrong type, nothing that does not fit together; one digest each."""
+"""Configurations: unknown, mistyped and conflicting settings are refused; each has one digest."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from faqd_lib.utils.files import project_root
 
 @pytest.fixture
 def student(run_config) -> RunConfig:
-    """A run with every part: a teacher, a float student to start from, quantizers."""
+    """A run with a teacher, initial weights and quantizers."""
     return run_config.model_copy(
         update={
             "objective": ObjectiveConfig(logit_loss="mse", affinity="ffa", affinity_weight=30.0),
@@ -187,7 +187,7 @@ def test_digest_survives_json(student):
     assert again == student
     assert hash(again) == hash(student)
     assert again.digest == student.digest
-    # Neither the order of keys nor 1 against 1.0 in a float makes another run.
+    # The order of keys and 1 instead of 1.0 do not change the digest.
     shuffled = dict(reversed(json.loads(student.model_dump_json()).items()))
     shuffled["optimization"]["clip_norm"] = 20
     assert RunConfig.parse(shuffled, "here").digest == student.digest

@@ -1,4 +1,4 @@
-"""Networks: parameter counts, seeds, and maps tapped from any module."""
+"""Networks: parameter counts, seeds, and feature maps caught from any module."""
 
 import doctest
 
@@ -61,7 +61,7 @@ def test_same_seed_same_weights_and_the_global_generator_is_left_alone():
 
 def test_resnet18_for_64_pixels():
     model = build_model("resnet18", 200, image_size=64).eval()
-    # torchvision's 11,689,512 with another classifier and a 3×3 instead of a 7×7 stem.
+    # torchvision's 11,689,512 parameters, with another classifier and a 3×3 stem instead of 7×7.
     assert parameter_count(model) == 11_689_512 - 513_000 + 513 * 200 - 64 * 3 * (49 - 9)
     with FeatureTap(model, model.feature_names) as tap, torch.no_grad():
         assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 200)
@@ -144,9 +144,9 @@ def test_unknown_name_lists_close_matches_and_leaves_no_hook():
     model = build_model("resnet8", 10)
     with pytest.raises(ValueError, match="'layer4'") as raised:
         FeatureTap(model, ["layer1", "layer4"])
-    assert "layer3" in str(raised.value)
+    assert "did you mean 'layer3'" in str(raised.value)
     assert hooks(model) == 0
-    with pytest.raises(ValueError, match="''"):
+    with pytest.raises(ValueError, match="'' to tap: it has conv1, bn1, relu, layer1, "):
         FeatureTap(model, [""])
 
 

@@ -1,1 +1,1 @@
-"""How the suite is called: from a notebook, from the command line."""
+"""Entry points: notebooks, the command line, and their environment variables."""

@@ -1,12 +1,10 @@
-"""What every notebook of the series begins with: parameters checked, one suite opened.
+"""The first cells of a notebook, and controls for its figures.
 
-The parameters cell holds ``name: type = literal  # help`` lines; papermill overrides them in a cell of its own. The
-cell after it calls :func:`start` with all of them.
+The parameters cell holds lines ``name: type = literal  # help``. Papermill overrides them in a cell that it injects
+below. The next cell calls :func:`start` with all parameters.
 """
 
 import ast
-import difflib
-import os
 from collections.abc import Callable
 
 import ipywidgets
@@ -15,22 +13,24 @@ from matplotlib.figure import Figure
 
 from ..config import ConfigurationError
 from ..runs.suite import Suite
-from ..utils.progress import headless
+from ..utils import progress
+from ..utils.messages import did_you_mean
+from . import environment
 
 INJECTED_HEAD = "# Parameters"  # the first line of the cell that papermill injects
 
 
 def start(*, profile: str, dataset: str, data_root: str, results_dir: str, seeds: int, **extra: object) -> Suite:
-    """Open the suite that the parameters of a notebook describe, and print what it is in a few lines.
+    """Open the suite that the parameters of a notebook describe, and print a summary of it.
 
     Args:
         profile, dataset, data_root, seeds: see :meth:`faqd_lib.runs.suite.Suite.open`; empty or 0 for the default.
         results_dir: where suite folders live; empty for ``$FAQD_RESULTS``, then ``results/`` in the project.
-        extra: further parameters of the notebook; named here so that they count as known.
+        extra: further parameters of the notebook, named here so that they count as known.
 
     Raises:
-        ConfigurationError: a parameter was injected that the notebook does not have (papermill itself lets a
-            misspelled one pass), or one has the wrong type or value.
+        ConfigurationError: an injected parameter is unknown (papermill alone would let it pass), or a parameter has
+            the wrong type or value.
     """
     known = {"profile", "dataset", "data_root", "results_dir", "seeds", *extra}
     check_injected(known)
@@ -46,8 +46,10 @@ def start(*, profile: str, dataset: str, data_root: str, results_dir: str, seeds
         profile or "quick",
         dataset,
         data_root or None,
-        results_dir or os.environ.get("FAQD_RESULTS") or None,
+        results_dir or environment.results(),
         seeds,
+        engine=environment.engine(),
+        bar=environment.progress_bar(),
     )
     print(f"images:  {suite.caption}")
     print(
@@ -62,7 +64,7 @@ def start(*, profile: str, dataset: str, data_root: str, results_dir: str, seeds
 
 
 def _updates(suite: Suite) -> str:
-    """How long networks learn: what decides whether they learn anything, on few images above all."""
+    """Epochs and batches of teacher and student. On few images, too few updates leave a network untrained."""
     profile = suite.profile
     schedules = {"teacher": profile.teacher_schedule, "student": profile.student_schedule}
     return "; ".join(
@@ -72,33 +74,39 @@ def _updates(suite: Suite) -> str:
 
 
 def injected_names(cells: list[str]) -> list[str]:
-    """Names assigned in the latest cell that papermill injected, in their order; none if there is no such cell."""
+    """Names assigned in the latest cell that papermill injected, in order; an empty list without such a cell."""
     injected = [cell for cell in cells if cell.lstrip().startswith(INJECTED_HEAD)]
     if not injected:
         return []
     statements = ast.parse(injected[-1]).body
-    return [target.id for s in statements if isinstance(s, ast.Assign) for target in s.targets if hasattr(target, "id")]
+    targets = [target for statement in statements if isinstance(statement, ast.Assign) for target in statement.targets]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def check_injected(known: set[str]) -> None:
-    """Refuse injected parameters that the notebook does not know."""
+    """Make sure that the notebook has all injected parameters.
+
+    Raises:
+        ConfigurationError: one is unknown.
+    """
     shell = get_ipython()
     cells = [] if shell is None else shell.user_ns.get("In", [])
     for name in injected_names(list(cells)):
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ConfigurationError(f"unknown parameter {name!r}{hint} This notebook has: {', '.join(sorted(known))}")
+            raise ConfigurationError(
+                f"unknown parameter {name!r}{did_you_mean(name, known)}. This notebook has: {', '.join(sorted(known))}"
+            )
 
 
 def explore(draw: Callable[..., Figure], **controls: ipywidgets.ValueWidget) -> ipywidgets.Widget | Figure:
-    """A figure under controls that redraw it; where nobody watches (run headless), the figure alone, as they stand.
+    """A figure with controls that redraw it. In a headless run, the figure alone, drawn from the initial values.
 
     Args:
         draw: makes the figure from the controls' values, given by name.
         controls: widgets; see :func:`slider` and :func:`choice`.
     """
-    if headless():
+    bar = environment.progress_bar()
+    if progress.headless() if bar is None else not bar:
         return draw(**{name: control.value for name, control in controls.items()})
     shown = ipywidgets.interactive(draw, {"auto_display": True}, **controls)
     shown.children = (ipywidgets.HBox(shown.children[:-1], layout={"flex_flow": "row wrap"}), shown.children[-1])
@@ -106,7 +114,7 @@ def explore(draw: Callable[..., Figure], **controls: ipywidgets.ValueWidget) -> 
 
 
 def slider(label: str, low: float, high: float, start: float, step: float | None = None) -> ipywidgets.ValueWidget:
-    """A slider over whole numbers, or with ``step`` over others; it acts when it is let go."""
+    """A slider over whole numbers, or over multiples of ``step``. The figure is redrawn when the slider is released."""
     look = {"description": label, "continuous_update": False, "style": {"description_width": "initial"}}
     if step is None:
         return ipywidgets.IntSlider(start, low, high, **look)
@@ -114,5 +122,5 @@ def slider(label: str, low: float, high: float, start: float, step: float | None
 
 
 def choice(label: str, options: list[str]) -> ipywidgets.ValueWidget:
-    """A menu; the first option is chosen at first."""
+    """A menu, with the first option chosen."""
     return ipywidgets.Dropdown(options=options, description=label, style={"description_width": "initial"})

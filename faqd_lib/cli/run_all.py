@@ -1,7 +1,7 @@
 """Run the notebook series headless: ``python -m faqd_lib.cli.run_all [PROFILE] [options]`` (``./run_all.sh`` calls it).
 
-Every notebook is executed in order through papermill; trained runs are found on disk again, so a second call goes on
-where the first one stopped. What is executed is copied to ``results/<profile>-<dataset>/notebooks/``.
+Papermill executes the notebooks in order. Finished runs are found on disk, so a second call goes on where the first
+one stopped. Executed copies go to ``results/<profile>-<dataset>/notebooks/``.
 """
 
 import argparse
@@ -25,13 +25,14 @@ from ..data.datasets import DatasetError
 from ..reporting.grids import everything
 from ..reporting.report import write_report
 from ..runs.profile import PROFILES, Profile, suite_folder
-from ..runs.ray import ENGINES, EngineError, RayEngine, chosen_engine
+from ..runs.ray import EngineError, RayEngine
 from ..runs.store import ResultsError
 from ..runs.suite import Suite
 from ..utils.files import project_root, require_writable
 from ..utils.progress import clock
+from . import environment
 
-# What a notebook reads that another one has made: checked before `--only` runs it.
+# Notebooks that read the runs of other notebooks: checked before `--only` runs them.
 NEEDS = {"09": ("04", "05", "06", "07", "08")}
 LOCK_NAME = ".series.lock"
 
@@ -42,7 +43,7 @@ class SeriesError(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """One executed notebook: number and name, seconds, and where the executed copy is."""
+    """One executed notebook: its name, the seconds it took, and the executed copy."""
 
     name: str
     seconds: float
@@ -50,7 +51,11 @@ class Outcome:
 
 
 def notebooks_folder() -> Path:
-    """``notebooks/`` of the project."""
+    """``notebooks/`` of the project.
+
+    Raises:
+        SeriesError: there is no such folder.
+    """
     folder = project_root() / "notebooks"
     if not folder.is_dir():
         raise SeriesError(f"there are no notebooks in {folder}: run this from a checkout of the project")
@@ -73,10 +78,10 @@ def select(only: Sequence[str]) -> list[Path]:
 
 
 def check_needs(selected: Sequence[Path], suite: Suite) -> None:
-    """Make sure that a notebook which reads others' runs finds some, and say how many it will miss.
+    """Make sure that a notebook that reads runs of other notebooks finds some; print how many are missing.
 
     Raises:
-        SeriesError: there are none at all; the message names the notebooks to run first.
+        SeriesError: there are no runs at all; the message names the notebooks to run first.
     """
     chosen = {path.name[:2] for path in selected}
     for number in chosen & NEEDS.keys():
@@ -96,7 +101,7 @@ def check_needs(selected: Sequence[Path], suite: Suite) -> None:
 
 
 def check_parameters(notebook: Path, parameters: dict[str, object]) -> None:
-    """Refuse parameters that a notebook does not have; papermill would let them pass.
+    """Make sure that a notebook has these parameters; papermill would ignore unknown ones.
 
     Raises:
         SeriesError: the notebook has no parameters cell, or not this parameter.
@@ -108,7 +113,7 @@ def check_parameters(notebook: Path, parameters: dict[str, object]) -> None:
 
 
 def failing_cell(copy: Path) -> str:
-    """Where in an executed copy the error is: ``cell 5 (In [3])``."""
+    """The cell of an executed copy that failed: ``cell 5 (In [3])``."""
     for index, cell in enumerate(nbformat.read(copy, as_version=4).cells):
         if cell.cell_type == "code" and any(output.output_type == "error" for output in cell.outputs):
             return f"cell {index} (In [{cell.execution_count}])"
@@ -116,10 +121,10 @@ def failing_cell(copy: Path) -> str:
 
 
 def execute(notebook: Path, copy: Path, parameters: dict[str, object]) -> Outcome:
-    """Execute one notebook with its text output on the terminal; the executed copy is written as it goes.
+    """Execute one notebook, with its text output on the terminal. The copy is written after every cell.
 
     Raises:
-        SeriesError: a cell failed or the kernel died: notebook, cell, error and executed copy.
+        SeriesError: a cell failed or the kernel died; the message has notebook, cell, error and copy.
     """
     check_parameters(notebook, parameters)
     started = time.monotonic()
@@ -133,9 +138,9 @@ def execute(notebook: Path, copy: Path, parameters: dict[str, object]) -> Outcom
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
             cwd=str(copy.parent),
-            # A kernel's own remarks on its transport and its shutdown are no news; its death is noticed without them.
+            # Hides the kernel's messages on transport and shutdown. Its death is noticed without them.
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-            shutdown_kernel="immediate",  # it has nothing left to do, and takes seconds to notice
+            shutdown_kernel="immediate",  # a regular shutdown takes seconds
         )
     except PapermillExecutionError as error:
         raise SeriesError(
@@ -143,7 +148,7 @@ def execute(notebook: Path, copy: Path, parameters: dict[str, object]) -> Outcom
         ) from error
     except DeadKernelError as error:
         raise SeriesError(
-            f"{notebook.name}: the kernel died, most likely for want of memory. Finished runs are kept; call again "
+            f"{notebook.name}: the kernel died, most likely out of memory. Finished runs are kept; call again "
             f"to go on.\nexecuted copy: {copy}"
         ) from error
     except NoSuchKernel as error:
@@ -153,8 +158,8 @@ def execute(notebook: Path, copy: Path, parameters: dict[str, object]) -> Outcom
     return Outcome(notebook.stem, time.monotonic() - started, copy)
 
 
-def set_aside(folder: Path) -> None:
-    """Move an old results folder out of the way (``--fresh``); nothing is deleted."""
+def move_old_results(folder: Path) -> None:
+    """Rename an old results folder (``--fresh``); nothing is deleted."""
     if folder.exists():
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         target = folder.with_name(f"{folder.name}.old-{stamp}")
@@ -175,7 +180,7 @@ def run_series(arguments: argparse.Namespace, dataset: str, only: Sequence[str])
     selected = select(only)
     if arguments.seeds is not None and arguments.seeds < 1:
         raise ConfigurationError(f"seeds must be a whole number of at least 1, got {arguments.seeds}")
-    seeds = arguments.seeds or 0  # to the notebooks 0 is the profile's own number
+    seeds = arguments.seeds or 0  # 0: the profile's own number
     require_writable(folder.parent)
     lock = filelock.FileLock(folder.parent / f".{folder.name}{LOCK_NAME}")
     try:
@@ -184,12 +189,12 @@ def run_series(arguments: argparse.Namespace, dataset: str, only: Sequence[str])
         raise SeriesError(f"another run_all.sh is working in {folder}: wait for it, or give --results") from None
     with lock:
         if arguments.fresh:
-            set_aside(folder)
+            move_old_results(folder)
         suite = Suite.open(arguments.profile, dataset, arguments.data_root, arguments.results, seeds)
         check_needs(selected, suite)
         parameters = {
             "profile": str(arguments.profile),
-            "dataset": dataset,  # as it was asked for: the notebooks say in one line which it became, and why
+            "dataset": dataset,  # as asked for: the notebooks say which dataset was taken, and why
             "data_root": str(arguments.data_root or ""),
             "results_dir": str(folder.parent),
             "seeds": seeds,
@@ -208,7 +213,7 @@ def run_series(arguments: argparse.Namespace, dataset: str, only: Sequence[str])
 
 
 def summarise(folder: Path, outcomes: Sequence[Outcome]) -> None:
-    """Print what was executed and what lies in the folder."""
+    """Print the executed notebooks with their times, and the contents of the folder."""
     print(f"\n=== done: {folder}")
     print(f"{'notebook':<34} {'time':>7}")
     for outcome in outcomes:
@@ -243,7 +248,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers of the notebooks to run")
     parser.add_argument("--seeds", type=int, help="number of seeds (left out: the profile's own)")
     parser.add_argument("--results", type=Path, help="where results go (default: results/)")
-    parser.add_argument("--engine", choices=ENGINES, help="where runs are trained (default: local, in this process)")
+    parser.add_argument(
+        "--engine", choices=environment.ENGINES, help="where runs are trained (default: local, in this process)"
+    )
     parser.add_argument("--address", help="with --engine ray: a cluster that runs already; left out: this machine")
     parser.add_argument("--cpus-per-run", type=int, metavar="N", help="with --engine ray: threads of a worker (1)")
     parser.add_argument(
@@ -257,10 +264,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def choose_engine(arguments: argparse.Namespace) -> None:
-    """Tell the kernels, by the environment, where runs are trained; start Ray if it is asked for and has no address.
+    """Set the environment variables that tell the kernels where runs are trained; start Ray if no cluster is named.
 
     Raises:
-        EngineError: Ray is not installed or not to be reached, or an option needs it.
+        EngineError: Ray is not installed or not reachable, or an option needs ``--engine ray``.
     """
     options = {
         "FAQD_RAY_ADDRESS": arguments.address,
@@ -271,16 +278,16 @@ def choose_engine(arguments: argparse.Namespace) -> None:
     if arguments.engine:
         os.environ["FAQD_ENGINE"] = arguments.engine
     os.environ.update(given)
-    engine = chosen_engine()
+    engine = environment.engine()
     if not isinstance(engine, RayEngine):
         if given:
             raise EngineError("--address, --cpus-per-run and --gpus-per-run belong to --engine ray")
         return
     ray = engine.connect()  # this process keeps it running for all the kernels
     os.environ["FAQD_RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    there = ray.cluster_resources()
+    resources = ray.cluster_resources()
     print(
-        f"Ray at {os.environ['FAQD_RAY_ADDRESS']}: {there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs; "
+        f"Ray at {os.environ['FAQD_RAY_ADDRESS']}: {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs; "
         f"{engine.cpus} and {engine.gpus:g} for each run"
     )
 
@@ -288,7 +295,7 @@ def choose_engine(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit status is 0 only if every notebook ran to its end."""
     arguments = parser().parse_args(argv)
-    # Kernels have another working directory: what is relative to this one must not stay so.
+    # Kernels have another working directory, so relative paths become absolute.
     for variable in ("FAQD_DATA", "FAQD_CACHE", "FAQD_RESULTS"):
         if os.environ.get(variable):
             os.environ[variable] = str(Path(os.environ[variable]).expanduser().resolve())
@@ -297,9 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option in ("data_root", "results"):
         path = getattr(arguments, option)
         setattr(arguments, option, None if path is None else path.expanduser().resolve())
-    if arguments.results is None and os.environ.get("FAQD_RESULTS"):
-        arguments.results = Path(os.environ["FAQD_RESULTS"])
-    # Kernels inherit these: text instead of progress bars, and this checkout's kernel before a user's own.
+    arguments.results = arguments.results or environment.results()
+    # Inherited by the kernels: text instead of bars, and the kernel of this Python environment.
     os.environ.update(FAQD_PROGRESS="text", JUPYTER_PREFER_ENV_PATH="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
     try:
         choose_engine(arguments)
@@ -309,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_series(arguments, dataset, arguments.only)
         if len(datasets) > 1 and (not arguments.only or "09" in arguments.only):
             arguments.fresh = False
-            for dataset in datasets:  # only now are there runs on all of them for the tables to show
+            for dataset in datasets:  # once more: now the tables can show all datasets
                 run_series(arguments, dataset, ["09"])
     except (SeriesError, ConfigurationError, DatasetError, EngineError, ResultsError, PermissionError) as error:
         print(f"\nstopped: {error}", file=sys.stderr)

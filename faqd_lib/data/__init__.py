@@ -1,1 +1,1 @@
-"""Images in, batches out."""
+"""Datasets from disk, images in memory, and batches for training."""

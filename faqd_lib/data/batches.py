@@ -1,7 +1,7 @@
-"""Batches: seeded order, random crop and flip for a whole batch at once on the training device, normalisation.
+"""Training batches in seeded order: random crop, random flip and normalisation of a whole batch on the device.
 
-Order and augmentation have random streams of their own, derived from (seed, purpose, epoch): any epoch can be drawn
-without the ones before it, and neither the network nor a loss can disturb them.
+Order and augmentation have separate random streams, each derived from (seed, purpose, epoch). Any epoch can be drawn
+without the epochs before it, and no random number drawn elsewhere changes it.
 """
 
 import hashlib
@@ -11,41 +11,42 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .datasets import Images
+from ..utils.messages import kind_of
+from .images import Images, check_pixels
 
-PADDING = 4  # pixels of zeros on every side before the random crop
+PADDING = 4  # pixels of zeros on each side before the random crop
 
 
 def stream(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
-    """An independent CPU random stream for one purpose of one epoch."""
+    """A CPU generator for one purpose in one epoch, independent of all others."""
     digest = hashlib.sha256(f"{seed}|{purpose}|{epoch}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """``images`` float32 (batch, 3, height, width), channels-last; ``labels`` int64 (batch) or None."""
+    """``images`` float32 (batch, 3, height, width), channels-last; ``labels`` int64 (batch,) or None."""
 
     images: torch.Tensor
     labels: torch.Tensor | None
 
 
 class Normalizer:
-    """uint8 images to float32 of mean 0 and deviation 1 per channel, in channels-last memory.
+    """Converts uint8 pixels to float32: (pixels / 255 − mean) / std per channel, in channels-last memory.
 
     Args:
-        mean, std: of each channel, in [0, 1]; ``std`` above 0.
-        device: where the images are made.
+        mean, std: one value a channel, for pixels in [0, 1]; ``std`` above 0.
+        device: device of the pixels to convert.
 
     Raises:
-        ValueError: a deviation of 0, or other numbers of channels in ``mean`` and ``std``.
+        ValueError: ``mean`` and ``std`` differ in length, or a value is out of range.
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
         if len(mean) != len(std) or not all(value > 0 for value in std):
-            raise ValueError(f"mean and std must have a value for each channel, std above 0; got {mean!r} and {std!r}")
+            raise ValueError(f"mean and std must have one value a channel, std above 0, got {mean!r} and {std!r}")
         if max(*mean, *std) > 1:
-            raise ValueError(f"mean and std are of pixels in [0, 1], got {mean!r} and {std!r}: divide them by 255")
+            raise ValueError(f"mean and std must be for pixels in [0, 1], got {mean!r} and {std!r}: divide them by 255")
         self.device = torch.device(device)
         scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
         self._scale = scale.float().view(1, 1, 1, -1).to(device)
@@ -56,29 +57,32 @@ class Normalizer:
         return torch.addcmul(self._shift, pixels.float(), self._scale).permute(0, 3, 1, 2)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(batch, 3, height, width) uint8 → the same shape float32, channels-last.
+        """(batch, 3, height, width) uint8 → (batch, 3, height, width) float32, channels-last.
 
         Raises:
-            ValueError: ``pixels`` are something else.
+            ValueError: see :func:`faqd_lib.data.images.check_pixels`.
         """
-        if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8 or pixels.ndim != 4:
-            got = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, torch.Tensor) else type(pixels).__name__
-            raise ValueError(f"pixels must be a uint8 tensor (batch, channels, height, width), got {got}")
+        check_pixels(pixels)
         return self.from_nhwc(pixels.permute(0, 2, 3, 1).contiguous())
 
 
 class Batches:
     """Training batches of a split; images without labels give batches without labels.
 
-    The last, incomplete batch of an epoch is left out (another one each time, since the order is drawn anew).
+    Each epoch draws a new order and drops the images that do not fill a batch. Each image is padded with zeros by
+    :data:`PADDING` pixels, cropped at random to its size, and mirrored with probability 1/2 if ``flip`` is set.
 
     Args:
         images: the split; ``images.unlabelled()`` for label-free training.
-        batch_size: at least 2 (batch normalisation), at most ``len(images)``.
-        seed: of order and augmentation.
-        normalizer: made with the dataset's mean and deviation, on the training device.
-        flip: whether half of the images are mirrored.
-        device: where the images live and the batches are made; None for the normalizer's device.
+        batch_size: 2 to ``len(images)``; batch normalisation needs two images.
+        seed: seed of order and augmentation.
+        normalizer: mean and deviation of the dataset, on the training device.
+        flip: whether images may be mirrored.
+        device: where pixels are kept and batches are built; None for the normalizer's device.
+
+    Raises:
+        TypeError: ``images`` is no :class:`faqd_lib.data.images.Images`.
+        ValueError: ``batch_size`` is out of range.
     """
 
     def __init__(
@@ -92,22 +96,22 @@ class Batches:
         device: torch.device | str | None = None,
     ) -> None:
         if not isinstance(images, Images):
-            raise TypeError(f"images must be faqd_lib.data.images.Images, got {type(images).__name__}")
+            raise TypeError(f"images must be faqd_lib.data.images.Images, got {kind_of(images)}: use Images(pixels)")
         if not 2 <= batch_size <= len(images):
             raise ValueError(
-                f"batch_size must be between 2 (batch normalisation needs two images) and the {len(images)} images "
-                f"of the split, got {batch_size}"
+                f"batch_size must be between 2, for batch normalisation, and the {len(images)} images of the split, "
+                f"got {batch_size}"
             )
         self.batch_size, self.seed, self.flip, self.normalizer = batch_size, seed, flip, normalizer
         self.device = normalizer.device if device is None else torch.device(device)
-        self._pixels = images.pixels.permute(0, 2, 3, 1).contiguous().to(self.device)  # channels last, as used
+        self._pixels = images.pixels.permute(0, 2, 3, 1).contiguous().to(self.device)  # as batches are built
         self._labels = None if images.labels is None else images.labels.to(self.device)
 
     def __len__(self) -> int:
         return len(self._pixels) // self.batch_size
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch, from number ``first`` on; the same seed and epoch give the same bits."""
+        """The batches of one epoch, from batch number ``first`` on; seed and epoch determine every bit."""
         count, height, width = self._pixels.shape[:3]
         order = torch.randperm(count, generator=stream(self.seed, "order", epoch)).to(self.device)
         augment = stream(self.seed, "augmentation", epoch)

@@ -1,7 +1,7 @@
-"""Datasets: found on disk, checked, decoded once into uint8 tensors, and named by a fingerprint of their content.
+"""Find datasets on disk, check them, decode them once into uint8 tensors, and fingerprint their content.
 
-Places are searched in this order: an explicit ``data_root`` (and then nothing else), otherwise ``$FAQD_DATA``,
-otherwise ``data/`` in the project; a download into the last of these comes last and only where it is allowed.
+An explicit ``data_root`` is the only folder searched. Without one, ``$FAQD_DATA`` is searched first, then ``data/`` in
+the project. A dataset found nowhere is downloaded into the last folder searched, if the caller allows it.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..utils.files import atomic_write, cache_dir, project_root, require_writable, tensors_digest
+from ..utils.messages import did_you_mean
 from .images import DatasetError, ImageData, Images, balanced_indices, split_validation, subset
 from .sources import BUILT_IN, SOURCES, Decoded, Source, is_tree, read_tree
 
@@ -33,14 +34,14 @@ __all__ = [
 
 
 def data_roots(data_root: str | os.PathLike | None = None) -> list[Path]:
-    """The folders that are searched, first to last.
+    """The folders to search, in order.
 
     Raises:
         DatasetError: ``data_root`` or ``$FAQD_DATA`` names a folder that does not exist.
     """
     for origin, value in (("data_root", data_root), ("FAQD_DATA", os.environ.get("FAQD_DATA"))):
         if value and not Path(value).is_dir():
-            raise DatasetError(f"{origin} is {str(value)!r}, which is not a folder: correct it or leave it unset")
+            raise DatasetError(f"{origin} is {str(value)!r}, which is not a folder: correct it or unset it")
         if value and origin == "data_root":
             return [Path(value)]
     from_environment = [Path(os.environ["FAQD_DATA"])] if os.environ.get("FAQD_DATA") else []
@@ -56,7 +57,7 @@ def _find(source: Source, roots: list[Path]) -> Path | None:
 
 
 def _signature(path: Path) -> str:
-    """A digest of names, sizes and times below ``path``: cheap, changes whenever a file does."""
+    """A digest of the names, sizes and times of all files in ``path``, cheaper than their content."""
     digest = hashlib.sha256(str(path.resolve()).encode())
     files = [path.as_posix()] if path.is_file() else []
     for folder, _, names in os.walk(path, followlinks=True):
@@ -68,7 +69,7 @@ def _signature(path: Path) -> str:
 
 
 def _download(source: Source, target: Path) -> None:
-    """Fetch into a folder beside, then move what is whole: a killed download leaves nothing that looks like data."""
+    """Download into a temporary folder, then move the result: an interrupted download never looks complete."""
     with tempfile.TemporaryDirectory(dir=target, prefix=".download-") as folder:
         source.download(Path(folder))
         for place in source.places:
@@ -82,17 +83,21 @@ def _source(name: str, roots: list[Path]) -> Source:
     if name and Path(name).name == name and any(is_tree(root / name) for root in roots):
         return Source((name,), read_tree, is_tree)
     if inside := [root for root in roots if root.name == name and is_tree(root)]:
-        raise DatasetError(f"{inside[0]} is the dataset itself: data_root is the folder it lies in, {inside[0].parent}")
+        raise DatasetError(f"{inside[0]} is the dataset itself: set data_root to its parent folder, {inside[0].parent}")
     there = next((root / name for root in roots if name and (root / name).is_dir()), None)
     lacking = "" if there is None else f"; {there} has no {'test/' if (there / 'train').is_dir() else 'train/'}"
     raise DatasetError(
-        f"unknown dataset {name!r}: choose {', '.join(SOURCES)}, or the name of a folder with train/<class>/* and "
-        f"test/<class>/* below {' or '.join(str(root) for root in roots)}{lacking}"
+        f"unknown dataset {name!r}{did_you_mean(name, SOURCES)}: choose {', '.join(SOURCES)}, or the name of a folder "
+        f"with train/<class>/* and test/<class>/* in {' or '.join(str(root) for root in roots)}{lacking}"
     )
 
 
 def on_disk(name: str, data_root: str | os.PathLike | None = None) -> bool:
-    """Whether the dataset can be read without a download."""
+    """Whether the dataset can be read without a download.
+
+    Raises:
+        DatasetError: unknown name, or a data root that does not exist.
+    """
     roots = data_roots(data_root)
     return name in BUILT_IN or _find(_source(name, roots), roots) is not None
 
@@ -100,9 +105,13 @@ def on_disk(name: str, data_root: str | os.PathLike | None = None) -> bool:
 def resolve(
     name: str, data_root: str | os.PathLike | None = None, *, allow_digits: bool = True, allow_download: bool = False
 ) -> tuple[str, str]:
-    """Turn ``"auto"`` into a dataset's name, and say why in one line: (name, reason).
+    """Resolve ``"auto"`` to a dataset; returns (name, reason in one line).
 
-    CIFAR-10 if it is on disk, original before JPEG; otherwise digits, or the original to be downloaded.
+    The choice is CIFAR-10 if it is on disk, the original before JPEGs. Otherwise it is the original CIFAR-10 if
+    ``allow_download``, else the digits if ``allow_digits``. Any other name is checked and returned unchanged.
+
+    Raises:
+        DatasetError: unknown name, a data root that does not exist, or nothing to choose for ``"auto"``.
     """
     roots = data_roots(data_root)
     if name != "auto":
@@ -126,16 +135,17 @@ def load(
     image_size: int | None = None,
     download: bool = False,
 ) -> ImageData:
-    """Load a dataset by name: found, decoded (once: the result is cached), checked against its digest.
+    """Load a dataset by name. Decoded datasets are cached in :func:`faqd_lib.utils.files.cache_dir`.
 
     Args:
-        name: a key of :data:`SOURCES`, or a folder of images below a data root.
+        name: a key of :data:`SOURCES`, or the name of a folder of images in a data root.
         data_root: the only folder to search; None for ``$FAQD_DATA``, then ``data/``.
-        image_size: height and width in pixels to resize the images of a folder to; None keeps them.
-        download: whether an official archive may be fetched where nothing is found.
+        image_size: height and width in pixels to resize a folder's images to; None keeps their size.
+        download: whether the official archive may be downloaded if the dataset is not on disk.
 
     Raises:
-        DatasetError: unknown name; nothing found; a truncated, damaged or wrong file.
+        DatasetError: the name is unknown, the dataset was not found, or a file is truncated, damaged or wrong.
+        PermissionError: the cache or the download's folder cannot be written to.
     """
     roots = data_roots(data_root)
     source = _source(name, roots)
@@ -158,7 +168,7 @@ def load(
         remedy = source.hint or "allow the download or fetch the official archive"
         if tree := next((root / name for root in roots if is_tree(root / name)), None):
             other = "ask for cifar10-jpeg, if it is CIFAR-10, or " if name == "cifar10" else ""
-            remedy += f"; {tree} is a folder of images: {other}give it another name and ask for that"
+            remedy += f"; {tree} is a folder of images: {other}give it another name and ask for that name"
         raise DatasetError(
             f"dataset {name!r} was not found. Looked for: {looked}. Put it there ({remedy}), set FAQD_DATA or give "
             "--data-root."
@@ -167,7 +177,7 @@ def load(
     if source.classes is not None and decoded.classes != source.classes:
         raise DatasetError(
             f"{path} is not {name}: its classes are {', '.join(decoded.classes[:4])}…, not {source.classes[0]}, "
-            f"{source.classes[1]}…. Give the folder another name, and ask for it by that name"
+            f"{source.classes[1]}…. Give the folder another name, and ask for that name"
         )
     return _assemble(name, source, decoded, fingerprint, path.name)
 
@@ -186,7 +196,7 @@ def _tensors(decoded: Decoded) -> dict[str, torch.Tensor]:
 
 
 def _from_cache(file: Path) -> tuple[Decoded, str] | None:
-    """The decoded dataset in ``file`` and its fingerprint, or None if the file is damaged."""
+    """(dataset, fingerprint) from a cache file, or None if the file is damaged."""
     try:
         tensors = load_file(file)
         with safe_open(file, "pt") as opened:
@@ -207,7 +217,7 @@ def _cached(name: str, source: Source, path: Path, image_size: int | None) -> tu
         cached = _from_cache(file)
         if cached is not None:
             return cached
-        # The cache is only a copy: it is made again, and the user is told why this takes a while.
+        # The cache is only a copy: decode again, and tell the user why loading takes longer.
         print(f"the decoded copy {file.name} is damaged; decoding {path.name} again", flush=True)
     decoded = source.read(path, image_size)
     require_writable(file.parent)
@@ -219,7 +229,7 @@ def _cached(name: str, source: Source, path: Path, image_size: int | None) -> tu
 
 def _assemble(name: str, source: Source, decoded: Decoded, fingerprint: str, origin: str) -> ImageData:
     pixels = decoded.train.pixels
-    # Exact integer counts: mean and deviation do not depend on the order of a float reduction.
+    # Integer counts are exact: mean and deviation do not depend on the order of a float sum.
     levels = torch.stack([torch.bincount(pixels[:, c].flatten(), minlength=256) for c in range(3)]).double()
     values = torch.arange(256, dtype=torch.float64) / 255
     share = levels / levels.sum(1, keepdim=True)

@@ -1,33 +1,44 @@
-"""Images in memory: uint8 splits, with labels or without any, and seeded class-balanced subsets of them."""
+"""Images in memory: uint8 splits, with or without labels, and seeded, class-balanced subsets of splits."""
 
 from dataclasses import dataclass
 
 import torch
 
+from ..utils.messages import kind_of
+
 
 class DatasetError(RuntimeError):
-    """A dataset is missing, damaged or not what its name says; the message names what, where and what to do."""
+    """A dataset is missing, damaged or not the one it is named after; the message names file, fault and remedy."""
+
+
+def check_pixels(pixels: object) -> None:
+    """Check that ``pixels`` is a uint8 tensor (count, channels, height, width).
+
+    Raises:
+        ValueError: another type, dtype or number of dimensions, or channels in the last dimension.
+    """
+    if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8 or pixels.ndim != 4:
+        raise ValueError(f"pixels must be a uint8 tensor (count, channels, height, width), got {kind_of(pixels)}")
+    if pixels.shape[1] not in (1, 3) and pixels.shape[3] in (1, 3):
+        raise ValueError(
+            f"pixels must be (count, channels, height, width), got {tuple(pixels.shape)}: move the channels with "
+            "pixels.permute(0, 3, 1, 2)"
+        )
 
 
 @dataclass(frozen=True)
 class Images:
-    """A split: ``pixels`` uint8 (count, 3, height, width) and ``labels`` int64 (count), or None if it has none."""
+    """A split: ``pixels`` uint8 (count, 3, height, width), and ``labels`` int64 (count,) or None without labels.
+
+    Raises:
+        ValueError: see :func:`check_pixels`; or the numbers of pixels and labels differ.
+    """
 
     pixels: torch.Tensor
     labels: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        pixels = self.pixels
-        if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8 or pixels.ndim != 4:
-            got = type(pixels).__name__
-            if isinstance(pixels, torch.Tensor):
-                got = f"{pixels.dtype} {tuple(pixels.shape)}"
-            raise ValueError(f"pixels must be a uint8 tensor (count, channels, height, width), got {got}")
-        if pixels.shape[1] not in (1, 3) and pixels.shape[3] in (1, 3):
-            raise ValueError(
-                f"pixels must be (count, channels, height, width), got {tuple(pixels.shape)}: channels come second, "
-                "use pixels.permute(0, 3, 1, 2)"
-            )
+        check_pixels(self.pixels)
         if self.labels is not None and len(self.labels) != len(self.pixels):
             raise ValueError(f"{len(self.pixels)} images but {len(self.labels)} labels")
 
@@ -35,11 +46,11 @@ class Images:
         return len(self.pixels)
 
     def unlabelled(self) -> "Images":
-        """The same images without labels: what label-free training is given."""
+        """The same images without labels, for label-free training."""
         return Images(self.pixels)
 
     def take(self, indices: torch.Tensor) -> "Images":
-        """The images at ``indices`` (int64), with their labels if there are any."""
+        """The images at ``indices`` (int64), with their labels if the split has labels."""
         return Images(self.pixels[indices], None if self.labels is None else self.labels[indices])
 
 
@@ -47,9 +58,9 @@ class Images:
 class ImageData:
     """A dataset in memory.
 
-    ``mean`` and ``std`` are per channel of the whole training split, in [0, 1]. ``flip`` says whether a mirrored
-    picture keeps its meaning (it does not for digits). ``fingerprint`` is the SHA-256 of content and class names;
-    ``note`` goes into every caption.
+    ``mean`` and ``std`` have one value a channel, over the whole training split, in [0, 1]. ``flip`` says whether a
+    mirrored image keeps its class; a digit does not. ``fingerprint`` is the SHA-256 of pixels, labels and class names.
+    ``note`` appears in every caption, ``source`` names the file or folder.
     """
 
     name: str
@@ -65,12 +76,17 @@ class ImageData:
 
     @property
     def image_size(self) -> int:
-        """Height of the images in pixels (they are square)."""
+        """Height and width of the square images in pixels."""
         return self.train.pixels.shape[-1]
 
 
 def balanced_indices(labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """Indices (sorted) of a seeded subset with as many images of each class as possible.
+    """Sorted indices (int64) of a seeded subset in which class sizes differ by as little as possible.
+
+    Args:
+        labels: int64 (images,).
+        count: size of the subset.
+        seed: the same seed chooses the same images.
 
     Raises:
         ValueError: ``count`` is not in 1..len(labels).
@@ -78,7 +94,7 @@ def balanced_indices(labels: torch.Tensor, count: int, seed: int) -> torch.Tenso
     if not 1 <= count <= len(labels):
         raise ValueError(f"cannot take {count} images from {len(labels)}: choose 1 to {len(labels)}")
     generator = torch.Generator().manual_seed(seed)
-    # The n-th image of every class comes before the (n+1)-th of any: the first `count` are as balanced as can be.
+    # Sorted by rank within its class, any prefix is balanced: every class's n-th image comes before any (n+1)-th.
     shuffled = torch.randperm(len(labels), generator=generator)
     rank = torch.empty_like(labels)
     for label in labels.unique():
@@ -88,14 +104,18 @@ def balanced_indices(labels: torch.Tensor, count: int, seed: int) -> torch.Tenso
 
 
 def subset(images: Images, count: int | None, seed: int) -> Images:
-    """A class-balanced, seeded subset of labelled images; all of them if ``count`` is None."""
+    """A seeded, class-balanced subset of ``count`` labelled images; all images if ``count`` is None."""
     if count is None or count == len(images):
         return images
     return images.take(balanced_indices(images.labels, count, seed))
 
 
 def split_validation(images: Images, count: int, seed: int) -> tuple[Images, Images | None]:
-    """(training images, class-balanced held-out images); the second is None if ``count`` is 0."""
+    """(training images, ``count`` class-balanced validation images); the latter is None if ``count`` is 0.
+
+    Raises:
+        ValueError: no image would be left for training.
+    """
     if count == 0:
         return images, None
     if count >= len(images):

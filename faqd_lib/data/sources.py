@@ -1,4 +1,4 @@
-"""How each dataset is recognised on disk, read, and fetched: CIFAR, Tiny ImageNet, folders of images, digits."""
+"""Recognise, read and download each dataset: CIFAR, Tiny ImageNet, folders of images, digits."""
 
 import io
 import itertools
@@ -26,7 +26,7 @@ TINY_ADDRESS = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a reader returns: uint8 pixels and labels of both splits, and the names of the classes."""
+    """Result of a reader: both splits with labels, and the class names in the order of the labels."""
 
     train: Images
     test: Images
@@ -35,9 +35,16 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Source:
-    """How one dataset is found (``places``: paths under a root, first match counts) and read.
+    """How to find and read one dataset.
 
-    ``classes``: what its classes must be, where a folder is taken for a dataset by its name; every caption says it.
+    Attributes:
+        places: paths in a data root; the first for which ``is_there`` holds is read.
+        read: the reader, called with the path and the image size (None keeps the size of the images).
+        download: downloads the dataset into a folder; None if it cannot be downloaded.
+        flip: whether mirrored images keep their class.
+        note: text for every caption.
+        hint: what to put on disk if the dataset is missing.
+        classes: the expected class names, to detect another dataset in a folder of the same name.
     """
 
     places: tuple[str, ...]
@@ -51,7 +58,7 @@ class Source:
 
 
 def _decode(jobs: list[tuple[str, Callable[[], bytes]]], image_size: int | None) -> torch.Tensor:
-    """Decode images in threads (Pillow releases the interpreter lock) into uint8 (count, 3, size, size)."""
+    """Decode (name, read) jobs in threads into uint8 (count, 3, size, size); Pillow releases the interpreter lock."""
 
     def one(job: tuple[str, Callable[[], bytes]]) -> np.ndarray:
         name, read = job
@@ -63,12 +70,12 @@ def _decode(jobs: list[tuple[str, Callable[[], bytes]]], image_size: int | None)
                 return np.asarray(picture).transpose(2, 0, 1)
         except (OSError, zipfile.BadZipFile, zlib.error) as error:
             raise DatasetError(
-                f"{name} cannot be decoded ({error}): the file is truncated or no image. "
-                "Replace it with a whole copy, or remove it."
+                f"{name} cannot be decoded ({error}): the file is truncated or not an image. "
+                "Replace it with an intact copy, or remove it."
             ) from error
 
     if not jobs:
-        raise DatasetError("there is no image to decode")
+        raise DatasetError("the dataset has no images")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         decoded: Iterator[np.ndarray] = pool.map(one, jobs, chunksize=64)
         first = next(decoded)
@@ -78,8 +85,8 @@ def _decode(jobs: list[tuple[str, Callable[[], bytes]]], image_size: int | None)
             if picture.shape != first.shape or height != width:
                 other = "" if height != width else f", but {jobs[0][0]} is {first.shape[2]}x{first.shape[1]}"
                 raise DatasetError(
-                    f"{jobs[index][0]} is {width}x{height}{other}: images must be square and of one size; set "
-                    "image_size in the profile to have them resized"
+                    f"{jobs[index][0]} is {width}x{height}{other}: images must be square and of one size. Set "
+                    "image_size in the profile to resize them"
                 )
             pixels[index] = picture
     return torch.from_numpy(pixels)
@@ -95,7 +102,7 @@ def is_tree(path: Path) -> bool:
 
 
 def read_tree(path: Path, image_size: int | None) -> Decoded:
-    """``train/<class>/*`` and ``test/<class>/*`` (or ``val``), as torchvision's ImageFolder reads them."""
+    """Read ``train/<class>/*`` and ``test/<class>/*`` (or ``val``) with torchvision's ImageFolder."""
     from ..utils.torchvision_import import torchvision
 
     splits, classes = [], None
@@ -117,14 +124,14 @@ def read_tree(path: Path, image_size: int | None) -> Decoded:
     sizes = [tuple(split.pixels.shape[2:]) for split in splits]
     if sizes[0] != sizes[1]:
         raise DatasetError(
-            f"{path}: training images are {sizes[0][1]}x{sizes[0][0]}, test images {sizes[1][1]}x{sizes[1][0]}; "
-            "set image_size in the profile to have them resized"
+            f"{path}: training images are {sizes[0][1]}x{sizes[0][0]}, test images {sizes[1][1]}x{sizes[1][0]}. "
+            "Set image_size in the profile to resize them"
         )
     return Decoded(*splits, tuple(classes))
 
 
 def _read_tiny_imagenet(path: Path, image_size: int | None) -> Decoded:
-    """The official layout, as a folder or as the official zip archive, which is read in place, not unpacked."""
+    """Read the official layout, from a folder or straight from the official zip archive."""
     if path.is_dir():
         names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
 
@@ -134,7 +141,7 @@ def _read_tiny_imagenet(path: Path, image_size: int | None) -> Decoded:
         try:
             archive = zipfile.ZipFile(path)
         except zipfile.BadZipFile as error:
-            raise DatasetError(f"{path} is not a whole zip archive ({error}): fetch it again") from error
+            raise DatasetError(f"{path} is not an intact zip archive ({error}): fetch it again") from error
         prefix = "tiny-imagenet-200/"
         names = sorted(name[len(prefix) :] for name in archive.namelist() if name.startswith(prefix))
 
@@ -144,7 +151,7 @@ def _read_tiny_imagenet(path: Path, image_size: int | None) -> Decoded:
     listed = set(names)
     for needed in ("wnids.txt", "words.txt", "val/val_annotations.txt"):
         if needed not in listed:
-            raise DatasetError(f"{path} has no {needed}: it is not a whole Tiny ImageNet; fetch the official archive")
+            raise DatasetError(f"{path} has no {needed}, so Tiny ImageNet is incomplete: fetch the official archive")
     wnids = sorted(read("wnids.txt").decode().split())
     words = dict(line.split("\t", 1) for line in read("words.txt").decode().splitlines() if "\t" in line)
     index = {wnid: position for position, wnid in enumerate(wnids)}
@@ -177,19 +184,19 @@ def _cifar_class(name: str):
 
 def _read_cifar(name: str) -> Callable[[Path, int | None], Decoded]:
     def read(path: Path, image_size: int | None) -> Decoded:
-        """torchvision's loader, which checks every file's MD5 before it reads it."""
+        """Read with torchvision's loader, after a check of every file's MD5."""
         from ..utils.torchvision_import import torchvision
 
         dataset = _cifar_class(name)
-        if path.is_file():  # the archive: unpacked into the cache, because its own folder may be read-only
+        if path.is_file():  # an archive is unpacked into the cache: its folder may be read-only
             if not torchvision.datasets.utils.check_integrity(str(path), dataset.tgz_md5):
-                raise DatasetError(f"{path} is truncated or not the official archive (MD5 differs): fetch it again")
+                raise DatasetError(f"{path} is truncated or not the official archive, by its MD5: fetch it again")
             unpacked = require_writable(cache_dir() / f"{name}-unpacked")
             torchvision.datasets.utils.extract_archive(str(path), str(unpacked))
             path = unpacked / dataset.base_folder
         for file, md5 in [*dataset.train_list, *dataset.test_list, [dataset.meta["filename"], dataset.meta["md5"]]]:
             if not torchvision.datasets.utils.check_integrity(str(path / file), md5):
-                state = "is truncated or damaged (MD5 differs)" if (path / file).exists() else "is missing"
+                state = "is truncated or damaged, by its MD5" if (path / file).exists() else "is missing"
                 raise DatasetError(f"{path / file} {state}: remove {path} and fetch the dataset again")
         splits = [dataset(str(path.parent), train=train) for train in (True, False)]
         if image_size not in (None, 32):
@@ -216,7 +223,7 @@ def _download_tiny(root: Path) -> None:
 
 
 def _read_digits(path: Path, image_size: int | None) -> Decoded:
-    """scikit-learn's 1,797 real 8×8 digits (UCI), enlarged to 32×32; one fifth, class-balanced, is the test split."""
+    """scikit-learn's 1,797 real 8×8 digits (UCI), enlarged to 32×32; 360, class-balanced, are the test split."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

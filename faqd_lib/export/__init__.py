@@ -1,1 +1,1 @@
-"""Small files: packed and ONNX."""
+"""Quantized networks as small files: packed safetensors and ONNX."""

@@ -1,14 +1,14 @@
-"""A quantized network as a file that is as small as its bits: packed levels, scales, batch normalisation, metadata.
+"""Packed files of quantized networks: each weight takes its bits. Reading one needs torch and safetensors only.
 
-Reading such a file needs torch and safetensors, nothing else. What a file holds:
+A packed file is a safetensors file with these parts:
 
-- ``<layer>.levels``: uint8, the layer's integer levels at ``bits`` bits each (1: sign; 2: ternary; b: b), lowest bit
-  first, without gaps between them; ``<layer>.scale``: one number, or one for each output channel;
-- ``<batch norm>.batch_norm``: (4, C), the rows weight, bias, running mean, running variance;
-- every other parameter and buffer under its own name, activation steps (``<relu>.step``) among them;
-- metadata (JSON under ``"faqd"``): bits and shape of every quantized layer, bits of every quantized ReLU, which tensors
-  were channels-last in memory, which parameters are another one (stored once), what network to build, a digest of all
-  tensors, and whatever the user adds.
+- ``<layer>.levels``: uint8, the layer's integer levels at ``bits`` bits each, lowest bit first, without gaps. 1 bit
+  stores the sign, 2 bits a ternary level.
+- ``<layer>.scale``: one number, or one an output channel.
+- ``<batch norm>.batch_norm``: (4, C), the rows weight, bias, running mean, running variance.
+- Every other parameter and buffer under its own name, such as the activation steps ``<relu>.step``.
+- Metadata, JSON under ``"faqd"``: bits and shape of every quantized layer, bits of every quantized ReLU, names of
+  channels-last tensors, tied parameters, the architecture to build, a digest, and the user's metadata.
 """
 
 import inspect
@@ -34,7 +34,8 @@ from ..quantization.network import (
     uncalibrated,
     unwrapped,
 )
-from ..quantization.weights import QuantizedReLU, low_bit_values
+from ..quantization.relu import QuantizedReLU
+from ..quantization.weights import low_bit_values
 from ..utils.files import atomic_write, canonical_json, tensors_digest
 
 FORMAT = "faqd-packed-1"
@@ -43,23 +44,23 @@ _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 class PackedFileError(ValueError):
-    """A file is no packed network, is damaged, or does not fit the network it is read into."""
+    """A file is not a packed network, is damaged, or does not fit the network to load it into."""
 
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Whole numbers from 0 to 2^bits − 1 as a stream of bits, lowest first; uint8, ⌈numel·bits/8⌉ bytes.
+    """Pack integers from 0 to 2^bits − 1 without gaps, lowest bit first: uint8 (⌈numel·bits/8⌉,).
 
-    Example: (1, 0, 1, 1) at 1 bit → 13 (binary 1101).
+    Example: (1, 0, 1, 1) at 1 bit → 13, which is 1101 in binary.
     """
-    stream = ((codes.flatten().to(torch.uint8).unsqueeze(1) >> torch.arange(bits, dtype=torch.uint8)) & 1).flatten()
-    stream = torch.cat((stream, stream.new_zeros(-stream.numel() % 8))).view(-1, 8)
-    return (stream << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    single = ((codes.flatten().to(torch.uint8).unsqueeze(1) >> torch.arange(bits, dtype=torch.uint8)) & 1).flatten()
+    bytewise = torch.cat((single, single.new_zeros(-single.numel() % 8))).view(-1, 8)
+    return (bytewise << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """The first ``count`` numbers of a stream that :func:`pack_bits` made; uint8."""
-    stream = ((packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[: count * bits]
-    return (stream.view(count, bits) << torch.arange(bits, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    """The first ``count`` integers that :func:`pack_bits` packed: uint8 (count,)."""
+    single = ((packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[: count * bits]
+    return (single.view(count, bits) << torch.arange(bits, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
 def save_packed(
@@ -69,20 +70,23 @@ def save_packed(
     architecture: Mapping[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a quantized network to a packed file, whole or not at all.
+    """Write a quantized network to a packed file, atomically.
 
     Args:
-        model: a network that :func:`faqd_lib.quantize` has quantized, or one that was read from a packed file; layers
-            that are float are stored as they are. What DataParallel, DistributedDataParallel or ``torch.compile`` have
-            put around it is taken off.
-        path: of the file, by convention ``*.safetensors``.
-        architecture: arguments of :func:`faqd_lib.build_model` (``{"name": "resnet20", "num_classes": 10}``), so that
-            the file can be read without a network to read it into.
-        metadata: whatever else belongs to the network (class names, normalisation); JSON.
+        model: a network quantized by :func:`faqd_lib.quantize` or loaded from a packed file. Float layers are stored
+            unchanged. Wrappers of DataParallel, DistributedDataParallel and ``torch.compile`` are removed.
+        path: path of the file, by convention ``*.safetensors``.
+        architecture: arguments of :func:`faqd_lib.build_model`, such as ``{"name": "resnet20", "num_classes": 10}``.
+            With them :func:`load_packed` builds the network itself.
+        metadata: JSON values that belong to the network, such as class names and normalisation.
+
+    Returns:
+        ``path``.
 
     Raises:
-        ValueError: nothing in the network is quantized, a weight from a packed file has been changed since,
-            ``architecture`` builds another network than this, or the metadata is no JSON.
+        ValueError: nothing in the network is quantized, a weight was changed after it was loaded from a packed file,
+            ``architecture`` builds a different network, or the metadata is not JSON.
+        OSError: the file could not be written.
 
     Warns:
         UserWarning: an activation step is neither calibrated nor trained.
@@ -118,7 +122,7 @@ def save_packed(
     kept = {name: value for name, value in model.state_dict().items() if name not in done and name not in tied}
     for name, value in kept.items():
         if not isinstance(value, torch.Tensor):
-            raise ValueError(f"{name} is a {type(value).__name__}: a packed file holds tensors, no other state")
+            raise ValueError(f"{name} is a {type(value).__name__}: a packed file can store tensors only")
     tensors |= {name: tensor.detach().cpu() for name, tensor in kept.items()}
     channels_last = [name for name, tensor in tensors.items() if _is_channels_last(tensor)]
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
@@ -137,13 +141,13 @@ def save_packed(
 
 
 def _tied(model: nn.Module, layers: Mapping[str, LowBitWeight]) -> dict[str, str]:
-    """Parameters that are another one under another name, by the names that they have when unpacked."""
+    """Further names of shared parameters, as they are called after loading, by the name that is stored."""
     first: dict[object, str] = {}
     tied = {}
     for key, parameter in model.named_parameters(remove_duplicate=False):
         name = key.replace("parametrizations.weight.original", "weight")
         low = layers.get(name.removesuffix("weight").removesuffix("."))
-        # One latent weight may be quantized in two ways.
+        # One latent weight can be quantized in two ways: two weights after loading.
         how = (low.bits, low.scale.shape) if low is not None and name.split(".")[-1] == "weight" else None
         if (owner := first.setdefault((id(parameter), how), name)) != name:
             tied[name] = owner
@@ -151,7 +155,7 @@ def _tied(model: nn.Module, layers: Mapping[str, LowBitWeight]) -> dict[str, str
 
 
 def _check_architecture(model: nn.Module, architecture: Mapping[str, Any]) -> None:
-    """Now, not when the file is read and this network is gone."""
+    """Raise ValueError unless ``architecture`` builds this network: it may be gone when the file is loaded."""
     if not isinstance(architecture, Mapping):
         raise ValueError(f"architecture must be a dictionary of build_model's arguments, got {architecture!r}")
     check_json("architecture", architecture)
@@ -172,7 +176,7 @@ def _check_architecture(model: nn.Module, architecture: Mapping[str, Any]) -> No
 
 
 def check_json(what: str, value: Mapping[str, Any] | None) -> None:
-    """Raise ValueError unless ``value`` is None or a dictionary that JSON gives back as it is."""
+    """Raise ValueError unless ``value`` is None or a dictionary that JSON preserves."""
     if value is None:
         return
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -181,13 +185,13 @@ def check_json(what: str, value: Mapping[str, Any] | None) -> None:
         try:
             text = json.dumps(part)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{what}[{key!r}] is no JSON ({error}): use .tolist() or float() of arrays") from error
+            raise ValueError(f"{what}[{key!r}] is not JSON ({error}): use .tolist() or float() of arrays") from error
         if json.loads(text) != (list(part) if isinstance(part, tuple) else part):
             raise ValueError(f"{what}[{key!r}] would come back from JSON as {text}: use text as keys, and lists")
 
 
 def warn_of_uncalibrated(model: nn.Module) -> None:
-    """Warn if steps of activations are still those that they were made with, which know nothing of any image."""
+    """Warn if activation steps still have their initial values, which fit no image."""
     if names := uncalibrated(model):
         warnings.warn(
             f"{len(names)} activation step(s) were neither calibrated nor trained ({', '.join(names[:3])}"
@@ -197,42 +201,44 @@ def warn_of_uncalibrated(model: nn.Module) -> None:
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """A packed file's metadata: ``format``, ``layers``, ``activations``, ``architecture``, ``metadata``, ``digest``.
+    """The header of a packed file: ``format``, ``layers``, ``activations``, ``architecture``, ``metadata``, ``digest``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        PackedFileError: it is no packed network.
+        PackedFileError: the file is not a packed network.
     """
     return _read(Path(path))[0]
 
 
 def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """The network of a packed file, in evaluation mode, with the very outputs of the one that was saved.
+    """Load the network of a packed file, in evaluation mode; its outputs equal those of the saved network bit for bit.
 
-    Weights are unpacked into ordinary float parameters (on disk the network is small, in memory it is not), quantized
-    ReLUs are put where they were. It can be described, saved and exported as it is; to train it on with quantizers,
-    ``dequantize`` and ``quantize`` it. Batch normalisations have not kept how many batches they saw. Names, shapes and
-    kinds of activations are compared with the network's, not what else a module was built with (stride, padding): that
-    is for who builds it. A network of another precision takes the file's, and takes images of that precision then.
+    Weights become ordinary float parameters: the network is small on disk, not in memory. Quantized ReLUs replace the
+    ReLUs. The network can be described, saved and exported. To train it with quantizers, call ``dequantize`` and
+    ``quantize`` first. The number of batches that a batch normalisation has seen is not stored. The network takes the
+    precision of the file.
+
+    Names, shapes and kinds of activations are checked against ``model``. Other settings of its modules, such as stride
+    and padding, cannot be checked.
 
     Args:
-        path: of the file.
-        model: a freshly built float network of the same architecture, changed in place; None to build the one that
-            the file names. The network stays on its device.
+        path: path of the file.
+        model: a newly built float network of the same architecture, changed in place; it stays on its device. None
+            builds the architecture that the file names.
 
     Raises:
         FileNotFoundError: there is no such file.
-        PackedFileError: it is no packed network, is damaged, or does not fit ``model``.
+        PackedFileError: the file is not a packed network, is damaged, or does not fit ``model``.
     """
     header, tensors = _read(Path(path))
     if _digest(header, tensors) != header["digest"]:
-        raise PackedFileError(f"{path} is damaged: it does not hold what was written")
+        raise PackedFileError(f"{path} is damaged: its digest does not match its content")
     if model is None:
         if header["architecture"] is None:
-            raise PackedFileError(f"{path} does not say what network to build: give load_packed a float network")
+            raise PackedFileError(f"{path} names no architecture: give load_packed a float network")
         model = build_model(**header["architecture"])
     if low_bit_weights(model) or any(isinstance(module, QuantizedReLU) for module in model.modules()):
-        raise PackedFileError("the network to read into is quantized itself: give load_packed a float one")
+        raise PackedFileError("the network to load into is quantized: give load_packed a float one")
     state, scales = {}, {}
     for name, layer in header["layers"].items():
         bits, shape = layer["bits"], layer["shape"]
@@ -243,12 +249,12 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     for name in [name for name in tensors if name.split(".")[-1] == "batch_norm"]:
         rows = tensors.pop(name).unbind()
         state |= {f"{name.removesuffix('batch_norm')}{part}": row for part, row in zip(_BATCH_NORM, rows, strict=True)}
-    # A convolution's last bits depend on how its weight lies in memory. (Quantized weights are always contiguous.)
+    # The last bits of a convolution depend on its weight's memory format. Quantized weights are always contiguous.
     state |= {
         name: tensor.contiguous(memory_format=torch.channels_last) if name in header["channels_last"] else tensor
         for name, tensor in tensors.items()
     }
-    # Of shared normalisations every name is there already.
+    # A shared batch normalisation is stored under each of its names.
     tied = {name: owner for name, owner in header.get("tied", {}).items() if name not in state}
     state |= {name: state[owner] for name, owner in tied.items()}
     _check_fit(path, header, state, model)
@@ -258,7 +264,7 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         {modules[name]: QuantizedReLU(**relu, replaces=modules[name]) for name, relu in header["activations"].items()},
     )
     device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
-    # Assigned, not copied: a network of another precision takes the file's.
+    # Assigned, not copied: the network takes the precision of the file.
     model.load_state_dict(state, strict=False, assign=True)
     for name, scale in scales.items():
         mark_unpacked(modules[name], header["layers"][name]["bits"], scale)
@@ -271,25 +277,29 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 
 def _check_fit(path: Path | str, header: dict[str, Any], state: Mapping[str, torch.Tensor], model: nn.Module) -> None:
-    """Raise PackedFileError unless the file and the float network have the same parts; nothing has been changed."""
+    """Raise PackedFileError unless the file and the float network have the same parts. Changes nothing."""
+
+    def misfit(reason: str) -> PackedFileError:
+        return PackedFileError(f"{path} does not fit the network: {reason}")
+
     own = model.state_dict()
     steps = {join(name, "step") for name in header["activations"]}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in header["activations"]:
         if name not in modules:
-            raise PackedFileError(f"{path} does not fit the network: it has no module {name!r}")
+            raise misfit(f"it has no module {name!r}")
         if not isinstance(modules[name], RECTIFIERS):
             kind = type(modules[name]).__name__
-            raise PackedFileError(f"{path} does not fit the network: {name} is a ReLU there, but a {kind} here")
+            raise misfit(f"{name} is a ReLU in the file, a {kind} in the network")
     for name, tensor in state.items():
         if name not in own and name not in steps:
-            raise PackedFileError(f"{path} does not fit the network: it has no {name!r}")
+            raise misfit(f"it has no {name!r}")
         if name in own and own[name].shape != tensor.shape:
             shapes = f"{tuple(tensor.shape)} in the file, {tuple(own[name].shape)} in the network"
-            raise PackedFileError(f"{path} does not fit the network: {name} is {shapes}")
+            raise misfit(f"{name} is {shapes}")
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     if missing:
-        raise PackedFileError(f"{path} does not fit the network: the file has no {missing[0]!r}")
+        raise misfit(f"the file has no {missing[0]!r}")
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:
@@ -297,12 +307,12 @@ def _is_channels_last(tensor: torch.Tensor) -> bool:
 
 
 def _digest(header: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> str:
-    """Of everything that a file says: the header, less the digest itself, and all tensors."""
+    """Digest of the header, without its own entry, and all tensors."""
     return tensors_digest(tensors, canonical_json({key: value for key, value in header.items() if key != "digest"}))
 
 
 def _offset(bits: int) -> int:
-    """What is added to a level to make a code: the largest level."""
+    """The largest level: level + offset is the code to pack, from 0 on."""
     return 1 if bits == 2 else 2 ** (bits - 1) - 1
 
 
@@ -313,11 +323,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("faqd", "{}"))
             if not isinstance(header, dict) or (header.get("format") == FORMAT and not header.keys() >= _HEADER):
-                raise PackedFileError(f"{path} is damaged: its header is not whole")
-            # Copies: in the file's own memory tensors begin anywhere, and a product's last bits depend on that, too.
+                raise PackedFileError(f"{path} is damaged: its header is incomplete")
+            # Copies are aligned; tensors in the file are not, and the last bits of a product depend on the alignment.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise PackedFileError(f"{path} is damaged, or no safetensors file: {error}") from error
+        raise PackedFileError(f"{path} is damaged or not a safetensors file: {error}") from error
     if header.get("format") != FORMAT:
-        raise PackedFileError(f"{path} is no packed network of format {FORMAT}, but {header.get('format')!r}")
+        raise PackedFileError(f"{path} must be a packed network, format {FORMAT}, got {header.get('format')!r}")
     return header, tensors

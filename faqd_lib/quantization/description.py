@@ -10,7 +10,8 @@ from torch.nn.utils import parametrize
 
 from .module_calls import WEIGHTED, ActivationCalls, is_activation, kept_modes
 from .network import low_bit_weights, uncalibrated, unwrapped
-from .weights import FLOAT_BITS, QuantizedReLU
+from .relu import QuantizedReLU
+from .weights import FLOAT_BITS
 
 if TYPE_CHECKING:
     import pandas as pd

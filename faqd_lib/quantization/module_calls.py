@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .weights import QuantizedReLU
+from .relu import QuantizedReLU
 
 WEIGHTED = (nn.Conv2d, nn.Linear)
 RECTIFIERS = (nn.ReLU, nn.ReLU6)

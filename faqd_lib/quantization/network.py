@@ -2,7 +2,7 @@
 
 Weights go through ``torch.nn.utils.parametrize``: the float (latent) weight stays the learned parameter, the layer
 computes with the quantized one, and the gradient passes straight through. Activations: every ``nn.ReLU`` and
-``nn.ReLU6`` becomes a :class:`~faqd_lib.quantization.weights.QuantizedReLU` with a learned step. Everything happens in
+``nn.ReLU6`` becomes a :class:`~faqd_lib.quantization.relu.QuantizedReLU` with a learned step. Everything happens in
 place and :func:`dequantize` undoes it. A float network's ``state_dict`` loads into the quantized network unchanged.
 """
 
@@ -16,17 +16,16 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import update_bn
 
+from ..utils.messages import check_choice
 from .module_calls import RECTIFIERS, WEIGHTED, ActivationCalls, kept_modes
+from .relu import QuantizedReLU, sample
 from .relu_kernels import kernels
 from .weights import (
     ACTIVATION_BITS,
     FLOAT_BITS,
     WEIGHT_BITS,
-    QuantizedReLU,
     WeightQuantizer,
-    check_bits,
     low_bit_values,
-    sample,
     weight_quantizer,
 )
 
@@ -64,19 +63,18 @@ def quantize(
         step_gradient: of the activation steps, ``"lsq"``, ``"coarse"``, or ``"frozen"`` for none.
 
     Returns:
-        ``model`` itself. Its ``state_dict`` holds the float weights and the steps, not the bits. A ReLU that overwrote
-        its input does so no longer: a network that reads that input elsewhere, too, reads another value then.
+        ``model`` itself. Its ``state_dict`` holds the float weights and the steps, not the bits. In-place ReLUs become
+        out-of-place: a network that reads such a ReLU's input again now sees the value before the ReLU.
 
     Raises:
         ValueError: bits or policy that are not offered, a pattern that matches nothing, a network that is quantized
             already, layers whose weight is no plain parameter (lazy, weight norm, another parametrization), or nothing
             to quantize. The network is then as it was.
     """
-    check_bits("weight_bits", weight_bits, (*WEIGHT_BITS, FLOAT_BITS))
-    check_bits("activation_bits", activation_bits, (*ACTIVATION_BITS, FLOAT_BITS))
+    check_choice("weight_bits", weight_bits, (*WEIGHT_BITS, FLOAT_BITS))
+    check_choice("activation_bits", activation_bits, (*ACTIVATION_BITS, FLOAT_BITS))
     for name, policy in (("first_layer", first_layer), ("last_layer", last_layer), ("shortcuts", shortcuts)):
-        if policy not in LAYER_POLICIES:
-            raise ValueError(f"{name} must be one of {', '.join(LAYER_POLICIES)}, got {policy!r}")
+        check_choice(name, policy, LAYER_POLICIES)
     layers, relus = _quantizable(model)
     if any(map(quantizer_of, layers.values())) or any(_quantized_relus(model)) or _unpacked(model):
         raise ValueError("the network is quantized already: call dequantize(model) first")
@@ -162,7 +160,7 @@ def _overridden(
             )
         for name in matched:
             offered = WEIGHT_BITS if name in layers else ACTIVATION_BITS
-            check_bits(f"overrides[{pattern!r}]", value, (*offered, FLOAT_BITS))
+            check_choice(f"overrides[{pattern!r}]", value, (*offered, FLOAT_BITS))
             bits[name] = value
     return bits
 

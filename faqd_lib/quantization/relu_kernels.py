@@ -1,5 +1,5 @@
 """The quantized ReLU's computation: values and gradients; the mathematics is in
-:class:`faqd_lib.quantization.weights.QuantizedReLU`.
+:class:`faqd_lib.quantization.relu.QuantizedReLU`.
 
 Everywhere: one operator of torch's registry, which ``torch.compile`` takes as it is, in a few passes over memory, in
 pieces that fit into a core's cache. For training on CPUs, where it was asked for: one pass each for values and

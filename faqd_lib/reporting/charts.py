@@ -1,6 +1,6 @@
-"""Charts, a DataFrame in and a matplotlib Figure out; and the one style of all figures.
+"""Charts and the style of all figures. Every chart takes a DataFrame and returns a matplotlib Figure.
 
-The figures are closed for pyplot, so that a notebook shows each once, where it is the value of a cell.
+Figures are closed in pyplot, so that a notebook shows each figure once: as the value of a cell.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from ..utils.files import atomic_write
 
 WIDTH = 9.0  # inches: the text width of a notebook
-# Seaborn's colour-blind safe colours, without the pale pink: on white a thin line of it is hardly there.
+# Seaborn's colour-blind safe colours, without the pale pink, which is hard to see in thin lines on white.
 PALETTE = [colour for index, colour in enumerate(sns.color_palette("colorblind")) if index != 6]
-RUNS_KEY, NOTE_KEY = "Runs", "Note"  # of a figure's metadata
-# How a series is drawn, by its kind: what was measured as points on a line, what was derived as a line alone.
+RUNS_KEY, NOTE_KEY = "Runs", "Note"  # keys of a figure's metadata
+# Dashes, marker and line width by kind: measured values have points, derived ones have a line only.
 KINDS = {"measured": ("-", "o", 1.6), "theory": ("--", "", 1.8), "bound": (":", "", 2.2)}
 BITS_NAMES = {1: "1 bit", 2: "2 bits\n(ternary)", 4: "4 bits", 32: "32 bits\n(float)"}
 
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """The style of every figure of the project, while the block lasts."""
+    """Context with the style of every figure of the project."""
     with plt.rc_context():
         sns.set_theme(
             context="notebook", style="whitegrid", palette=PALETTE, font_scale=0.85,
@@ -43,13 +43,19 @@ def style() -> Iterator[None]:
 
 
 def colours(count: int) -> list:
-    """So many colours, told apart as far as there are different ones."""
+    """``count`` colours; they repeat after nine."""
     return sns.color_palette(PALETTE, count)
 
 
 @contextlib.contextmanager
 def new_figure(rows: int = 1, columns: int = 1, height: float = 3.6, **options) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure of the project's width and its axes in reading order."""
+    """Context with a new figure of the project's width, and its axes in reading order.
+
+    Args:
+        rows, columns: of axes.
+        height: in inches.
+        options: ``width`` in inches; all others go to ``plt.subplots``.
+    """
     with style():
         figure, axes = plt.subplots(
             rows, columns, figsize=(options.pop("width", WIDTH), height), layout="constrained", squeeze=False, **options
@@ -61,7 +67,7 @@ def new_figure(rows: int = 1, columns: int = 1, height: float = 3.6, **options) 
 
 
 class Run(Protocol):
-    """A run's configuration or record."""
+    """A run's configuration or its record."""
 
     @property
     def run_id(self) -> str: ...
@@ -70,12 +76,14 @@ class Run(Protocol):
 def save(figure: Figure, folder: Path, name: str, runs: Iterable[Run] = (), note: str = "") -> list[Path]:
     """Write ``<folder>/<name>.png`` and ``.pdf``, each whole or not at all; returns both paths.
 
-    Both files name the runs behind the figure (the PNG's text ``Runs``, the PDF's keywords) and carry the note, what
-    else is to be said of its origin (``Note``; the PDF's subject).
+    Args:
+        figure, folder, name: what is written, and where.
+        runs: behind the figure; written into the metadata (``Runs`` of the PNG, keywords of the PDF).
+        note: a remark on the figure's origin; written into the metadata (``Note`` of the PNG, subject of the PDF).
     """
     written, names = [], " ".join(dict.fromkeys(run.run_id for run in runs))
     for kind in ("png", "pdf"):
-        # Without dates the same figure is the same file.
+        # Without dates, the same figure gives the same bytes.
         if kind == "pdf":
             metadata = {"CreationDate": None, "Keywords": names, "Subject": note}
         else:
@@ -97,14 +105,14 @@ def _require(frame: pd.DataFrame, *columns: str) -> None:
 
 
 def _plain_ticks(axis, values: Sequence[float]) -> None:
-    """Ticks of a logarithmic axis at the values that were measured, as plain numbers."""
+    """Place the ticks of a logarithmic axis at the measured values, as plain numbers."""
     axis.set_major_locator(FixedLocator(sorted(set(values))))
     axis.set_major_formatter(ScalarFormatter())
     axis.set_minor_formatter(NullFormatter())
 
 
 def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend for all panels; what several of them show is listed once."""
+    """Draw one legend for all panels, with each label once."""
     entries = {}
     for axis in axes:
         entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -112,7 +120,7 @@ def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
 
 
 def _readable_decades(axis, values: pd.Series) -> None:
-    """Numbers such as 0.2 and 500 on a logarithmic axis; several of a decade where there are few decades."""
+    """Label a logarithmic axis with numbers such as 0.2 and 500, several a decade where there are few decades."""
     decades = math.log10(values.max() / values.min()) if len(values) else 0
     finest = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5)
     axis.set_major_locator(LogLocator(subs=finest if decades < 2.5 else (1,)))
@@ -134,12 +142,11 @@ def scaling(
     panel_titles: Mapping[str, str] | None = None,
     x_scale: Literal["log", "linear"] = "log",
 ) -> Figure:
-    """Power laws on log-log axes (exponentials with a linear x axis), a panel for each value of ``panel``.
+    """Power laws on log-log axes, or exponentials with a linear x axis; one panel for each value of ``panel``.
 
     Args:
-        frame: columns ``x``, ``y``, ``series``, ``kind`` (measured, theory or bound) and optionally ``panel`` and
-            ``y_label`` (of its panel). Values that are not positive cannot be shown on a logarithmic axis and are
-            left out.
+        frame: columns ``x``, ``y``, ``series``, ``kind`` (measured, theory or bound), and optionally ``panel`` and
+            the panel's ``y_label``. Values of ``y`` that are not positive are left out.
         x_label, y_label: with units.
         x_scale: of the x axis; the y axis is logarithmic.
         panel_titles: a title by panel; the panel's own name if left out.
@@ -181,11 +188,11 @@ def scaling(
 
 
 def convergence(frame: pd.DataFrame, exact: float, deviation: float) -> Figure:
-    """Running means of independent estimates against how many there are, around the exact value.
+    """Running means of independent estimates against their number, around the exact value.
 
     Args:
-        frame: columns ``k``, ``estimate`` and ``draw``, one line for each value of the last.
-        exact: what is estimated.
+        frame: columns ``k``, ``estimate`` and ``draw``; one line for each draw.
+        exact: the exact value.
         deviation: standard deviation of one estimate; the band is the exact value ± deviation/√k.
     """
     _require(frame, "k", "estimate", "draw")
@@ -209,7 +216,7 @@ def _bits_title(bits: int | str) -> str:
 
 
 def staircases(frame: pd.DataFrame) -> Figure:
-    """What quantizers do forward (above) and which gradient passes backward (below), a column each.
+    """Output (above) and gradient (below) of quantizers against their input; one column a quantizer.
 
     ``frame``: columns ``quantizer``, ``input``, ``output``, ``gradient``.
     """
@@ -231,7 +238,7 @@ def staircases(frame: pd.DataFrame) -> Figure:
 
 
 def weight_histograms(frame: pd.DataFrame) -> Figure:
-    """Float weights as a histogram, and the values that quantizers put in their place; a panel for each.
+    """A histogram of float weights, and their quantized values as stems; one panel a bit-width.
 
     ``frame``: columns ``bits``, ``weight`` (float) and ``quantized``.
     """
@@ -259,10 +266,11 @@ def weight_histograms(frame: pd.DataFrame) -> Figure:
 
 
 def scale_scan(frame: pd.DataFrame, chosen: pd.DataFrame) -> Figure:
-    """Squared error against the scale, and the scales that were chosen.
+    """Squared error of quantized weights against the scale, and the chosen scales.
 
-    ``frame``: columns ``bits`` (a number, or the panel's title), ``scale``, ``error``; ``chosen``: the same and
-    ``rule`` (which formula chose it).
+    Args:
+        frame: columns ``bits`` (a number, or the panel's title), ``scale`` and ``error``.
+        chosen: the same columns, and ``rule``: the formula that chose the scale.
     """
     _require(frame, "bits", "scale", "error")
     _require(chosen, "bits", "scale", "error", "rule")
@@ -290,10 +298,10 @@ def scale_scan(frame: pd.DataFrame, chosen: pd.DataFrame) -> Figure:
 
 
 def learning_curves(frame: pd.DataFrame) -> Figure:
-    """Histories of runs, a panel a measure.
+    """Histories of runs, one panel a measure.
 
-    ``frame``: long form, columns ``run`` (name in the legend), ``epoch``, ``value`` and ``measure`` (the panel's
-    vertical label, with its unit). Several values of one run and epoch (seeds) are drawn as mean and range.
+    ``frame``: columns ``run`` (its name in the legend), ``epoch``, ``value`` and ``measure`` (the panel's vertical
+    label, with unit). Several values of one run and epoch, such as seeds, are drawn as mean and range.
     """
     _require(frame, "run", "epoch", "value", "measure")
     measures, runs = list(frame["measure"].unique()), list(frame["run"].unique())
@@ -318,7 +326,7 @@ def learning_curves(frame: pd.DataFrame) -> Figure:
 
 
 def _columns(axis: Axes, count: int) -> None:
-    """An axis of so many columns, with lines between them."""
+    """Divide an axis into columns, with lines between them."""
     axis.set_xlim(-0.5, count - 0.5)
     axis.grid(visible=False, axis="x")
     for edge in range(1, count):
@@ -326,7 +334,7 @@ def _columns(axis: Axes, count: int) -> None:
 
 
 def accuracy_by_bits(frame: pd.DataFrame, references: Mapping[str, float] | None = None) -> Figure:
-    """Test accuracy of students by bits and method: every seed a point, the mean of a method a bar across them.
+    """Test accuracy of students by bits and method. Every seed is a point, the mean a bar.
 
     Args:
         frame: columns ``bits`` (a number or a name such as 1W4A), ``method``, ``accuracy`` (percent), ``seed``.
@@ -365,7 +373,7 @@ def accuracy_by_bits(frame: pd.DataFrame, references: Mapping[str, float] | None
 
 
 def accuracy_and_size(frame: pd.DataFrame) -> Figure:
-    """Test accuracy against bits, the size of a network's weights as the area of its mark; seeds as points in it.
+    """Test accuracy against bits. The area of a mark is the size of the weights; seeds are points within it.
 
     ``frame``: columns ``bits`` (a name, in the order of the axis), ``method``, ``accuracy`` (percent), ``size_kB``.
     """
@@ -381,7 +389,7 @@ def accuracy_and_size(frame: pd.DataFrame) -> Figure:
                 axis.scatter(x, part["accuracy"].mean(), s=area * size, color=colour, alpha=0.4, linewidth=0)
                 axis.scatter([x] * len(part), part["accuracy"], s=9, color=colour)
             handles.append(plt.Line2D([], [], linestyle="", marker="o", color=colour, label=method))
-        for size in (largest / 4, largest / 16):  # the largest would burst the legend
+        for size in (largest / 4, largest / 16):  # the largest mark does not fit into the legend
             handles.append(axis.scatter([], [], s=area * size, color="0.7", linewidth=0, label=f"{size:.2g} kB"))
         _columns(axis, len(grid))
         sizes = (
@@ -398,7 +406,7 @@ def accuracy_and_size(frame: pd.DataFrame) -> Figure:
 
 
 def affinity_frontier(frame: pd.DataFrame) -> Figure:
-    """Accuracy against the time of a training step, one point an affinity loss; seeds as small points around it.
+    """Accuracy against the time of a training step. Every affinity loss is a large point, its seeds are small ones.
 
     ``frame``: columns ``loss`` (none, FA, FFA k=1, …), ``accuracy`` (percent), ``step_milliseconds``.
     """

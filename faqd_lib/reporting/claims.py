@@ -48,7 +48,14 @@ PAIRING = ["model", "weight_bits", "activation_bits", "regime", "seed"]
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper: runs for which ``better`` holds against runs for which ``worse`` holds."""
+    """A claim of the paper: some runs reach a higher accuracy than others, or one as high up to a margin.
+
+    Args:
+        statement, compared: the claim and the compared runs, in words.
+        better, worse: select the rows of the runs on each side, as boolean Series.
+        margin: percentage points by which ``better`` may fall short.
+        pairing: columns in which both runs of a pair agree.
+    """
 
     statement: str
     compared: str
@@ -59,7 +66,7 @@ class Claim:
 
 
 def _main(frame: pd.DataFrame) -> pd.Series:
-    """Runs with the logit loss that the tables use in their regime; T3's other half is compared on its own."""
+    """Runs with the default logit loss of their regime. Only the claims on T3 look at the other loss."""
     return frame["default_loss"]
 
 
@@ -68,14 +75,14 @@ def _is(frame: pd.DataFrame, method: str, labels: bool) -> pd.Series:
 
 
 def _end_to_end(frame: pd.DataFrame) -> pd.Series:
-    """Fine-tuning starts from weights that have seen labels: no test of learning without them."""
+    """Runs end to end. Fine-tuning starts from weights trained on labels, so it does not test label-free learning."""
     return frame["regime"] == "end-to-end"
 
 
 def _loss_in(loss: str, regime: str) -> Callable[[pd.DataFrame], pd.Series]:
-    return lambda f: (
-        (f["logit_loss"] == loss) & (f["regime"] == regime) & (f["method"] == "FAQD") & ~f["labels"]
-        & (f["activation_bits"] == 32)
+    return lambda frame: (
+        (frame["logit_loss"] == loss) & (frame["regime"] == regime) & (frame["method"] == "FAQD") & ~frame["labels"]
+        & (frame["activation_bits"] == FLOAT_BITS)
     )  # fmt: skip
 
 
@@ -84,35 +91,35 @@ CLAIMS = (
     Claim(
         "Feature affinity helps (label-free)",
         "FAQD − KD, both label-free",
-        lambda f: _is(f, "FAQD", False),
-        lambda f: _is(f, "KD", False),
+        lambda frame: _is(frame, "FAQD", False),
+        lambda frame: _is(frame, "KD", False),
     ),
     Claim(
         "Feature affinity helps (with labels)",
         "FAQD − KD, both with labels",
-        lambda f: _is(f, "FAQD", True),
-        lambda f: _is(f, "KD", True),
+        lambda frame: _is(frame, "FAQD", True),
+        lambda frame: _is(frame, "KD", True),
     ),
     Claim(
         "Label-free equals or beats training with labels only",
         "FAQD label-free − labels only, end to end",
-        lambda f: _is(f, "FAQD", False) & _end_to_end(f),
-        lambda f: (f["method"] == "labels") & _end_to_end(f),
+        lambda frame: _is(frame, "FAQD", False) & _end_to_end(frame),
+        lambda frame: (frame["method"] == "labels") & _end_to_end(frame),
         MARGIN_AS_GOOD,
         tuple(PAIRING),
     ),
     Claim(
         "Label-free equals or beats distillation with labels",
         "FAQD label-free − FAQD with labels, end to end",
-        lambda f: _is(f, "FAQD", False) & _end_to_end(f),
-        lambda f: _is(f, "FAQD", True) & _end_to_end(f),
+        lambda frame: _is(frame, "FAQD", False) & _end_to_end(frame),
+        lambda frame: _is(frame, "FAQD", True) & _end_to_end(frame),
         MARGIN_AS_GOOD,
     ),
     Claim(
         "FFA with k = 6 is as good as exact FA",
         "FFAQD (k = 6) − FAQD, both label-free",
-        lambda f: _is(f, "FFAQD", False) & (f["k"] == 6),
-        lambda f: _is(f, "FAQD", False),
+        lambda frame: _is(frame, "FFAQD", False) & (frame["k"] == 6),
+        lambda frame: _is(frame, "FAQD", False),
         MARGIN_AS_GOOD,
     ),
     Claim(
@@ -136,14 +143,15 @@ CLAIMS = (
 
 @dataclass(frozen=True)
 class Effect:
-    """A mean difference in percentage points over n seeds and N images, with its two parts of variance.
+    """A mean difference in percentage points over n seeds and N images, and the two parts of its variance.
 
     Args:
         mean: d.
         seeds: n.
         seed_variance: s², NaN with one seed.
-        image_variance: v²/N, what other test images would add (of one seed all that they do); 0 if unknown.
-        images: N, for its degrees of freedom; 0 if unknown.
+        image_variance: v²/N, the variance that other test images add; 0 if unknown. With one seed, it includes the
+            interaction of seed and images.
+        images: N; 0 if unknown.
     """
 
     mean: float
@@ -154,7 +162,12 @@ class Effect:
 
     @classmethod
     def of(cls, by_seed: Sequence[float], by_image: torch.Tensor | None = None) -> "Effect":
-        """From one difference a seed (percentage points) and one a seed and image (n, N), between −1 and 1."""
+        """Estimate an effect.
+
+        Args:
+            by_seed: n differences in percentage points, one a seed.
+            by_image: (n, N) differences between −1 and 1, one a seed and image; None if unknown.
+        """
         series = pd.Series(by_seed, dtype=float)
         mean, variance = float(series.mean()), float(series.var(ddof=1))
         if by_image is None:
@@ -169,7 +182,7 @@ class Effect:
         return cls(mean, n, variance, shared / count, count)
 
     def _error(self, seeds: int) -> tuple[float, float]:
-        """(standard error, degrees of freedom) with that many seeds."""
+        """Standard error and degrees of freedom for that many seeds."""
         of_seeds = self.seed_variance / seeds
         total = of_seeds + self.image_variance
         parts = of_seeds**2 / (seeds - 1)
@@ -178,7 +191,10 @@ class Effect:
         return total**0.5, total**2 / parts if parts else float(seeds - 1)
 
     def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval; with one seed for other images alone, or (NaN, NaN) if these are unknown."""
+        """The 95 % confidence interval (low, high) in percentage points.
+
+        With one seed it covers other test images only, and is (NaN, NaN) if the images are unknown.
+        """
         if self.seeds < 2 and not self.images:
             return float("nan"), float("nan")
         error, freedom = self._error(self.seeds) if self.seeds > 1 else (self.image_variance**0.5, self.images - 1)
@@ -186,7 +202,7 @@ class Effect:
         return self.mean - half, self.mean + half
 
     def verdict(self, margin: float = 0.0) -> str:
-        """By the rule at the head of this module."""
+        """The verdict of the rule at the head of this module."""
         low, high = self.interval()
         if self.seeds >= FEWEST_SEEDS and low > -margin:
             return REPRODUCED
@@ -195,7 +211,13 @@ class Effect:
         return INCONCLUSIVE
 
     def seeds_to_settle(self, margin: float = 0.0, power: float = 0.8, most: int = 1000) -> str:
-        """How many seeds an inconclusive claim would need; empty where the variance is unknown."""
+        """Number of seeds with which an inconclusive claim would be settled; empty with one seed.
+
+        Args:
+            margin: of the claim, in percentage points.
+            power: probability with which the interval then lies on one side of −margin.
+            most: largest number that is tried.
+        """
         if self.seeds < 2:
             return ""
         distance = abs(self.mean + margin)
@@ -210,13 +232,17 @@ class Effect:
 
 
 def paired(frame: pd.DataFrame, claim: Claim) -> pd.DataFrame:
-    """One row a pair: seed, difference of last-epoch accuracy, both runs. Runs without a partner are left out."""
+    """The pairs of a claim. Runs without a partner are left out.
+
+    Returns:
+        One row a pair, with the columns ``seed``, ``difference`` (percentage points), ``run`` and ``other``.
+    """
     if frame.empty:
         return pd.DataFrame({"seed": [], "difference": [], "run": [], "other": []})
     keys, quantized = list(claim.pairing), frame["weight_bits"] < FLOAT_BITS
     better = frame[claim.better(frame) & quantized]
     worse = frame[claim.worse(frame) & quantized]
-    # A run on labels alone has no teacher: it meets the students of every teacher.
+    # A run on labels only has no teacher. It is paired with the students of every teacher.
     joined = better.merge(worse, on=keys, suffixes=("", "_other"), validate="many_to_one")
     return pd.DataFrame(
         {
@@ -229,7 +255,12 @@ def paired(frame: pd.DataFrame, claim: Claim) -> pd.DataFrame:
 
 
 def effect(pairs: pd.DataFrame, right: Mapping[str, torch.Tensor | None]) -> Effect:
-    """The effect over pairs. ``right``: by run which test images it got right (N,), or None where nobody kept that."""
+    """The effect over pairs.
+
+    Args:
+        pairs: of :func:`paired`.
+        right: by run, which test images it classifies correctly, bool (N,); None for records without predictions.
+    """
     by_seed = pairs.groupby("seed")["difference"].mean().tolist()
     if any(right[run] is None for run in {*pairs["run"], *pairs["other"]}):
         return Effect.of(by_seed)
@@ -292,7 +323,7 @@ def _runs(count: int) -> str:
 def _seeds_to_settle(measured: Effect, margin: float, verdict: str, untaught: bool) -> str:
     if verdict != INCONCLUSIVE:
         return ""
-    if untaught:  # no number of seeds makes up for students that learned nothing
+    if untaught:  # more seeds do not help students that learn nothing
         return "longer training first"
     return measured.seeds_to_settle(margin) or "unknown with 1 seed"
 
@@ -305,7 +336,7 @@ def _interval(measured: Effect) -> str:
 
 
 def _right(suite: Suite, records: Iterable[RunRecord]) -> tuple[dict[str, torch.Tensor | None], set[str]]:
-    """By run: which test images it got right (N,); and the runs that take all of them for one class."""
+    """Correctly classified test images, bool (N,), by run; and the runs that give all images one class."""
     found: dict[str, torch.Tensor | None] = {}
     dead = set()
     for record in records:

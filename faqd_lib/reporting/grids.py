@@ -1,15 +1,27 @@
-"""Which runs each table is made of. Tables and notebooks take the same lists, so that neither can miss a run."""
+"""The cells of every table, each with the runs behind it. Runs and tables are made from the same lists of cells.
 
-from collections.abc import Iterable
+A function ``<table>_cells`` lists the cells of a table; the function without ``_cells`` lists the runs to train.
+"""
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from itertools import chain, product
 from typing import NamedTuple
 
 from ..config import RunConfig
-from ..quantization.weights import STEP_GRADIENTS
+from ..quantization.relu import STEP_GRADIENTS
+from ..quantization.weights import FLOAT_BITS
 from ..runs.suite import Suite
+
+REGIMES = ("end-to-end", "fine-tuning")
+# Rows that the paper has. The tables show them even where a profile does not train them.
+PAPER_WEIGHT_BITS = (1, 2, 4)
+PAPER_FULL_BITS = ((1, 4), (4, 4))
+PAPER_PROJECTIONS = (1, 3, 6, 15)
 
 
 class Column(NamedTuple):
-    """A column of tables 1 and 2: what a student learns from."""
+    """A column of T1 and T2: what a student learns from."""
 
     title: str
     method: str
@@ -23,10 +35,30 @@ COLUMNS = (
     Column("KD, label-free", "KD", False),
     Column("FAQD, label-free", "FAQD", False),
 )
+ROUNDED = "nothing: the float student, rounded"
 
 
-def _unique(configs: Iterable[RunConfig]) -> list[RunConfig]:
-    return list(dict.fromkeys(configs))
+@dataclass(frozen=True)
+class Cell:
+    """One accuracy of a table.
+
+    Args:
+        row: name and value of each heading on the left, such as ``{"regime": "end-to-end", "bits": "1W32A"}``.
+        column: the value of the heading across.
+        runs: the configurations that are averaged, one for each seed.
+        planned: whether the profile trains the runs. Other cells are the paper's and usually read "not run".
+    """
+
+    row: dict[str, str]
+    column: str
+    runs: list[RunConfig]
+    planned: bool = True
+
+
+def planned_runs(cells: Iterable[Cell]) -> list[RunConfig]:
+    """The runs of all planned cells, each once. Float networks rounded after training come last."""
+    runs = dict.fromkeys(config for cell in cells if cell.planned for config in cell.runs)
+    return sorted(runs, key=lambda config: config.regime == "post-training")
 
 
 def seeds(suite: Suite) -> range:
@@ -34,101 +66,151 @@ def seeds(suite: Suite) -> range:
     return range(1, suite.profile.seeds + 1)
 
 
-def weight_teachers(suite: Suite) -> list[str]:
-    """The teachers of T1's students."""
-    return suite.profile.grid.weight_teachers or suite.profile.teachers
+def _per_seed(suite: Suite, make: Callable[..., RunConfig], *arguments: object, **settings: object) -> list[RunConfig]:
+    return [make(*arguments, seed=seed, **settings) for seed in seeds(suite)]
 
 
-def projections(suite: Suite, bits: int) -> list[int]:
-    """The k of T4's FFA at so many bits."""
+# ---- cells
+
+
+def reference_cells(suite: Suite) -> list[Cell]:
+    """The float networks: every teacher, and the student over all seeds."""
+    row = {"teacher": "", "regime": "", "bits": "float"}
+    teachers = [Cell(row, f"teacher {model}", [suite.teacher(model)]) for model in suite.profile.teachers]
+    return [*teachers, Cell(row, f"student {suite.profile.student}", _per_seed(suite, suite.float_student))]
+
+
+def weight_cells(suite: Suite) -> list[Cell]:
+    """T1: weights at each bit-width × regime × teacher × what is learned from; float activations."""
     grid = suite.profile.grid
-    return grid.projections if bits == min(grid.affinity_bits) else [suite.profile.losses.k]
+    return _quantization_cells(
+        suite,
+        [(bits, FLOAT_BITS) for bits in sorted({*PAPER_WEIGHT_BITS, *grid.weight_bits})],
+        planned_bits=[(bits, FLOAT_BITS) for bits in grid.weight_bits],
+        planned_regimes=grid.weight_regimes,
+        teachers=grid.weight_teachers or suite.profile.teachers,
+    )
+
+
+def full_cells(suite: Suite) -> list[Cell]:
+    """T2: weights and activations quantized × regime × what is learned from; students of the first teacher."""
+    grid = suite.profile.grid
+    return _quantization_cells(
+        suite,
+        sorted({*PAPER_FULL_BITS, *grid.full_bits}),
+        planned_bits=grid.full_bits,
+        planned_regimes=grid.full_regimes,
+        teachers=suite.profile.teachers[:1],
+    )
+
+
+def _quantization_cells(
+    suite: Suite,
+    bits: Iterable[tuple[int, int]],
+    planned_bits: Collection[tuple[int, int]],
+    planned_regimes: Collection[str],
+    teachers: Iterable[str],
+) -> list[Cell]:
+    """Float networks, float students rounded after training, then the trained students."""
+    cells, bits = reference_cells(suite), list(bits)
+    for weights, activations in bits:
+        row = {"teacher": "", "regime": "post-training", "bits": f"{weights}W{activations}A"}
+        rounded = _per_seed(suite, suite.post_training, weights, activations)
+        cells.append(Cell(row, ROUNDED, rounded, (weights, activations) in planned_bits))
+    for teacher, regime, (weights, activations), column in product(teachers, REGIMES, bits, COLUMNS):
+        row = {"teacher": teacher, "regime": regime, "bits": f"{weights}W{activations}A"}
+        students = _per_seed(
+            suite, suite.student, column.method, labels=column.labels, weight_bits=weights,
+            activation_bits=activations, regime=regime, teacher=teacher,
+        )  # fmt: skip
+        planned = regime in planned_regimes and (weights, activations) in planned_bits
+        cells.append(Cell(row, column.title, students, planned))
+    return cells
+
+
+def activation_step_cells(suite: Suite) -> list[Cell]:
+    """What learning the activation steps buys: label-free FAQD by the gradient of the steps, at T2's first bits."""
+    weights, activations = suite.profile.grid.full_bits[0]
+    regime = suite.profile.grid.full_regimes[0]
+    cells = []
+    for kind in STEP_GRADIENTS:
+        students = _per_seed(
+            suite, suite.student, "FAQD", weight_bits=weights, activation_bits=activations, regime=regime,
+            quantization={"step_gradient": kind},
+        )  # fmt: skip
+        cells.append(Cell({"regime": regime, "bits": f"{weights}W{activations}A"}, kind, students))
+    return cells
+
+
+def logit_loss_cells(suite: Suite) -> list[Cell]:
+    """T3: label-free FAQD with MSE and with KL × regime × bits."""
+    planned = suite.profile.grid.logit_bits
+    bit_widths = sorted({*PAPER_WEIGHT_BITS, *planned})
+    return [
+        Cell(
+            {"regime": regime, "bits": f"{bits}W{FLOAT_BITS}A"},
+            loss.upper(),
+            _per_seed(suite, suite.student, "FAQD", weight_bits=bits, regime=regime, logit_loss=loss),
+            bits in planned,
+        )
+        for regime, bits, loss in product(REGIMES, bit_widths, ("mse", "kl"))
+    ]
+
+
+def affinity_loss_cells(suite: Suite) -> list[Cell]:
+    """T4: label-free students without affinity loss, with the exact one, and with k projections × bits.
+
+    At more than the fewest bits, FFA has the profile's own k only.
+    """
+    grid, cells = suite.profile.grid, []
+    fewest = min(grid.affinity_bits)
+    for bits in grid.affinity_bits:
+        row = {"bits": f"{bits}W{FLOAT_BITS}A"}
+        cells.append(Cell(row, "none", _per_seed(suite, suite.student, "KD", weight_bits=bits)))
+        cells.append(Cell(row, "FA (exact)", _per_seed(suite, suite.student, "FAQD", weight_bits=bits)))
+        planned = grid.projections if bits == fewest else [suite.profile.losses.k]
+        for k in sorted({*(PAPER_PROJECTIONS if bits == fewest else ()), *planned}):
+            students = _per_seed(suite, suite.student, "FFAQD", weight_bits=bits, k=k)
+            cells.append(Cell(row, f"FFA, k = {k}", students, k in planned))
+    return cells
+
+
+# ---- runs
 
 
 def references(suite: Suite) -> list[RunConfig]:
-    """Reference rows: the float teachers and, for each seed, the float student."""
-    teachers = [suite.teacher(model) for model in suite.profile.teachers]
-    return _unique([*teachers, *(suite.float_student(seed) for seed in seeds(suite))])
+    """The runs of the reference rows: float teachers and, for each seed, the float student."""
+    return planned_runs(reference_cells(suite))
 
 
 def weight_quantization(suite: Suite) -> list[RunConfig]:
-    """T1: weights at each bit-width × what is learned from × regime × teacher × seed; float activations.
-
-    And for comparison the float student with its weights rounded after training.
-    """
-    grid = suite.profile.grid
-    trained = (
-        suite.student(
-            column.method, labels=column.labels, weight_bits=bits, regime=regime, teacher=teacher, seed=seed
-        )
-        for teacher in weight_teachers(suite)
-        for regime in grid.weight_regimes
-        for bits in grid.weight_bits
-        for column in COLUMNS
-        for seed in seeds(suite)
-    )  # fmt: skip
-    rounded = (suite.post_training(bits, seed=seed) for bits in grid.weight_bits for seed in seeds(suite))
-    return _unique([*trained, *rounded])
+    """The runs of T1."""
+    return planned_runs(weight_cells(suite))
 
 
 def full_quantization(suite: Suite) -> list[RunConfig]:
-    """T2: weights and activations quantized × what is learned from × regime × seed; the first teacher.
-
-    And for comparison the float student, quantized after training.
-    """
-    grid = suite.profile.grid
-    trained = (
-        suite.student(
-            column.method, labels=column.labels, weight_bits=weights, activation_bits=activations, regime=regime,
-            seed=seed,
-        )
-        for regime in grid.full_regimes
-        for weights, activations in grid.full_bits
-        for column in COLUMNS
-        for seed in seeds(suite)
-    )  # fmt: skip
-    rounded = (suite.post_training(*bits, seed=seed) for bits in grid.full_bits for seed in seeds(suite))
-    return _unique([*trained, *rounded])
+    """The runs of T2."""
+    return planned_runs(full_cells(suite))
 
 
 def activation_steps(suite: Suite) -> dict[str, list[RunConfig]]:
-    """What learning the activation steps buys: label-free FAQD by the gradient of its steps, at T2's first bits."""
-    weights, activations = suite.profile.grid.full_bits[0]
-    return {
-        kind: [
-            suite.student(
-                "FAQD", weight_bits=weights, activation_bits=activations, regime=suite.profile.grid.full_regimes[0],
-                quantization={"step_gradient": kind}, seed=seed,
-            )
-            for seed in seeds(suite)
-        ]
-        for kind in STEP_GRADIENTS
-    }  # fmt: skip
+    """The runs of the table of activation steps, one for each seed, by the gradient of the steps."""
+    return {cell.column: cell.runs for cell in activation_step_cells(suite)}
 
 
 def logit_losses(suite: Suite) -> list[RunConfig]:
-    """T3: label-free FAQD with MSE and with KL × regime × bits × seed."""
-    return _unique(
-        suite.student("FAQD", weight_bits=bits, regime=regime, logit_loss=loss, seed=seed)
-        for regime in ("end-to-end", "fine-tuning")
-        for bits in suite.profile.grid.logit_bits
-        for loss in ("mse", "kl")
-        for seed in seeds(suite)
-    )
+    """The runs of T3."""
+    return planned_runs(logit_loss_cells(suite))
 
 
 def affinity_losses(suite: Suite) -> list[RunConfig]:
-    """T4: label-free students without affinity loss, with the exact one, and with k projections × bits × seed."""
-    return _unique(
-        suite.student(method, weight_bits=bits, k=k, seed=seed)
-        for bits in suite.profile.grid.affinity_bits
-        for method, k in [("KD", None), ("FAQD", None), *(("FFAQD", k) for k in projections(suite, bits))]
-        for seed in seeds(suite)
-    )
+    """The runs of T4."""
+    return planned_runs(affinity_loss_cells(suite))
+
+
+TABLES = (weight_cells, full_cells, logit_loss_cells, affinity_loss_cells, activation_step_cells)
 
 
 def everything(suite: Suite) -> list[RunConfig]:
-    """Every run of the series."""
-    tables = (references, weight_quantization, full_quantization, logit_losses, affinity_losses)
-    steps = (config for configs in activation_steps(suite).values() for config in configs)
-    return _unique([*(config for table in tables for config in table(suite)), *steps])
+    """Every run of the series, each once."""
+    return list(dict.fromkeys(chain.from_iterable(planned_runs(cells(suite)) for cells in TABLES)))

@@ -1,4 +1,4 @@
-"""Pictures of images, affinities and predictions: tensors in, a matplotlib Figure out, in the style of all figures."""
+"""Pictures of images, affinities and predictions. Every function takes tensors and returns a matplotlib Figure."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,25 +12,33 @@ from .charts import WIDTH, new_figure
 
 
 def _cosine_colours(matrices: Iterable[torch.Tensor]) -> dict:
-    """Cosines between maps taken after a ReLU are never negative: half of a diverging scale would lie idle."""
+    """A sequential scale for cosines of at least 0, which maps after a ReLU have; otherwise a diverging one."""
     if min(float(matrix.min()) for matrix in matrices) >= 0:
         return {"vmin": 0, "vmax": 1, "cmap": "viridis"}
     return {"vmin": -1, "vmax": 1, "cmap": "RdBu_r"}
 
 
 def _picture(image: torch.Tensor) -> np.ndarray:
-    """(3, height, width), uint8 or float in [0, 1], as matplotlib wants it: (height, width, 3) in [0, 1]."""
+    """(3, height, width), uint8 or float in [0, 1], as matplotlib needs it: (height, width, 3) in [0, 1]."""
     image = image.detach().cpu()
     return (image / 255 if image.dtype == torch.uint8 else image.float().clamp(0, 1)).permute(1, 2, 0).numpy()
 
 
 def image_grid(rows: Sequence[torch.Tensor], row_names: Sequence[str]) -> Figure:
-    """Pictures in rows: each entry of ``rows`` is (count, 3, height, width), uint8 or float in [0, 1]."""
+    """Pictures in rows.
+
+    Args:
+        rows: one tensor (count, 3, height, width) a row, uint8 or float in [0, 1].
+        row_names: one name a row.
+
+    Raises:
+        ValueError: there are no rows, or not one name for each row.
+    """
     if len(rows) != len(row_names) or not rows:
         raise ValueError(f"{len(rows)} rows of pictures but {len(row_names)} names: give each row a name")
     columns, (height, width) = max(len(row) for row in rows), rows[0].shape[2:]
     gap = max(1, height // 16)
-    # One canvas instead of an axis for each picture: a hundred axes take seconds to draw.
+    # One canvas instead of an axis a picture, because many axes are slow to draw.
     canvas = torch.ones(len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3)
     for row, pictures in enumerate(rows):
         for column, picture in enumerate(pictures):
@@ -50,12 +58,12 @@ def image_grid(rows: Sequence[torch.Tensor], row_names: Sequence[str]) -> Figure
 def classified(
     images: torch.Tensor, predicted: Sequence[str], true: Sequence[str], confidence: Sequence[float]
 ) -> Figure:
-    """Pictures, five a row, each under what a network took it for; where it is wrong, what it is stands below.
+    """Pictures, five a row, each under its predicted class. The true class stands below wrong predictions.
 
     Args:
         images: (n, 3, height, width), uint8.
-        predicted, true: n names of classes each.
-        confidence: n probabilities of the predictions.
+        predicted, true: names of n classes each.
+        confidence: n probabilities of the predicted classes, between 0 and 1.
     """
     columns = 5
     with new_figure(math.ceil(len(images) / columns), columns, height=2.1 * math.ceil(len(images) / columns)) as (
@@ -73,7 +81,7 @@ def classified(
 
 
 def affinity_matrices(matrices: Mapping[str, torch.Tensor], difference: torch.Tensor) -> Figure:
-    """Affinity matrices (N×N) by name on one scale, and a difference matrix on a scale of its own."""
+    """Affinity matrices (N×N) by name on a common scale, and a difference matrix (N×N) on a separate scale."""
     colours = _cosine_colours(matrices.values())
     with new_figure(1, len(matrices) + 1, height=3.1) as (figure, axes):
         for axis, (name, matrix) in zip(axes, matrices.items(), strict=False):
@@ -97,16 +105,16 @@ def pixel_affinity(
     maps: Mapping[str, torch.Tensor],
     row_names: Sequence[str] = (),
 ) -> Figure:
-    """Cosine of one chosen pixel with all others, drawn over the image; a row an image.
+    """Cosine of one chosen pixel with all others, drawn over the image; one row an image.
 
     Args:
         images: (count, 3, height, width), uint8 or float in [0, 1].
-        points: (row, column) of the chosen pixel, in pixels of the map, one an image.
+        points: (row, column) of the chosen pixel in each image, in pixels of the map.
         maps: by name, (count, h, w): the cosines of the chosen pixel with every pixel.
-        row_names: what to write beside the rows; nothing if left out.
+        row_names: names beside the rows; none if empty.
     """
     count, columns, colours = len(images), len(maps) + 1, _cosine_colours(maps.values())
-    side = min(2.35, (WIDTH + 2.0) / columns)  # inches: more than a few maps must share a notebook's width
+    side = min(2.35, (WIDTH + 2.0) / columns)  # inches; many maps share the width of a notebook
     with new_figure(count, columns, width=side * columns + 0.8, height=0.95 * side * count + 0.3) as (figure, axes):
         for index in range(count):
             row = axes[index * columns : (index + 1) * columns]
@@ -132,15 +140,16 @@ def pixel_affinity(
 
 
 def confusion(teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> Figure:
-    """Where a student differs from its teacher: what both take images for, and what the student gains and loses.
+    """Where the predictions of a student and its teacher differ.
 
-    On the left, of the images that the teacher takes for a class, the share that the student takes for each; on the
-    right, of the images *of* a class, how many more (percentage points) the student takes for each class than the
-    teacher does: the diagonal is what it gains or loses in accuracy.
+    On the left: the student's predictions for the images that the teacher assigns to a class, in percent of the row.
+    On the right: the student's predictions for the images of a class, minus the teacher's, in percentage points. The
+    diagonal is the student's gain in accuracy.
 
     Args:
-        teacher, student, labels: (N,) int64, predicted and true classes.
-        classes: names of the classes; more than 20 of them, or long ones, are not written.
+        teacher, student: predicted classes (N,), int64.
+        labels: true classes (N,), int64.
+        classes: names of the classes. More than 20 names, or long ones, are not written.
     """
     count = len(classes)
 

@@ -32,7 +32,7 @@ from ..utils.progress import clock
 from . import claims, tables
 from .charts import NOTE_KEY, RUNS_KEY
 
-# The package's exceptions have no ancestor of their own.
+# The exceptions of latex2mathml have no common base class.
 _NO_FORMULA = (IndexError, *(e for e in vars(exceptions).values() if isinstance(e, type) and issubclass(e, Exception)))
 # Display formulas first: their dollars come in pairs. Code spans and blocks are left alone.
 _MATHS = re.compile(r"(?P<code>```.*?```|`[^`\n]+`)|\$\$(?P<display>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
@@ -40,9 +40,14 @@ _MATHS = re.compile(r"(?P<code>```.*?```|`[^`\n]+`)|\$\$(?P<display>.+?)\$\$|\$(
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the report: its file's name without suffix, its bytes as a data address, the runs behind it.
+    """A figure of the report.
 
-    ``note``: what its notebook says of its origin.
+    Args:
+        name: of the file, without suffix.
+        address: the picture as a ``data:`` URL.
+        width: in pixels.
+        runs: names of the runs behind it.
+        note: the notebook's remark on its origin.
     """
 
     name: str
@@ -66,16 +71,19 @@ class Picture:
         return cls(path.stem, f"data:image/png;base64,{data}", width, runs.split(), note)
 
     def origin(self, records: Mapping[str, RunRecord]) -> str:
-        """Its runs among those that are there (by name), their seeds and dates; and how many are gone."""
+        """Number, seeds and dates of its runs, and how many of them no longer exist.
+
+        ``records``: the finished runs, by name.
+        """
         there = [records[run] for run in self.runs if run in records]
         parts = [self.note, tables.origin(there) if there else ""]
         if gone := len(self.runs) - len(there):
-            parts.append(f"{gone} of the runs that it was drawn from are no longer there: execute its notebook again.")
+            parts.append(f"{gone} of its runs no longer exist: execute its notebook again.")
         return " ".join(filter(None, parts))
 
 
 def write_report(suite: Suite) -> Path:
-    """Write the report of everything that lies in the suite's folder; returns the path of ``index.html``.
+    """Write the report of everything in the suite's folder; returns the path of ``index.html``.
 
     Raises:
         ResultsError: a record or the file of the paper's values is damaged; see :mod:`faqd_lib.reporting.tables`.
@@ -131,7 +139,7 @@ def _templates() -> jinja2.Environment:
 
 
 def _environments(records: Sequence[RunRecord]) -> list[dict[str, object]]:
-    """What the runs were trained with: each setting once, with its values."""
+    """Machine and software of the runs: each setting once, with all its values."""
     frame = pd.DataFrame([record.environment for record in records])
     return [
         {"what": column, "values": ", ".join(sorted(map(str, frame[column].dropna().unique())))} for column in frame
@@ -143,7 +151,7 @@ def _environments(records: Sequence[RunRecord]) -> list[dict[str, object]]:
 
 @dataclass(frozen=True)
 class HtmlTable:
-    """A table as HTML: what to read first, all rows, and the runs behind it."""
+    """A table as HTML: overview, all rows, and the runs behind it."""
 
     name: str
     title: str
@@ -166,7 +174,7 @@ def _html(frame: pd.DataFrame) -> Markup:
 
 
 def mathml(latex: str, display: bool) -> str:
-    """A formula as MathML; what cannot be converted stays as it was written, in a code span."""
+    """A formula as MathML. A formula that cannot be converted becomes a code span."""
     try:
         return convert(latex.strip(), display="block" if display else "inline")
     except _NO_FORMULA:
@@ -182,7 +190,7 @@ def notebook_html(path: Path) -> Markup:
         if match["code"]:
             return match["code"]
         formulas.append(mathml(match["display"] or match["inline"], display=bool(match["display"])))
-        return f"FORMULA{len(formulas) - 1}E"  # no Markdown in it; the formula comes back below
+        return f"FORMULA{len(formulas) - 1}E"  # contains no Markdown; replaced by the formula below
 
     for cell in notebook.cells:
         if cell.cell_type == "markdown":

@@ -1,10 +1,11 @@
 """The paper's tables from run records: DataFrames with captions, written as CSV, Markdown and LaTeX.
 
-A cell whose runs do not exist reads "not run". A profile whose numbers mean nothing (smoke) gets "not a result"
-instead of numbers. The paper's printed values come from a file that the user fills, never from here.
+The cells and their runs come from :mod:`faqd_lib.reporting.grids`. A cell whose runs do not exist reads "not run".
+A profile whose numbers mean nothing (smoke) gets "not a result" instead of numbers. The paper's printed values come
+from a file that the user fills.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,17 +17,20 @@ from ..runs.profile import default_results, suite_folder
 from ..runs.store import ResultsError, RunRecord
 from ..runs.suite import Suite
 from ..utils.files import atomic_write_text
+from ..utils.messages import check_choice
 from . import grids
+from .grids import Cell
 
 NOT_RUN = "not run"
 NOT_A_RESULT = "not a result"
+OURS = "ours, last epoch"
 RUNS = "runs"  # the column of records behind a row, their names separated by spaces
 PAPER_DATASETS = ("cifar10", "cifar100", "tiny-imagenet")
 REFERENCE_COLUMNS = (
     "table", "dataset", "teacher", "student", "weight_bits", "activation_bits", "regime", "method", "labels",
     "logit_loss", "affinity", "k", "accuracy", "source",
 )  # fmt: skip
-# A line with any other value would silently match nothing.
+# The values that the paper's file may have. Other values would match no run.
 REFERENCE_VALUES = {
     "table": ("T1", "T2", "T3", "T4"),
     "weight_bits": tuple(map(str, (*WEIGHT_BITS, FLOAT_BITS))),
@@ -41,8 +45,14 @@ REFERENCE_VALUES = {
 
 @dataclass(frozen=True)
 class Table:
-    """``frame`` holds one row a cell of the experiment, its column ``runs`` the records behind it; ``overview``, if
-    there is one, the same as a grid to read."""
+    """A table with its caption.
+
+    Args:
+        name: of its files, without suffix.
+        title, caption: in words.
+        frame: one row a cell; its column ``runs`` names the records behind the row.
+        overview: the last-epoch accuracies as a grid, or None.
+    """
 
     name: str
     title: str
@@ -57,7 +67,7 @@ class Table:
 
     @property
     def readable(self) -> pd.DataFrame:
-        """All rows, without the long column of records."""
+        """All rows, without the long column ``runs``."""
         return self.frame.drop(columns=RUNS, errors="ignore")
 
     def markdown(self) -> str:
@@ -96,7 +106,7 @@ def _latex_text(value: object) -> str:
 
 
 def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
-    """One row a run: its settings, accuracies (percent), final losses and cost. Plots and claims start from it."""
+    """One row a run: settings, accuracies (percent), final losses and cost. The input of charts and claims."""
     rows = []
     for record in records:
         config, cost, final = record.configuration, record.cost, record.history[-1]
@@ -144,7 +154,15 @@ MEASURES = {
 
 
 def history_frame(records: Iterable[RunRecord], measures: Iterable[str]) -> pd.DataFrame:
-    """Long form of histories for plots: columns run, epoch, measure (its label, see ``MEASURES``), value."""
+    """Histories in long form, for charts.
+
+    Args:
+        records: the runs.
+        measures: keys of ``MEASURES``.
+
+    Returns:
+        Columns ``run``, ``epoch``, ``measure`` (a label from ``MEASURES``) and ``value``.
+    """
     wanted = list(measures)
     rows = [
         {"run": record.run_id, "epoch": int(row["epoch"]), "measure": MEASURES[measure], "value": row[measure]}
@@ -162,40 +180,45 @@ def percent(values: list[float]) -> str:
     return f"{series.mean():.2f}" if len(series) == 1 else f"{series.mean():.2f} ± {series.std(ddof=1):.2f}"
 
 
-class _Cells:
-    """Looks up the runs of cells: accuracies over seeds, or "not run"."""
+class _Lookup:
+    """Finds the runs of cells, and the paper's value beside them."""
 
-    def __init__(self, suite: Suite, reference: pd.DataFrame) -> None:
-        self.suite, self.reference = suite, reference
+    def __init__(self, suite: Suite, reference: pd.DataFrame, table: str) -> None:
+        self.suite, self.reference, self.table = suite, reference, table
 
-    def records(self, configs: Iterable[RunConfig]) -> list[RunRecord]:
-        return [record for record in map(self.suite.store.record, configs) if record is not None]
+    def records(self, cell: Cell) -> list[RunRecord]:
+        """The records of those runs of a cell that are finished."""
+        return [record for record in map(self.suite.store.record, cell.runs) if record is not None]
 
-    def text(self, configs: Iterable[RunConfig], value: Callable[[RunRecord], float], show=percent) -> str:
-        records = self.records(configs)
+    def text(self, cell: Cell, value: Callable[[RunRecord], float], show: Callable[[list[float]], str]) -> str:
+        """A value over the runs of a cell, "not run", or "not a result"."""
+        records = self.records(cell)
         if not records:
             return NOT_RUN
         return show([value(record) for record in records]) if self.suite.profile.shows_results else NOT_A_RESULT
 
-    def accuracy(self, table: str, configs: list[RunConfig]) -> dict[str, str]:
-        """Columns paper, last, best, difference, n of one cell (all its seeds)."""
-        records, paper = self.records(configs), self._paper(table, configs[0])
+    def accuracy(self, cell: Cell) -> dict[str, str]:
+        """The columns paper, ours (last and best epoch), difference, n and runs of one cell."""
+        records, paper = self.records(cell), self._paper(cell.runs[0])
         difference = ""
         if records and paper is not None and self.suite.profile.shows_results:
-            difference = f"{sum(r.last_accuracy for r in records) / len(records) - paper:+.2f}"
+            mean = sum(record.last_accuracy for record in records) / len(records)
+            difference = f"{mean - paper:+.2f}"
         return {
             "paper": "" if paper is None else f"{paper:.2f}",
-            "ours, last epoch": self.text(configs, lambda record: record.last_accuracy),
-            "ours, best epoch": self.text(configs, lambda record: record.best_accuracy),
+            OURS: self.text(cell, lambda record: record.last_accuracy, percent),
+            "ours, best epoch": self.text(cell, lambda record: record.best_accuracy, percent),
             "difference": difference,
             "n": str(len(records)),
             RUNS: " ".join(record.run_id for record in records),
         }
 
-    def _paper(self, table: str, config: RunConfig) -> float | None:
+    def _paper(self, config: RunConfig) -> float | None:
+        if config.quantization.variant:  # the paper has its own quantizers only
+            return None
         affinity = config.objective.affinity
         key = {
-            "table": table,
+            "table": self.table,
             "dataset": config.data.name,
             "teacher": config.teacher.model if config.teacher else "",
             "student": config.model,
@@ -215,10 +238,17 @@ class _Cells:
 
 
 def read_paper_reference(path: Path | None = None) -> pd.DataFrame:
-    """The paper's printed values that a user has filled in (``results/paper_reference.csv``; see results/README.md).
+    """Read the paper's printed values that the user filled in; see results/README.md.
+
+    Args:
+        path: the file. None: ``results/paper_reference.csv``.
+
+    Returns:
+        The columns ``REFERENCE_COLUMNS``; no rows if there is no file.
 
     Raises:
-        ResultsError: the file lacks a column, or an accuracy is not a percentage.
+        ResultsError: the file lacks a column, a value matches no run, an accuracy is not a percentage, or two lines
+            are for the same cell.
     """
     path = path or default_results() / "paper_reference.csv"
     if not path.is_file():
@@ -232,11 +262,8 @@ def read_paper_reference(path: Path | None = None) -> pd.DataFrame:
     if len(bad):
         raise ResultsError(f"{path}: accuracy {bad['accuracy'].iloc[0]!r} is not a percentage between 0 and 100")
     for column, allowed in REFERENCE_VALUES.items():
-        strange = frame[~frame[column].isin(allowed)]
-        if len(strange):
-            raise ResultsError(
-                f"{path}: {column} = {strange[column].iloc[0]!r} matches no run; write one of {', '.join(allowed)}"
-            )
+        for value in frame[column]:
+            check_choice(f"{path}: {column}", value, allowed, ResultsError)
     keys = [column for column in REFERENCE_COLUMNS if column not in ("accuracy", "source")]
     twice = frame[frame.duplicated(keys)]
     if len(twice):
@@ -256,13 +283,13 @@ def _caption(suite: Suite, what: str) -> str:
 
 
 def span(dates: Iterable[str]) -> str:
-    """``2026-01-01 to 2026-01-03`` of dates in any order; empty if there are none."""
+    """First and last of some dates: ``2026-01-01 to 2026-01-03``; empty without dates."""
     found = sorted(set(dates))
     return "" if not found else found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def origin(records: Iterable[RunRecord]) -> str:
-    """How many runs there are, of which seeds, and when they were trained, for captions."""
+    """Number, seeds and dates of runs, for captions."""
     records = list(records)
     if not records:
         return "No runs yet: n = 0."
@@ -273,87 +300,63 @@ def origin(records: Iterable[RunRecord]) -> str:
 
 
 def with_origin(suite: Suite, table: Table) -> Table:
-    """The table, its caption saying how many runs are behind it, of which seeds and when."""
+    """The table with number, seeds and dates of its runs added to the caption."""
     behind = set(table.runs)
     records = [record for record in suite.store.records() if record.run_id in behind]
     return replace(table, caption=f"{table.caption} {origin(records)}")
 
 
-def _per_seed(suite: Suite, make: Callable[[int], RunConfig]) -> list[RunConfig]:
-    return [make(seed) for seed in grids.seeds(suite)]
+def _table(suite: Suite, name: str, title: str, what: str, rows: list[dict], overview: pd.DataFrame | None) -> Table:
+    number = name.partition("_")[0]
+    made = Table(
+        f"{name}_{suite.dataset}",
+        f"{number} {title}, {suite.dataset}",
+        _caption(suite, what),
+        pd.DataFrame(rows),
+        overview,
+    )
+    return with_origin(suite, made)
 
 
-def _reference_rows(cells: _Cells, table: str) -> list[dict[str, str]]:
-    suite = cells.suite
-    rows = []
-    for model in suite.profile.teachers:
-        rows.append(
-            {"bits": "float", "learns from": f"teacher {model}", **cells.accuracy(table, [suite.teacher(model)])}
-        )
-    students = _per_seed(suite, suite.float_student)
-    rows.append({"bits": "float", "learns from": f"student {suite.profile.student}", **cells.accuracy(table, students)})
-    return rows
+def _rows(lookup: _Lookup, cells: Iterable[Cell], across: str) -> list[dict[str, str]]:
+    """One row a cell: its headings (the one across is called ``across``), then its accuracies."""
+    return [{**cell.row, across: cell.column, **lookup.accuracy(cell)} for cell in cells]
+
+
+def _overview(rows: Iterable[Mapping[str, str]], headings: Sequence[str], across: str) -> pd.DataFrame:
+    """The rows as a grid: a line for each value of the headings, a column for each value of the heading ``across``."""
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        here = {heading: row[heading] for heading in headings}
+        lines.setdefault(tuple(here.values()), here)[row[across]] = row[OURS]
+    return pd.DataFrame(lines.values())
 
 
 def _quantization_table(
-    cells: _Cells,
-    name: str,
-    title: str,
-    bits: list[tuple[int, int]],
-    regimes: list[str],
-    teachers: list[str],
-    what: str,
+    suite: Suite, reference: pd.DataFrame, cells: list[Cell], name: str, title: str, what: str
 ) -> Table:
-    suite, rows, overview = cells.suite, [], []
-    table = name.split("_", maxsplit=1)[0]
-    for row in _reference_rows(cells, table):
-        rows.append({"teacher": "", "regime": "", **row})
-        grid = dict.fromkeys((column.title for column in grids.COLUMNS), "")
-        overview.append(
-            {
-                "teacher": "",
-                "regime": row["learns from"],
-                "bits": "float",
-                **grid,
-                "labels only": row["ours, last epoch"],
-            }
-        )
-    for weights, activations in bits:
-        line = {"teacher": "", "regime": "post-training", "bits": f"{weights}W{activations}A"}
-        configs = _per_seed(suite, lambda seed, w=weights, a=activations: suite.post_training(w, a, seed=seed))
-        accuracy = cells.accuracy(table, configs)
-        rows.append({**line, "learns from": "nothing: the float student, rounded", **accuracy})
-        grid = dict.fromkeys((column.title for column in grids.COLUMNS), "")
-        overview.append({**line, **grid, "labels only": accuracy["ours, last epoch"]})
-    for teacher in teachers:
-        for regime in regimes:
-            for weights, activations in bits:
-                line = {"teacher": teacher, "regime": regime, "bits": f"{weights}W{activations}A"}
-                grid = {}
-                for column in grids.COLUMNS:
-                    configs = _per_seed(
-                        suite,
-                        lambda seed, c=column, w=weights, a=activations, r=regime, t=teacher: suite.student(
-                            c.method, labels=c.labels, weight_bits=w, activation_bits=a, regime=r, teacher=t, seed=seed
-                        ),
-                    )
-                    accuracy = cells.accuracy(table, configs)
-                    rows.append({**line, "learns from": column.title, **accuracy})
-                    grid[column.title] = accuracy["ours, last epoch"]
-                overview.append({**line, **grid})
-    return with_origin(suite, Table(name, title, _caption(suite, what), pd.DataFrame(rows), pd.DataFrame(overview)))
+    rows = _rows(_Lookup(suite, reference, name.partition("_")[0]), cells, "learns from")
+    titles = [column.title for column in grids.COLUMNS]
+    placed = []
+    for row in rows:
+        # Reference and rounded networks learned from labels only, and stand in that column.
+        column = row["learns from"] if row["learns from"] in titles else "labels only"
+        placed.append({**row, "regime": row["regime"] or row["learns from"], "learns from": column})
+    overview = _overview(placed, ("teacher", "regime", "bits"), "learns from").reindex(
+        columns=["teacher", "regime", "bits", *titles], fill_value=""
+    )
+    return _table(suite, name, title, what, rows, overview.fillna(""))
 
 
 def weight_quantization(suite: Suite, reference: pd.DataFrame) -> Table:
     """T1 for the suite's dataset."""
     losses = suite.profile.losses
     return _quantization_table(
-        _Cells(suite, reference),
-        f"T1_weight_quantization_{suite.dataset}",
-        f"T1 Weight quantization, {suite.dataset}",
-        [(bits, FLOAT_BITS) for bits in sorted({1, 2, 4, *suite.profile.grid.weight_bits})],
-        ["end-to-end", "fine-tuning"],
-        grids.weight_teachers(suite),
+        suite,
+        reference,
+        grids.weight_cells(suite),
+        "T1_weight_quantization",
+        "Weight quantization",
         f"Students {suite.profile.student} with quantized weights and float activations; logit loss "
         f"{losses.end_to_end_logit_loss.upper()} end to end, {losses.fine_tuning_logit_loss.upper()} in fine-tuning; "
         "fine-tuning starts from the float student, which like the teacher was trained with labels; post-training: "
@@ -363,83 +366,66 @@ def weight_quantization(suite: Suite, reference: pd.DataFrame) -> Table:
 
 def full_quantization(suite: Suite, reference: pd.DataFrame) -> Table:
     """T2 for the suite's dataset."""
-    bits = sorted({(1, 4), (4, 4), *suite.profile.grid.full_bits})
     return _quantization_table(
-        _Cells(suite, reference),
-        f"T2_full_quantization_{suite.dataset}",
-        f"T2 Full quantization, {suite.dataset}",
-        bits,
-        ["end-to-end", "fine-tuning"],
-        suite.profile.teachers[:1],
+        suite,
+        reference,
+        grids.full_cells(suite),
+        "T2_full_quantization",
+        "Full quantization",
         f"Students {suite.profile.student} with quantized weights and activations (learned step); post-training: the "
         "float student with its weights rounded, its steps calibrated and its batch normalisation estimated anew, not "
         "trained any further.",
     )
 
 
+def activation_steps(suite: Suite, reference: pd.DataFrame) -> Table:
+    """T2's students by the gradient of their activation steps: what learning the steps buys."""
+    rows = _rows(_Lookup(suite, reference, "T2"), grids.activation_step_cells(suite), "gradient of the steps")
+    what = (
+        f"Label-free FAQD, student {suite.profile.student}, teacher {suite.profile.teachers[0]}. Gradient of the "
+        "activation steps: learned (lsq), coarse, or none, so that the steps stay as calibrated (frozen)."
+    )
+    return _table(suite, "T2_activation_steps", "Activation steps", what, rows, None)
+
+
 def logit_losses(suite: Suite, reference: pd.DataFrame) -> Table:
     """T3: MSE against KL."""
-    cells, rows, overview = _Cells(suite, reference), [], []
-    for regime in ("end-to-end", "fine-tuning"):
-        for bits in sorted({1, 2, 4, *suite.profile.grid.logit_bits}):
-            line = {"regime": regime, "bits": f"{bits}W32A"}
-            grid = {}
-            for loss in ("mse", "kl"):
-                configs = _per_seed(
-                    suite,
-                    lambda seed, b=bits, r=regime, loss=loss: suite.student(
-                        "FAQD", weight_bits=b, regime=r, logit_loss=loss, seed=seed
-                    ),
-                )
-                accuracy = cells.accuracy("T3", configs)
-                rows.append({**line, "logit loss": loss.upper(), **accuracy})
-                grid[loss.upper()] = accuracy["ours, last epoch"]
-            overview.append({**line, **grid})
+    rows = _rows(_Lookup(suite, reference, "T3"), grids.logit_loss_cells(suite), "logit loss")
     what = f"Label-free FAQD, student {suite.profile.student}, teacher {suite.profile.teachers[0]}."
-    frame = pd.DataFrame(rows)
-    name = f"T3_logit_loss_{suite.dataset}"
-    table = Table(name, f"T3 Logit loss, {suite.dataset}", _caption(suite, what), frame, pd.DataFrame(overview))
-    return with_origin(suite, table)
+    overview = _overview(rows, ("regime", "bits"), "logit loss")
+    return _table(suite, "T3_logit_loss", "Logit loss", what, rows, overview)
 
 
 def affinity_losses(suite: Suite, reference: pd.DataFrame) -> Table:
     """T4: no affinity loss, exact, and k projections: accuracy, final affinity loss, time and memory of a step."""
-    cells, rows = _Cells(suite, reference), []
-    fewest = min(suite.profile.grid.affinity_bits)
-    variants = []
-    for bits in suite.profile.grid.affinity_bits:
-        some = {1, 3, 6, 15} if bits == fewest else set()
-        variants += [(bits, "none", "KD", None), (bits, "FA (exact)", "FAQD", None)]
-        variants += [(bits, f"FFA, k = {k}", "FFAQD", k) for k in sorted({*some, *grids.projections(suite, bits)})]
+    lookup, rows = _Lookup(suite, reference, "T4"), []
 
     def number(values: list[float]) -> str:
         return f"{pd.Series(values).mean():.4g}"
 
-    for bits, title, method, k in variants:
-        configs = _per_seed(suite, lambda seed, b=bits, m=method, k=k: suite.student(m, weight_bits=b, k=k, seed=seed))
-        affinity = lambda record: record.history[-1]["affinity"]  # noqa: E731
-        rows.append(
+    for cell in grids.affinity_loss_cells(suite):
+        has_affinity = cell.runs[0].objective.affinity != "none"
+        rows += [
             {
-                "bits": f"{bits}W32A",
-                "affinity loss": title,
-                **cells.accuracy("T4", configs),
-                "final affinity loss": "" if method == "KD" else cells.text(configs, affinity, number),
-                "ms a step": cells.text(configs, lambda record: record.cost["step_milliseconds"], number),
-                "peak MB a step": cells.text(configs, lambda record: record.cost["peak_step_bytes"] / 1e6, number),
+                **row,
+                "final affinity loss": (
+                    lookup.text(cell, lambda record: record.history[-1]["affinity"], number) if has_affinity else ""
+                ),
+                "ms a step": lookup.text(cell, lambda record: record.cost["step_milliseconds"], number),
+                "peak MB a step": lookup.text(cell, lambda record: record.cost["peak_step_bytes"] / 1e6, number),
             }
-        )
+            for row in _rows(lookup, [cell], "affinity loss")
+        ]
     what = (
         f"Label-free students {suite.profile.student} with quantized weights, end to end; the final affinity loss is "
         "the training loss's mean over the last epoch (FFA: an estimate of the same quantity); a step is the student's "
         "own, without data and teacher."
     )
-    name = f"T4_affinity_loss_{suite.dataset}"
-    table = Table(name, f"T4 Affinity loss, {suite.dataset}", _caption(suite, what), pd.DataFrame(rows))
-    return with_origin(suite, table)
+    return _table(suite, "T4_affinity_loss", "Affinity loss", what, rows, None)
 
 
 def cost(suite: Suite) -> Table:
-    """T5: what every run cost."""
+    """T5: time, memory and size of every run."""
     frame = runs_frame(suite.store.records())
     columns = {
         "run": "run",
@@ -466,11 +452,11 @@ def cost(suite: Suite) -> Table:
 
 
 def not_run(dataset: str, profile: str) -> Table:
-    """T1 of a dataset of the paper that this profile has not been run on."""
+    """T1 of a dataset of the paper on which this profile has no runs."""
     rows = [
-        {"regime": regime, "bits": f"{bits}W32A", **dict.fromkeys((c.title for c in grids.COLUMNS), NOT_RUN)}
-        for regime in ("end-to-end", "fine-tuning")
-        for bits in (1, 2, 4)
+        {"regime": regime, "bits": f"{bits}W32A", **dict.fromkeys((column.title for column in grids.COLUMNS), NOT_RUN)}
+        for regime in grids.REGIMES
+        for bits in grids.PAPER_WEIGHT_BITS
     ]
     return Table(
         f"T1_weight_quantization_{dataset}",
@@ -481,7 +467,12 @@ def not_run(dataset: str, profile: str) -> Table:
 
 
 def all_tables(suite: Suite, reference: pd.DataFrame | None = None) -> list[Table]:
-    """T1 for each dataset of the paper and for the suite's own, T2 to T5 for the suite's own."""
+    """T1 for the suite's dataset and for each dataset of the paper, then T2 to T5 for the suite's dataset.
+
+    Args:
+        suite: whose records are shown.
+        reference: the paper's values. None: :func:`read_paper_reference`.
+    """
     reference = read_paper_reference() if reference is None else reference
     tables = [weight_quantization(suite, reference)]
     for dataset in PAPER_DATASETS:
@@ -492,12 +483,12 @@ def all_tables(suite: Suite, reference: pd.DataFrame | None = None) -> list[Tabl
             tables.append(weight_quantization(Suite.read(folder), reference))
         else:
             tables.append(not_run(dataset, suite.profile.name))
-    tables += [make(suite, reference) for make in (full_quantization, logit_losses, affinity_losses)]
-    return [*tables, cost(suite)]
+    others = (full_quantization, activation_steps, logit_losses, affinity_losses)
+    return [*tables, *(make(suite, reference) for make in others), cost(suite)]
 
 
 def write_all(suite: Suite, tables: Iterable[Table]) -> list[Path]:
-    """Write every table to ``tables/`` and all of them, with the figures, to ``summary.md``; return the paths."""
+    """Write every table to ``tables/``, and all tables and figures to ``summary.md``; return the paths."""
     tables = list(tables)
     paths = [path for table in tables for path in table.write(suite.folder / "tables")]
     figures = sorted((suite.folder / "figures").glob("*.png"))

@@ -1,10 +1,10 @@
-"""Checkpoints: the state of a run in training, in two generations, each whole and under a digest.
+"""Checkpoints: the state of a run in training, in two generations, each protected by a digest.
 
     runs/<run>/checkpoint.safetensors            the newest
                checkpoint.previous.safetensors   the one before it
 
-A process may be killed at any moment, also while it writes: one of the two is always whole. Safetensors hold numbers
-and text only; reading a checkpoint executes nothing.
+A process may be killed at any moment, also while it writes: one of the two files is always whole. Safetensors hold
+numbers and text only: no code runs when a checkpoint is read.
 """
 
 import os
@@ -26,15 +26,24 @@ NAMES = ("checkpoint.safetensors", "checkpoint.previous.safetensors")
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint was damaged and set aside; training goes on from an older one, or from the beginning."""
+    """A checkpoint is damaged, or from another machine. Training goes on; the message says from where."""
 
 
 class CheckpointInfo(StrictModel):
-    """What a checkpoint knows beside its tensors: whose it is, how far, measured what, and where."""
+    """The part of a checkpoint that is not tensors.
 
-    digest: str  # of the run's configuration
+    Args:
+        digest: of the run's configuration.
+        steps: training steps so far.
+        checked: steps of the current epoch whose loss is known to be finite.
+        history: finished epochs.
+        peak_bytes, data_seconds, teacher_seconds: measured so far.
+        environment: machine and software.
+    """
+
+    digest: str
     steps: int
-    checked: int  # of the steps of the epoch that is under way, those whose loss was seen to be finite
+    checked: int
     history: list[dict[str, float]]
     peak_bytes: int
     data_seconds: float
@@ -43,10 +52,10 @@ class CheckpointInfo(StrictModel):
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], facts: CheckpointInfo) -> None:
-    """Write the newest checkpoint; the one that was newest becomes the previous one.
+    """Write the newest checkpoint; the newest so far becomes the previous one.
 
     Raises:
-        OSError: the disk is full or the folder not writable. A whole checkpoint that was there is still there.
+        OSError: the disk is full or the folder not writable. Checkpoints written earlier are unharmed.
     """
     text = facts.model_dump_json()
     newest, previous = (folder / name for name in NAMES)
@@ -55,7 +64,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], facts: Chec
         save_file(tensors, temporary, {"facts": text, "digest": tensors_digest(tensors, salt=text)})
         with open(temporary, "r+b") as written:
             os.fsync(written.fileno())
-        # Until the new one is renamed, too, there is only a previous one, which is enough.
+        # Between the two renames there is only a previous checkpoint, which is enough.
         if newest.exists():
             os.replace(newest, previous)
 
@@ -63,13 +72,20 @@ def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], facts: Chec
 
 
 def read_checkpoint(folder: Path, digest: str) -> tuple[dict[str, torch.Tensor], CheckpointInfo] | None:
-    """The newest whole checkpoint of the run with this configuration digest, on the CPU; None if there is none.
+    """Read the newest whole checkpoint of a run.
 
-    A damaged or foreign one is renamed, with a :class:`CheckpointWarning`, and the one before it is taken.
+    A damaged checkpoint, or one of another run, is renamed with a :class:`CheckpointWarning`. Then the previous one is
+    read.
+
+    Args:
+        folder: of the run.
+        digest: of the run's configuration.
+
+    Returns:
+        Tensors on the CPU, and the rest; None if there is no checkpoint.
 
     Raises:
-        OSError: a file cannot be read (no right to, too many files open, a disk that fails): that says nothing of what
-            it holds.
+        OSError: a file cannot be opened or read. It stays where it is, because its contents may be whole.
     """
     for path in (folder / name for name in NAMES):
         if not path.exists():
@@ -101,8 +117,8 @@ def _read(path: Path, digest: str) -> tuple[dict[str, torch.Tensor], CheckpointI
 
 
 def due_every(seconds: float) -> Callable[[], bool]:
-    """A function that says True when it is asked again so many seconds after it last did, or after now."""
-    last = time.monotonic()  # which no change of the clock sets back
+    """A function that returns True once in so many seconds, for the first time so many seconds from now."""
+    last = time.monotonic()  # changes of the system clock have no effect
 
     def due() -> bool:
         nonlocal last
@@ -116,13 +132,13 @@ def due_every(seconds: float) -> Callable[[], bool]:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove both, once the run is finished."""
+    """Remove both checkpoints of a finished run."""
     for name in NAMES:
         (folder / name).unlink(missing_ok=True)
     remove_unfinished_writes(folder)
 
 
 def remove_unfinished_writes(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote has left; only for who holds the run's lock."""
+    """Remove temporary files of a process that was killed while it wrote. The caller must hold the run's lock."""
     for path in folder.glob(".*.part"):
         path.unlink(missing_ok=True)

@@ -1,20 +1,13 @@
-"""Runs trained in this process: cohort by cohort, under locks, from their checkpoints on."""
+"""Training in this process: cohort by cohort, under locks, continuing from checkpoints."""
 
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
-
-import torch
-from torch import nn
+from collections.abc import Callable, Sequence
 
 from ..config import RunConfig
-from ..data.batches import Batches, Normalizer
-from ..data.datasets import ImageData, Images
 from ..models import parameter_count
 from ..quantization.description import weight_bytes
 from ..training.learner import Learner
-from ..training.loop import train
+from ..training.loop import Trained, train
 from ..utils.measure import environment
 from ..utils.progress import ProgressReporter
 from . import planning
@@ -26,114 +19,75 @@ from .checkpoints import (
     remove_unfinished_writes,
     write_checkpoint,
 )
-from .profile import Profile, SuiteState
 from .store import RunStore, accuracies
+from .workshop import Workshop
 
-# What of the environment must be the same for the same bits.
+# Trains runs that do not need each other. Finished runs are in the workshop's store afterwards.
+Engine = Callable[[Workshop, Sequence[RunConfig], ProgressReporter], None]
+Machine = dict[str, str | int]  # hardware and software, as :func:`~faqd_lib.utils.measure.environment` describes them
+
+# Parts of a machine that must be the same for the same bits.
 SAME_BITS = ("torch", "processor", "threads", "device", "commit", "activation_kernels")
 
 _BETWEEN_REPORTS = 5.0  # seconds, of progress within an epoch
 
 
-class Workplace(Protocol):
-    """What training needs of a :class:`~faqd_lib.runs.suite.Suite`."""
+def train_here(workshop: Workshop, wave: Sequence[RunConfig], progress: ProgressReporter) -> None:
+    """Train runs that do not need each other, and wait for those that another process trains.
 
-    state: SuiteState
-    store: RunStore
-    device: torch.device
-    profile: Profile
-    folder: Path
-    data: ImageData
-    splits: tuple[Images, Images | None, Images]
-    normalizer: Normalizer
-
-    def model(self, config: RunConfig) -> nn.Module: ...
-
-    def learner(self, config: RunConfig, batches: Batches) -> Learner: ...
-
-
-def train_here(suite: Workplace, wave: Sequence[RunConfig], progress: ProgressReporter) -> None:
-    """Train runs none of which needs another one, wait for those that another process is at."""
-    left = planning.cohorts(wave, suite.profile.cohort)
+    Raises:
+        NonFiniteLossError: a loss stopped being finite. All other runs of its cohort are finished and saved.
+    """
+    store = workshop.store
+    left = planning.cohorts(wave, workshop.state.profile.cohort)
     while left:
         elsewhere = []
         for cohort in left:
-            with suite.store.claim(cohort) as ours:
-                todo = [config for config in ours if suite.store.record(config) is None]
-                progress.skip(sum(units(config) for config in ours if config not in todo))
-                if todo:
-                    _train_cohort(suite, todo, progress.number(len(todo)), progress)
-            if others := [config for config in cohort if config not in ours]:
+            with store.lock_available(cohort) as locked:
+                missing = [config for config in locked if store.record(config) is None]
+                progress.skip(sum(units(config) for config in locked if config not in missing))
+                if missing:
+                    _train_cohort(workshop, missing, progress.number(len(missing)), progress)
+            if others := [config for config in cohort if config not in locked]:
                 elsewhere.append(others)
         if elsewhere:
             progress.say(f"another process trains {elsewhere[0][0].run_id}: waiting for it")
-            with suite.store.lock(elsewhere[0][0]):
+            with store.lock(elsewhere[0][0]):
                 pass
         left = elsewhere
 
 
 def units(config: RunConfig) -> int:
-    """Of progress: an epoch of one network."""
+    """Progress units of a run: one per epoch, at least one."""
     return max(1, config.optimization.epochs)
 
 
-def _train_cohort(suite: Workplace, cohort: Sequence[RunConfig], label: str, progress: ProgressReporter) -> None:
-    config = cohort[0]
-    training, validation, test = suite.splits
-    # Label-free students are trained from images that have no labels: there is nothing to look at.
-    images = training.unlabelled() if config.label_free else training
-    batches = Batches(
-        images, config.optimization.batch_size, config.seed, suite.normalizer, flip=suite.data.flip,
-        device=suite.device,
-    )  # fmt: skip
-    teacher_config = next((c.teacher for c in cohort if c.teacher is not None), None)
-    teacher = None if teacher_config is None else suite.model(teacher_config).requires_grad_(False)
-    splits = {"test": test} if validation is None else {"validation": validation, "test": test}
-    learners = [suite.learner(c, batches) for c in cohort]
-    here = environment(suite.device)
+def _train_cohort(workshop: Workshop, cohort: Sequence[RunConfig], label: str, progress: ProgressReporter) -> None:
+    """Train runs side by side, from their checkpoints if there are any, and save them."""
+    profile, splits, store = workshop.state.profile, workshop.splits, workshop.store
+    batches, teacher = workshop.batches(cohort[0]), workshop.teacher(cohort)
+    learners = [workshop.learner(config, batches) for config in cohort]
+    machine = environment(workshop.device)
     for learner in learners:
-        remove_unfinished_writes(suite.store.run_folder(learner.config))
-        _resume(suite.store, learner, here, progress)
-
-    shown, reported = due_every(_BETWEEN_REPORTS), _epochs(learners)  # what a checkpoint brought is no pace of ours
-
-    def on_batch(epoch: int, done: int) -> None:
-        if shown():
-            what = f"epoch {epoch + 1} of {config.optimization.epochs}, batch {done} of {len(batches)}"
-            progress.within(label, _epochs(learners) - reported, f"{label}, {what}")
-
-    def on_epoch(epoch: int, active: list[Learner]) -> None:
-        nonlocal reported
-        progress.within(label, 0.0)
-        names = ", ".join(sorted({f"{learner.config.bits} {learner.config.method}" for learner in active}))
-        accuracy = " ".join(f"{learner.history[-1]['test_accuracy']:.1f}" for learner in active)
-        epochs = config.optimization.epochs
-        what = f"epoch {epoch + 1} of {epochs}" if epochs else "quantized after training"
-        worked, reported = _epochs(learners) - reported, _epochs(learners)
-        progress.advance(worked if epochs else len(active), f"{label} ({names}), {what}: test {accuracy} %")
-
-    if config.optimization.compiled:
+        remove_unfinished_writes(store.run_folder(learner.config))
+        _resume(store, learner, machine, progress)
+    if cohort[0].optimization.compiled:
         progress.say(f"{label}: compiling {'teacher and ' if teacher is not None else ''}{len(learners)} network(s)")
+    report = _CohortReport(progress, label, learners)
     result = train(
-        learners, batches, teacher, () if teacher is None else teacher.feature_names, splits, on_epoch,
-        due_every(suite.profile.checkpoint_seconds), lambda learner: save_checkpoint(suite.store, learner, here),
-        on_batch, suite.profile.cuda_graphs,
-    )  # fmt: skip
+        learners,
+        batches,
+        teacher,
+        feature_names=() if teacher is None else teacher.feature_names,
+        splits={name: images for name in ("validation", "test") if (images := getattr(splits, name)) is not None},
+        on_epoch=report.epoch,
+        on_batch=report.batch,
+        checkpoint_due=due_every(profile.checkpoint_seconds),
+        checkpoint=lambda learner: save_checkpoint(store, learner, machine),
+        cuda_graphs=profile.cuda_graphs,
+    )
     for trained in result.trained:
-        suite.store.save(
-            trained.config,
-            trained.model,
-            history=trained.history,
-            **accuracies(trained.history),
-            test_images=len(test),
-            parameters=parameter_count(trained.model),
-            weight_bytes=weight_bytes(trained.model),
-            cost=trained.cost,
-            environment=here | trained.kernels,
-            dataset_note=suite.state.note,
-            predictions=trained.predictions,
-            labels=test.labels,
-        )
+        _save(workshop, trained, machine)
     if result.failed:
         error = next(iter(result.failed.values()))
         if result.trained:
@@ -141,30 +95,82 @@ def _train_cohort(suite: Workplace, cohort: Sequence[RunConfig], label: str, pro
         raise error
 
 
+def _save(workshop: Workshop, trained: Trained, machine: Machine) -> None:
+    test = workshop.splits.test
+    workshop.store.save(
+        trained.config,
+        trained.model,
+        history=trained.history,
+        **accuracies(trained.history),
+        test_images=len(test),
+        parameters=parameter_count(trained.model),
+        weight_bytes=weight_bytes(trained.model),
+        cost=trained.cost,
+        environment=machine | trained.kernels,
+        dataset_note=workshop.state.note,
+        predictions=trained.predictions,
+        labels=test.labels,
+    )
+
+
+class _CohortReport:
+    """Tells the progress display what a cohort does.
+
+    Args:
+        progress: the display.
+        label: of the cohort's runs, such as ``run 3-5 of 12``.
+        learners: of the cohort, with the epochs that their checkpoints brought. Those do not count as progress.
+    """
+
+    def __init__(self, progress: ProgressReporter, label: str, learners: Sequence[Learner]) -> None:
+        self._progress, self._label, self._learners = progress, label, learners
+        self._epochs = learners[0].config.optimization.epochs
+        self._batches = learners[0].steps_per_epoch
+        self._reported = _epochs(learners)
+        self._due = due_every(_BETWEEN_REPORTS)
+
+    def batch(self, epoch: int, done: int) -> None:
+        """Report progress within an epoch, every few seconds."""
+        if self._due():
+            where = f"{self._label}, epoch {epoch + 1} of {self._epochs}, batch {done} of {self._batches}"
+            self._progress.within(self._label, _epochs(self._learners) - self._reported, where)
+
+    def epoch(self, epoch: int, finished: list[Learner]) -> None:
+        """Report a finished epoch with its test accuracies."""
+        self._progress.within(self._label, 0.0)
+        names = ", ".join(sorted({f"{learner.config.bits} {learner.config.method}" for learner in finished}))
+        accuracy = " ".join(f"{learner.history[-1]['test_accuracy']:.1f}" for learner in finished)
+        what = f"epoch {epoch + 1} of {self._epochs}" if self._epochs else "quantized after training"
+        done, before = _epochs(self._learners), self._reported
+        self._reported = done
+        worked = done - before if self._epochs else len(finished)
+        self._progress.advance(worked, f"{self._label} ({names}), {what}: test {accuracy} %")
+
+
 def _epochs(learners: Sequence[Learner]) -> float:
-    """How many epochs all of them together have behind them, the begun ones in part."""
+    """Finished epochs of all learners together, with fractions of those that have begun."""
     return sum(learner.steps / learner.steps_per_epoch for learner in learners)
 
 
-def save_checkpoint(store: RunStore, learner: Learner, here: dict[str, str | int]) -> None:
-    """Write what a run needs to go on from where it is."""
+def save_checkpoint(store: RunStore, learner: Learner, machine: Machine) -> None:
+    """Write the state from which a run continues with the same bits."""
     tensors, facts = learner.state()
-    facts |= {"digest": learner.config.digest, "environment": here | learner.kernels}
+    facts |= {"digest": learner.config.digest, "environment": machine | learner.kernels}
     write_checkpoint(store.run_folder(learner.config), tensors, CheckpointInfo(**facts))
 
 
-def _resume(store: RunStore, learner: Learner, here: dict[str, str | int], progress: ProgressReporter) -> None:
-    """Go on from the run's checkpoint, if it has one."""
+def _resume(store: RunStore, learner: Learner, machine: Machine, progress: ProgressReporter) -> None:
+    """Continue from the run's checkpoint, if there is one. Warns if the machine differs from the checkpoint's."""
     found = read_checkpoint(store.run_folder(learner.config), learner.config.digest)
     if found is None:
         return
-    tensors, facts = found
-    learner.load_state(tensors, facts.model_dump())
+    tensors, info = found
+    learner.load_state(tensors, info.model_dump())
     progress.skip(_epochs([learner]))
     progress.say(f"{learner.config.run_id} goes on from its checkpoint after step {learner.steps}")
-    here = here | learner.kernels
-    if changed := [key for key in SAME_BITS if here.get(key) != facts.environment.get(key)]:
-        what = ", ".join(f"{key} {facts.environment.get(key)} then, {here.get(key)} now" for key in changed)
+    now, then = machine | learner.kernels, info.environment
+    if changed := [key for key in SAME_BITS if now.get(key) != then.get(key)]:
+        what = ", ".join(f"{key} {then.get(key)} then, {now.get(key)} now" for key in changed)
         warnings.warn(
             f"{learner.config.run_id} was begun in another environment ({what}): it may end with other last bits "
             "than a run without interruption",

@@ -1,6 +1,5 @@
-"""Profiles, validated, and what a results folder was begun with: all that a suite is, short of its data and runs."""
+"""Profiles, and the state that a results folder was begun with. Both are validated and hold no images."""
 
-import difflib
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -9,6 +8,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ..config import (
+    AFFINITY_RECIPE,
+    QUANTIZER_RECIPE,
+    RECIPE,
     ActivationBits,
     ConfigurationError,
     Count,
@@ -23,6 +25,7 @@ from ..data import datasets
 from ..models import MODEL_NAMES
 from ..quantization.weights import FLOAT_BITS
 from ..utils.files import atomic_write_text, project_root
+from ..utils.messages import did_you_mean
 from .store import ResultsError
 
 ModelName = Literal[MODEL_NAMES]
@@ -30,7 +33,7 @@ PROFILES = ("smoke", "quick", "cpu", "paper")
 
 
 class Losses(StrictModel):
-    """Weights of the objective's terms, and the logit loss of each regime outside the table that compares them."""
+    """Weights of the objective's terms, and the logit loss of each regime. T3 alone compares both logit losses."""
 
     end_to_end_logit_loss: Literal["mse", "kl"] = "mse"
     fine_tuning_logit_loss: Literal["mse", "kl"] = "kl"
@@ -43,10 +46,16 @@ class Losses(StrictModel):
 
 
 class Grid(StrictModel):
-    """Which cells of the tables are trained; a cell that is left out reads "not run".
+    """Which cells of the tables are trained. Other cells read "not run".
 
-    ``weight_teachers``: teachers of T1's students, the profile's first among them; empty for all. The other tables take
-    the first. ``projections``: the k of T4's FFA at the fewest of ``affinity_bits``; at more bits only ``losses.k``.
+    Args:
+        weight_teachers: teachers of T1's students; empty for all. The profile's first teacher must be among them,
+            because the other tables take only that one.
+        weight_bits, weight_regimes: of T1.
+        full_bits, full_regimes: of T2, as pairs of (weight bits, activation bits).
+        logit_bits: weight bits of T3.
+        affinity_bits: weight bits of T4.
+        projections: the k of T4's FFA at the fewest of ``affinity_bits``. At more bits, k is ``losses.k``.
     """
 
     weight_teachers: list[ModelName] = []
@@ -78,7 +87,7 @@ class Grid(StrictModel):
 
 
 class Profile(StrictModel):
-    """A profile file (``faqd_lib/profiles/*.toml``, or one of the user's own)."""
+    """The settings of a profile file: a shipped one (``faqd_lib/runs/profiles/*.toml``), or one of the user's."""
 
     name: str
     shows_results: bool  # False: its numbers are for tests and never shown as a result
@@ -128,7 +137,7 @@ class Profile(StrictModel):
 
     @model_validator(mode="after")
     def _datasets_are_valid(self) -> Self:
-        for dataset in self.dataset_settings:  # now, not when their turn comes after days
+        for dataset in self.dataset_settings:  # now, rather than after days of training on other datasets
             self.for_dataset(dataset)
         return self
 
@@ -145,9 +154,8 @@ class Profile(StrictModel):
         elif path.suffix == ".toml" and path.is_file():
             text = path.read_text(encoding="utf-8")
         else:
-            near = difflib.get_close_matches(str(profile), PROFILES, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
             missing = "; there is no such file" if path.suffix == ".toml" else ""
+            hint = did_you_mean(profile, PROFILES)
             raise ConfigurationError(
                 f"unknown profile {str(profile)!r}{missing}{hint}: choose {', '.join(PROFILES)}, "
                 "or the path of a .toml file"
@@ -159,13 +167,20 @@ class Profile(StrictModel):
         return cls.parse({"name": path.stem, **values}, where=str(profile))
 
     def resolve_dataset(self, dataset: str, data_root: str | Path | None) -> tuple[str, str]:
-        """The dataset that is used and the reason, from a name, ``"auto"`` or nothing (the profile's own choice)."""
+        """Choose the dataset: a name, ``"auto"``, or empty for the profile's own choice.
+
+        Returns:
+            The dataset's name, and the reason in words.
+
+        Raises:
+            DatasetError: the dataset is unknown, or not found.
+        """
         return datasets.resolve(
             dataset or self.dataset, data_root or None, allow_digits=not self.download, allow_download=self.download
         )
 
     def for_dataset(self, dataset: str) -> Self:
-        """This profile with the settings that it has for one dataset: only what is named there changes."""
+        """This profile with its ``dataset_settings`` for one dataset. Settings not named there stay."""
         settings = _merged(self.model_dump(), self.dataset_settings.get(dataset, {})) | {"dataset_settings": {}}
         return type(self).parse(settings, where=f"profile {self.name}, dataset_settings.{dataset}")
 
@@ -181,7 +196,18 @@ def _merged(settings: dict, changes: dict) -> dict:
 
 
 class SuiteState(StrictModel):
-    """What a results folder was begun with (``suite.json``): enough to name its runs and to caption its tables."""
+    """What a results folder was begun with (``suite.json``): enough to name its runs and to caption its tables.
+
+    Args:
+        profile: the profile, with the settings for this dataset.
+        dataset: the dataset's name.
+        reason: why this dataset was taken, in words.
+        note: a remark of the dataset on its images; often empty.
+        data: the images by fingerprint, and the subsets taken.
+        training_count, test_count: images after the subsets are taken.
+        precision: the number format of training steps.
+        recipe, affinity_recipe, quantizer_recipe: versions of training, affinity losses and quantizers.
+    """
 
     profile: Profile
     dataset: str
@@ -195,9 +221,42 @@ class SuiteState(StrictModel):
     affinity_recipe: int
     quantizer_recipe: int
 
+    @classmethod
+    def describe(
+        cls, profile: Profile, dataset: str, reason: str, images: datasets.ImageData, precision: Precision
+    ) -> Self:
+        """The state of a profile on a dataset's images.
+
+        Raises:
+            ConfigurationError: a batch of the profile is larger than the training split.
+        """
+        rest = len(images.train) - profile.validation_images
+        data = DataConfig(
+            name=dataset,
+            fingerprint=images.fingerprint,
+            train_images=_limit(profile.train_images, rest),
+            test_images=_limit(profile.test_images, len(images.test)),
+            validation_images=profile.validation_images,
+        )
+        training_count = data.train_images or rest
+        _check_batches(profile, dataset, training_count)
+        return cls(
+            profile=profile,
+            dataset=dataset,
+            reason=reason,
+            note=images.note,
+            data=data,
+            training_count=training_count,
+            test_count=data.test_images or len(images.test),
+            precision=precision,
+            recipe=RECIPE,
+            affinity_recipe=AFFINITY_RECIPE,
+            quantizer_recipe=QUANTIZER_RECIPE,
+        )
+
     @property
     def caption(self) -> str:
-        """What every table and figure says of its origin."""
+        """Dataset, sizes and profile, for every table and figure."""
         note = f" ({self.note})" if self.note else ""
         text = (
             f"{self.dataset}{note}, {self.training_count:,} training and {self.test_count:,} test images"
@@ -207,8 +266,22 @@ class SuiteState(StrictModel):
         return text if ": found on disk" in self.reason or ": asked for" in self.reason else f"{text}; {self.reason}"
 
 
-# Settings under which the same runs are the same runs: they may differ from what the folder was begun with, as may
-# the grid, which only says which runs there are.
+def _limit(count: int | None, available: int) -> int | None:
+    """None where a limit takes all images anyway: the same images must not have two configurations."""
+    return None if count is None or count >= available else count
+
+
+def _check_batches(profile: Profile, dataset: str, count: int) -> None:
+    for schedule in ("teacher_schedule", "student_schedule", "fine_tuning_schedule"):
+        size = getattr(profile, schedule).batch_size
+        if size > count:
+            raise ConfigurationError(
+                f"profile {profile.name}: {schedule}.batch_size = {size} is more than the {count} training images of "
+                f"{dataset}: lower it"
+            )
+
+
+# Settings that may change in a folder, because they change no run. The grid may change too: it only chooses runs.
 FREE_SETTINGS = {"reason"} | {
     f"profile.{name}"
     for name in ("seeds", "cohort", "compile", "cuda_graphs", "series_datasets", "dataset", "checkpoint_seconds")
@@ -221,12 +294,12 @@ def default_results() -> Path:
 
 
 def suite_folder(profile: Profile, dataset: str, results: str | Path | None = None) -> Path:
-    """Where the suite of a profile on a dataset lives."""
+    """The folder of the suite of a profile on a dataset."""
     return Path(results or default_results()) / f"{profile.name}-{dataset}"
 
 
 def read_state(folder: Path) -> SuiteState:
-    """What a results folder was begun with.
+    """Read the state that a results folder was begun with.
 
     Raises:
         ResultsError: nothing was begun there, or ``suite.json`` is damaged.
@@ -243,15 +316,24 @@ def read_state(folder: Path) -> SuiteState:
         ) from error
 
 
-def claim(folder: Path, state: SuiteState, asked_seeds: int) -> SuiteState:
-    """Begin the folder, or make sure that it was begun with the same configuration; return the state to work with.
+def begin_or_continue(folder: Path, state: SuiteState, asked_seeds: int) -> SuiteState:
+    """Write the state into a new folder, or compare it with the state of a folder that was begun already.
 
-    ``asked_seeds`` 0 keeps the number of seeds that the folder has, if that is more than the profile's.
+    Args:
+        folder: the suite's folder.
+        state: of the profile and images in use now.
+        asked_seeds: number of seeds; 0 for the larger of the profile's and the folder's.
+
+    Returns:
+        The state to work with. Its precision is that of the folder.
+
+    Raises:
+        ResultsError: the folder was begun with another configuration; the message lists the differences.
     """
     path = folder / "suite.json"
     if path.exists():
         begun = read_state(folder)
-        # What the folder was begun with stays, though another precision might pay on this machine.
+        # The folder keeps its precision, even where another one is faster on this machine.
         state = state.model_copy(update={"precision": begun.precision})
         differences = [
             "other images" if key == "data.fingerprint" else f"{key}: {was!r} there, {now!r} now"

@@ -4,8 +4,8 @@
                                                  weights.safetensors, predictions.safetensors
                    .locks/<readable name>-<digest>                held by the process that trains the run
 
-The record is written last and atomically: a folder with a record is a finished run, any other is none. A lock is of the
-operating system's kind: it ends with the process that holds it, however that ends.
+The record is written last and atomically: a run is finished if and only if its folder contains ``record.json``.
+A lock is released by the operating system when its process ends, also when the process is killed.
 """
 
 import datetime
@@ -38,11 +38,11 @@ from .checkpoints import remove_checkpoints
 
 
 class ResultsError(RuntimeError):
-    """A record or its weights are damaged, or do not belong where they lie; the message says what to do."""
+    """A results folder, record or weights file is damaged or of another configuration; the message says what to do."""
 
 
 class DamagedRecordError(ResultsError):
-    """A record does not hold what was written."""
+    """The contents of a record differ from what was written."""
 
 
 class DamagedRecordWarning(UserWarning):
@@ -50,11 +50,18 @@ class DamagedRecordWarning(UserWarning):
 
 
 class RunRecord(StrictModel):
-    """All that is known of a finished run. Accuracies in percent; ``best`` is the best epoch on the test set and
-    therefore optimistic, ``last`` is what counts; with a validation split, ``selected`` is the test accuracy of the
-    epoch that was best there."""
+    """A finished run: configuration, history, accuracies, cost and environment.
 
-    # JSON has no NaN: a record with one could not be read again.
+    Args:
+        last_accuracy: test accuracy after the last epoch, in percent. Tables and claims compare this one.
+        best_accuracy: of the epoch that is best on the test images, and therefore optimistic.
+        selected_accuracy: test accuracy of the epoch that is best on the validation images; None without them.
+        weight_bytes: size of the quantized weights, counted in bits.
+        weights_digest, predictions_digest: SHA-256 of the files. Early versions kept no predictions (None).
+        checksum: SHA-256 of all other fields.
+    """
+
+    # JSON has no NaN: a record with NaN could not be read again.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     run_id: str
@@ -71,9 +78,9 @@ class RunRecord(StrictModel):
     environment: dict[str, str | int]
     dataset_note: str
     weights_digest: str
-    predictions_digest: str | None = None  # None: of a version that did not keep them
+    predictions_digest: str | None = None
     finished: str
-    checksum: str  # SHA-256 of all of the above
+    checksum: str
 
 
 @dataclass(frozen=True)
@@ -83,13 +90,14 @@ class RunStore:
     folder: Path
 
     def run_folder(self, config: RunConfig) -> Path:
+        """The folder of a run, whether the run exists or not."""
         return self.folder / "runs" / config.run_id
 
     def record(self, config: RunConfig) -> RunRecord | None:
-        """The record of a finished run, or None. A damaged one counts as none, with a :class:`DamagedRecordWarning`.
+        """The record of a finished run, or None. A damaged record gives None and a :class:`DamagedRecordWarning`.
 
         Raises:
-            ResultsError: the record is that of another configuration or of another version of the suite.
+            ResultsError: the record belongs to another configuration or to another version of the suite.
         """
         path = self.run_folder(config) / "record.json"
         if not path.is_file():
@@ -115,13 +123,14 @@ class RunStore:
         """Write weights and predictions, then the record.
 
         Args:
-            predictions: the class (N,) that each test image was taken for after the last epoch.
-            labels: the class (N,) that it is.
-            fields: the record's, less those that follow from config, model and predictions.
+            config, model: the run and its trained network.
+            predictions: predicted class (N,) of each test image after the last epoch.
+            labels: true class (N,) of each test image.
+            fields: all other fields of the record.
         """
         folder = require_writable(self.run_folder(config))
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        predicted = {  # no dataset here has more classes than int16 holds
+        predicted = {  # int16 holds the classes of every dataset here
             "predicted": predictions.to("cpu", torch.int16).contiguous(),
             "label": labels.to("cpu", torch.int16).contiguous(),
         }
@@ -140,32 +149,32 @@ class RunStore:
         values = json.loads(record.model_dump_json(exclude={"checksum"}))
         record = record.model_copy(update={"checksum": text_digest(canonical_json(values))})
         path = folder / "record.json"
-        if path.exists():  # a damaged one, or this run would not have been trained
+        if path.exists():  # damaged: a run with a whole record is not trained again
             set_aside(path)
         atomic_write_text(path, record.model_dump_json(indent=1) + "\n")
         remove_checkpoints(folder)
         return record
 
     def lock(self, config: RunConfig) -> filelock.BaseFileLock:
-        """The lock of a run, not yet taken."""
+        """The lock of a run, not taken yet."""
         return filelock.FileLock(require_writable(self.folder / ".locks") / config.run_id)
 
     @contextmanager
-    def claim(self, configs: Sequence[RunConfig]) -> Iterator[list[RunConfig]]:
-        """Hold the locks of those of the runs that no other process holds, and give these."""
+    def lock_available(self, configs: Sequence[RunConfig]) -> Iterator[list[RunConfig]]:
+        """Hold the locks of those runs that no other process has locked; gives these runs."""
         with ExitStack() as held:
-            ours = []
+            locked = []
             for config in configs:
                 with suppress(filelock.Timeout):
                     held.enter_context(self.lock(config).acquire(timeout=0))
-                    ours.append(config)
-            yield ours
+                    locked.append(config)
+            yield locked
 
     def load_weights(self, config: RunConfig, model: nn.Module) -> nn.Module:
-        """Load a finished run's weights into a network of the same build. Returns ``model``.
+        """Load a finished run's weights into a network of the same architecture and quantizers. Returns ``model``.
 
         Raises:
-            ResultsError: the run is not finished, or its weights are missing, damaged or not those of the record.
+            ResultsError: the run is not finished, or its weights are missing, damaged or of another record.
         """
         record = self.record(config)
         if record is None:
@@ -175,10 +184,10 @@ class RunStore:
         return model
 
     def predictions(self, record: RunRecord) -> dict[str, torch.Tensor] | None:
-        """The classes (N,) int16 of the test images, ``predicted`` and ``label``; None if the record has none.
+        """The classes (N,) int16 of the test images, ``predicted`` and ``label``; None for records without them.
 
         Raises:
-            ResultsError: the file is missing, damaged or not that of the record.
+            ResultsError: the file is missing, damaged or of another record.
         """
         if record.predictions_digest is None:
             return None
@@ -198,7 +207,7 @@ def _tensors(path: Path, digest: str) -> dict[str, torch.Tensor]:
 
 
 def _whole(path: Path) -> RunRecord | None:
-    """A record, or None with a warning if it is damaged."""
+    """Read a record; warn and return None if it is damaged."""
     try:
         return read_record(path)
     except DamagedRecordError as error:
@@ -211,8 +220,8 @@ def read_record(path: Path) -> RunRecord:
     """Read one record file.
 
     Raises:
-        DamagedRecordError: it does not hold what was written.
-        ResultsError: it is whole, but written by another version of the suite.
+        DamagedRecordError: the contents differ from what was written.
+        ResultsError: the record is whole, but of another version of the suite.
     """
     text = path.read_bytes()
     try:
@@ -234,7 +243,7 @@ def read_record(path: Path) -> RunRecord:
 
 
 def accuracies(history: list[dict[str, float]]) -> dict[str, float | None]:
-    """Last, best (on the test set, optimistic) and validation-selected test accuracy of a history, in percent."""
+    """The three accuracies of a record from a history, in percent; see :class:`RunRecord`."""
     test = [row["test_accuracy"] for row in history]
     selected = None
     if "validation_accuracy" in history[0]:

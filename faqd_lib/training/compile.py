@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from ..quantization.weights import QuantizedReLU
+from ..quantization.relu import QuantizedReLU
 from ..utils.messages import first_line
 
 

@@ -1,1 +1,1 @@
-"""Files, measurements, progress: nothing of this field."""
+"""Files, measurements, progress and error messages: helpers that know nothing of distillation."""

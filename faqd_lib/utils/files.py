@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, digests, and the places where the project looks and writes."""
+"""Atomic writes, digests, and the folders where the project reads and writes."""
 
 import ctypes
 import hashlib
@@ -14,21 +14,21 @@ from safetensors import SafetensorError
 
 
 def project_root() -> Path:
-    """The checkout that this package is run from, or the working directory if the package was installed elsewhere."""
+    """The checkout that contains this package; the working directory if the package is installed elsewhere."""
     checkout = Path(__file__).resolve().parents[2]
     return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
 
 
 def cache_dir() -> Path:
-    """Where decoded datasets are kept: ``$FAQD_CACHE``, else ``data/cache`` in the project."""
+    """Folder of decoded datasets: ``$FAQD_CACHE`` if set, else ``data/cache`` in the project."""
     return Path(os.environ.get("FAQD_CACHE") or project_root() / "data" / "cache")
 
 
 def require_writable(folder: Path) -> Path:
-    """Create ``folder`` if need be and make sure that files can be written there.
+    """Create ``folder`` if it does not exist, check that files can be written there, and return it.
 
     Raises:
-        PermissionError: naming the folder and what to do, before anything has been computed.
+        PermissionError: no file can be written there; the message names the folder and the remedy.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,12 +43,16 @@ def require_writable(folder: Path) -> Path:
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Call ``write(temporary)`` and move the finished file to ``path``: a reader sees the old file or the new one.
+    """Call ``write(temporary)`` and move the finished file to ``path``.
 
-    ``write`` gets a path in the same folder. If it raises, or the process dies, ``path`` is as it was.
+    A reader sees the old file or the new one, never a part of it. ``temporary`` lies in the same folder. If ``write``
+    raises or the process dies, ``path`` stays unchanged.
+
+    Returns:
+        ``path``.
 
     Raises:
-        OSError: it could not be written; the message says what to do. safetensors' own error comes as one, too.
+        OSError: the file could not be written; the message names the remedy. A ``SafetensorError`` is converted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -56,16 +60,16 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> Path:
     temporary = Path(name)
     try:
         write(temporary)
-        with open(temporary, "r+b") as written:  # Windows syncs only what is open for writing
+        with open(temporary, "r+b") as written:  # Windows syncs only files opened for writing
             os.fsync(written.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        temporary.chmod(0o666 & ~umask)  # mkstemp creates files that only their owner can read
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"cannot write {path} ({error}). If the disk is full, make room and call again: what was finished is kept, "
-            "and a run in training goes on from its last checkpoint."
+            f"cannot write {path} ({error}). If the disk is full, make room and call again: finished runs are kept, "
+            "and an interrupted run continues from its last checkpoint."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -78,7 +82,7 @@ def atomic_write_text(path: Path, text: str) -> Path:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged file so that nothing takes it for a whole one; returns its new path."""
+    """Rename a damaged file to ``<name>.damaged-<n>``, so that nothing reads it again; return the new path."""
     count = 1
     while (target := path.with_name(f"{path.stem}.damaged-{count}{path.suffix}")).exists():
         count += 1
@@ -86,22 +90,26 @@ def set_aside(path: Path) -> Path:
 
 
 def canonical_json(value: Any) -> str:
-    """One text for one value: sorted keys, no spaces, no NaN."""
+    """JSON with sorted keys and no spaces: equal values give equal texts.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def text_digest(text: str) -> str:
-    """SHA-256 of a text, in hexadecimal."""
+    """SHA-256 of a text, 64 hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def tensors_digest(tensors: dict[str, torch.Tensor], salt: str = "") -> str:
-    """SHA-256 over names, types, shapes and bytes of CPU tensors, in the order of their names."""
+    """SHA-256 of ``salt`` and the names, dtypes, shapes and bytes of the tensors, in the order of their names."""
     digest = hashlib.sha256(salt.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         if tensor.numel():
-            # Not through NumPy, which a machine that only reads a network may not have.
+            # Without NumPy: reading a packed network needs torch and safetensors only.
             digest.update((ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr()))
     return digest.hexdigest()

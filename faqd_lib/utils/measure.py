@@ -1,4 +1,4 @@
-"""Peak memory of one call, and what machine and software a number was measured with."""
+"""Time and peak memory of calls, and the machine and software they were measured on."""
 
 import contextlib
 import math
@@ -18,10 +18,10 @@ PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "scikit-le
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Most tensor memory (bytes) that ``call()`` held at one time beyond what was held before it.
+    """Peak tensor memory of ``call()`` in bytes, above the memory in use before the call.
 
-    On CUDA from the allocator's statistics; on the CPU from the profiler's allocation events, so that only tensors
-    count and the figure does not depend on what the process did before.
+    On CUDA the figure comes from the allocator's statistics. On the CPU it comes from the profiler's allocation events:
+    only tensors count, and earlier work of the process does not.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -32,7 +32,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with (
-        _native_stderr_silenced(),  # some builds of the profiler announce every start and stop there
+        _native_stderr_silenced(),  # some builds of the profiler log every start and stop
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
     ):
         call()
@@ -59,7 +59,8 @@ def _native_stderr_silenced():
 class Stopwatch:
     """Durations of repeated pieces of work on a device, in seconds.
 
-    On CUDA between events in the stream, read later in one go, so that timing never makes the host wait.
+    On CUDA the times are those between events in the stream. :meth:`read` reads them all at once, so that starting and
+    stopping never make the host wait.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -75,11 +76,11 @@ class Stopwatch:
         return event
 
     def start(self) -> None:
-        """Begin a piece of work."""
+        """Start timing a piece of work."""
         self._started = self._now()
 
     def stop(self, counts: bool = True) -> None:
-        """End it. What does not count has no duration (NaN): its length would say nothing of the others'."""
+        """Stop timing the piece of work; ``counts=False`` records NaN instead of its duration."""
         self._marks.append((self._started, self._now(), counts))
 
     def __enter__(self) -> None:
@@ -89,7 +90,7 @@ class Stopwatch:
         self.stop()
 
     def read(self) -> list[float]:
-        """All durations so far."""
+        """Wait for the device and return all durations so far."""
         if self._cuda and self._marks:
             torch.cuda.synchronize()
         for begin, end, counts in self._marks:
@@ -102,9 +103,9 @@ class Stopwatch:
 def take_turns(
     calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device | str = "cpu"
 ) -> dict[str, list[float]]:
-    """Seconds of ``rounds`` calls of each, in turns, after one call of each that does not count.
+    """Seconds of ``rounds`` calls of each candidate, after one warm-up call of each.
 
-    In turns, so that a machine that is slow for a while is slow for all of them, and ratios of medians hold.
+    Candidates take turns: a machine that slows down for a while slows all of them, and ratios of medians hold.
     """
     device = torch.device(device)
     watches = {name: Stopwatch(device) for name in calls}
@@ -116,12 +117,12 @@ def take_turns(
             call()
             watches[name].stop()
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # or the next call's kernels would queue behind this one's
+                torch.cuda.synchronize(device)  # the next call's kernels must not queue behind this one's
     return {name: watch.read() for name, watch in watches.items()}
 
 
 def copy_bandwidth(device: torch.device | str = "cpu", megabytes: int = 256) -> float:
-    """Bytes a second that memory moves (read and written) in a copy too large for any cache: the best of seven."""
+    """Memory bandwidth in bytes a second: bytes read plus bytes written by a copy, the fastest of seven."""
     source = torch.ones(megabytes * 2**18, device=device)  # float32
     target = torch.empty_like(source)
     (seconds,) = take_turns({"copy": lambda: target.copy_(source)}, 7, device).values()
@@ -129,14 +130,14 @@ def copy_bandwidth(device: torch.device | str = "cpu", megabytes: int = 256) -> 
 
 
 def exact_kernels():
-    """A context in which convolutions on CUDA repeat to the bit and are computed in full float32 where asked for it."""
+    """A context in which CUDA convolutions are deterministic and compute float32 without TF32."""
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 def commit() -> str:
-    """Commit of the checkout, with ``+changes`` if the library differs from it; ``"unknown"`` outside a checkout."""
+    """Commit of the checkout, with ``+changes`` if ``faqd_lib`` has uncommitted ones; ``"unknown"`` elsewhere."""
     root = project_root()
-    if not (root / ".git").exists():  # installed elsewhere: the user's own repository is not ours
+    if not (root / ".git").exists():  # installed elsewhere: git would describe the user's repository
         return "unknown"
     git = ["git", "-C", str(root)]
     try:
@@ -160,7 +161,7 @@ def processor() -> str:
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, object]:
-    """Machine and software, for a record or the head of a benchmark."""
+    """Machine, software versions and commit, for a run record or the head of a benchmark."""
     device = torch.device(device)
     return {
         "python": sys.version.split()[0],

@@ -1,4 +1,4 @@
-"""Parts of error messages that many modules need."""
+"""Parts of error messages that several modules share."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,16 +7,16 @@ import torch
 
 
 def did_you_mean(value: object, known: Iterable[object]) -> str:
-    """`` (did you mean 'x'?)`` for the closest of the known names; empty where none is close."""
+    """`` (did you mean 'x'?)`` for the closest known name; an empty text if no name is close."""
     near = difflib.get_close_matches(str(value), [str(name) for name in known], n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def check_choice(name: str, value: object, known: Iterable[object], error: type[Exception] = ValueError) -> None:
-    """Make sure that a setting has one of its known values.
+    """Check that the setting ``name`` has one of its known values.
 
     Raises:
-        ValueError: the value is not known; or another exception, the type ``error``.
+        ValueError: the value is not known. ``error`` names another exception type to raise.
     """
     known = tuple(known)
     if not any(value is one or (type(value) is type(one) and value == one) for one in known):
@@ -30,5 +30,5 @@ def first_line(error: BaseException) -> str:
 
 
 def kind_of(value: object) -> str:
-    """What a value is, for "got …": dtype and shape of a tensor, the type's name of anything else."""
+    """The kind of a value, for "got …": dtype and shape of a tensor, the type's name of anything else."""
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__

@@ -1,6 +1,5 @@
-"""Progress of many runs: a bar where somebody watches (JupyterLab, a terminal), lines of text where nobody does."""
+"""Progress of many runs: a bar in JupyterLab and on a terminal, lines of text everywhere else."""
 
-import os
 import sys
 import time
 from typing import Protocol, Self
@@ -11,12 +10,8 @@ _FIRST_LINE, _BETWEEN_LINES = 20.0, 600.0  # seconds, for lines of text within a
 
 
 def headless() -> bool:
-    """Whether progress is to be lines of text: ``FAQD_PROGRESS=text`` (set by ``run_all.sh``), or output to a file."""
-    style = os.environ.get("FAQD_PROGRESS")
-    if style not in (None, "text", "bar"):
-        raise ValueError(f"FAQD_PROGRESS must be 'text' or 'bar', got {style!r}")
-    in_jupyter = "ipykernel" in sys.modules
-    return style == "text" if style else not (in_jupyter or sys.stderr.isatty())
+    """Whether nobody watches: output goes neither to JupyterLab nor to a terminal."""
+    return not ("ipykernel" in sys.modules or sys.stderr.isatty())
 
 
 def clock(seconds: float) -> str:
@@ -27,33 +22,34 @@ def clock(seconds: float) -> str:
 
 
 class ProgressReporter(Protocol):
-    """What training says of itself on its way, wherever that is shown."""
+    """Receives the progress of training; each front end shows it in its own way."""
 
     def number(self, runs: int) -> str:
-        """A label for the next so many runs: ``run 3-5 of 12``."""
+        """Number the next ``runs`` runs and return their label: ``run 3-5 of 12``."""
 
     def advance(self, units: float, text: str) -> None:
-        """Units of work (one network, one epoch) are done."""
+        """Count finished units; one unit is one epoch of one network."""
 
     def within(self, label: str, units: float, text: str = "") -> None:
-        """Of the next units, so much is done by those whose label it is; 0 when they advance."""
+        """Set the unfinished work of the runs called ``label``, in units; 0 once :meth:`advance` counts it."""
 
     def skip(self, units: float) -> None:
-        """Units turned out to be done already."""
+        """Take units off the total: they were finished earlier."""
 
     def say(self, text: str) -> None:
-        """A line that is no progress."""
+        """Show a message."""
 
 
 class Progress:
-    """Counts units of work up to ``total`` and estimates the time left from their pace."""
+    """Counts units of work up to ``total`` and estimates the time left from the pace so far."""
 
-    def __init__(self, total: float, title: str, runs: int = 1) -> None:
+    def __init__(self, total: float, title: str, runs: int = 1, bar: bool | None = None) -> None:
         self.total, self.title, self.runs = total, title, runs
         self.done, self._numbered, self._started = 0.0, 0, time.monotonic()
-        self._begun: dict[str, float] = {}  # what :meth:`within` said, by label
+        self._begun: dict[str, float] = {}  # unfinished units of :meth:`within`, by label
         self._next_line = _FIRST_LINE  # seconds from the start
-        self._bar = None if headless() else tqdm(total=total, desc=title, bar_format="{l_bar}{bar}| {postfix}")
+        shown = not headless() if bar is None else bar
+        self._bar = tqdm(total=total, desc=title, bar_format="{l_bar}{bar}| {postfix}") if shown else None
 
     def __enter__(self) -> Self:
         return self

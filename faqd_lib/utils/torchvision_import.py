@@ -1,9 +1,9 @@
-"""Import torchvision beside any build of torch.
+"""Import torchvision with any build of torch.
 
-A torchvision wheel built against CUDA registers kernels for ``torchvision::nms`` when it is imported. Beside a
-CPU-only torch its compiled extension cannot be loaded, the schemas are missing, and ``import torchvision`` ends in
-``RuntimeError: operator torchvision::nms does not exist``. Defining the two schemas first is enough: this project
-uses torchvision's datasets and models, which are pure Python, and never its compiled operators.
+A torchvision wheel built for CUDA registers kernels for ``torchvision::nms`` on import. With a CPU-only torch its
+compiled extension cannot be loaded, the schemas are missing, and ``import torchvision`` raises ``RuntimeError: operator
+torchvision::nms does not exist``. Defining the two schemas first is enough: this project uses torchvision's datasets
+and models, which are pure Python, and none of its compiled operators.
 """
 
 import torch
@@ -20,7 +20,7 @@ def _import_torchvision():
     except RuntimeError as error:
         if "torchvision::nms does not exist" not in str(error):
             raise
-        # A failed import leaves half-initialised submodules behind; they must be imported afresh.
+        # A failed import leaves half-initialised submodules behind: remove them before importing again.
         import sys
 
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:

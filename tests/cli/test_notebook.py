@@ -80,6 +80,25 @@ def test_start_takes_the_results_folder_from_the_environment(shell, tmp_path, mo
     assert start(**arguments(tmp_path, results_dir="")).folder == tmp_path / "elsewhere" / "smoke-digits"
 
 
+def test_start_passes_the_engine_and_the_style_of_progress_on(shell, tmp_path, monkeypatch):
+    shell()
+    monkeypatch.setenv("FAQD_ENGINE", "ray")
+    monkeypatch.setenv("FAQD_RAY_ADDRESS", "head:6379")
+    monkeypatch.setenv("FAQD_PROGRESS", "bar")
+    suite = start(**arguments(tmp_path))
+    assert suite.engine.address == "head:6379"
+    assert suite.bar is True
+
+
+def test_figures_have_controls_only_where_somebody_watches(monkeypatch):
+    figure, slider = object(), notebook.slider("bits", 1, 8, 4)
+    assert notebook.explore(lambda bits: (figure, bits), bits=slider) == (figure, 4)
+    monkeypatch.setenv("FAQD_PROGRESS", "text")
+    assert notebook.explore(lambda bits: (figure, bits), bits=slider) == (figure, 4)
+    monkeypatch.setenv("FAQD_PROGRESS", "bar")
+    assert slider in notebook.explore(lambda bits: None, bits=slider).children[0].children
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("profile", 3), ("dataset", ["digits"]), ("results_dir", None), ("seeds", "2")]
 )

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.series
 
 
 def test_a_profile_of_ones_own_is_found_from_any_folder(tmp_path):
-    shipped = (project_root() / "faqd_lib" / "profiles" / "smoke.toml").read_text()
+    shipped = (project_root() / "faqd_lib" / "runs" / "profiles" / "smoke.toml").read_text()
     (tmp_path / "mine.toml").write_text(shipped)
     done = run(["mine.toml", "--dataset", "digits", "--results", "results", "--only", "00"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -28,7 +28,7 @@ def test_a_profile_of_ones_own_is_found_from_any_folder(tmp_path):
 def test_a_misspelled_parameter_stops_the_notebook(tmp_path, monkeypatch):
     for name, value in environment(tmp_path / "cache").items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(PapermillExecutionError, match=r"unknown parameter 'seed'; did you mean 'seeds'"):
+    with pytest.raises(PapermillExecutionError, match=r"unknown parameter 'seed' \(did you mean 'seeds'\?\)"):
         papermill.execute_notebook(
             NOTEBOOKS[0], tmp_path / "out.ipynb", {"seed": 3, "profile": "smoke", "dataset": "digits"},
             progress_bar=False, cwd=str(tmp_path),
@@ -64,7 +64,7 @@ def test_a_failing_cell_stops_the_series_and_is_named(tmp_path, monkeypatch, cap
     [
         (["smoke", "--dataset", "digits", "--only", "09"], "run --only 04 05 06 07 08 09"),
         (["smoke", "--dataset", "digits", "--only", "42"], "there is no notebook '42'"),
-        (["smokey"], "did you mean smoke?"),
+        (["smokey"], "did you mean 'smoke'?"),
         (["smoke", "--dataset", "cifar11"], "unknown dataset 'cifar11'"),
         (["smoke", "--dataset", "digits", "--seeds", "-1"], "seeds must be a whole number of at least 1, got -1"),
         (["smoke", "--dataset", "digits", "--seeds", "0"], "seeds must be a whole number of at least 1, got 0"),
@@ -83,7 +83,7 @@ def test_numbers_of_notebooks_may_be_written_as_people_do(only):
 
 def test_a_folder_of_another_configuration_is_refused(tmp_path, capsys):
     profile = tmp_path / "mine.toml"
-    shipped = (project_root() / "faqd_lib" / "profiles" / "smoke.toml").read_text()
+    shipped = (project_root() / "faqd_lib" / "runs" / "profiles" / "smoke.toml").read_text()
     profile.write_text(shipped)
     results = ["--results", str(tmp_path / "results"), "--dataset", "digits", "--only", "09"]
     assert run_all.main([str(profile), *results]) == 1  # begins the folder, then misses the runs

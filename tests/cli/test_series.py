@@ -71,7 +71,7 @@ def test_a_second_call_trains_nothing_and_says_why_it_took_which_images(whole_se
 def test_killed_in_the_middle_it_continues_to_the_same_weights_and_tables(whole_series, tmp_path):
     _, suite, _ = whole_series
     # The smoke profile under another name that shows its numbers, or the tables would hold none to compare.
-    shipped = (project_root() / "faqd_lib" / "profiles" / "smoke.toml").read_text()
+    shipped = (project_root() / "faqd_lib" / "runs" / "profiles" / "smoke.toml").read_text()
     (tmp_path / "tiny.toml").write_text(shipped.replace("shows_results = false", "shows_results = true"))
     command = [sys.executable, "-m", "faqd_lib.cli.run_all", "tiny.toml", "--dataset", "digits", "--only", "04", "08"]
     command += ["--results", str(tmp_path / "results")]
@@ -113,7 +113,7 @@ def test_killed_in_the_middle_it_continues_to_the_same_weights_and_tables(whole_
 def test_what_is_drawn_where_numbers_count(whole_series, tmp_path):
     """The cells that smoke leaves out: notebooks that show accuracies, with two teachers and two seeds."""
     _, suite, _ = whole_series
-    shipped = (project_root() / "faqd_lib" / "profiles" / "smoke.toml").read_text()
+    shipped = (project_root() / "faqd_lib" / "runs" / "profiles" / "smoke.toml").read_text()
     changes = {
         "shows_results = false": "shows_results = true\nseeds = 2",
         'teachers = ["resnet8"]': 'teachers = ["resnet8", "resnet20"]',

@@ -1,4 +1,4 @@
-"""Batches: true crops, flips of single images, seeded streams, nothing to see without labels."""
+"""Batches: crops and flips of single images, seeded random streams, and no labels in label-free training."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 def test_seed_and_epoch_decide_every_bit(images):
     batches = Batches(images, 30, 7, RAW)
     later = epoch_tensors(batches, 3)
-    torch.rand(100)  # somebody else's randomness must not matter, nor must the epochs before
+    torch.rand(100)  # neither other random numbers nor earlier epochs change an epoch
     list(batches.epoch(0))
     assert equal(later, epoch_tensors(Batches(images, 30, 7, RAW), 3))
     assert not equal(later, epoch_tensors(batches, 2))
@@ -106,10 +106,10 @@ def test_impossible_batch_sizes_are_refused_by_value(images, batch_size):
 
 def test_what_is_no_images_is_named():
     pixels = torch.zeros(5, 8, 8, 3, dtype=torch.uint8)
-    with pytest.raises(TypeError, match="got Tensor: wrap your pixels"):
+    with pytest.raises(TypeError, match=r"got torch\.uint8 \(5, 3, 8, 8\): use Images\(pixels\)"):
         Batches(pixels.permute(0, 3, 1, 2), 2, 0, RAW)
     for wrong, named in (
-        (pixels, r"use pixels\.permute\(0, 3, 1, 2\)"), (pixels.float(), r"torch\.float32"), (pixels.numpy(), "ndarray")
+        (pixels, r"pixels\.permute\(0, 3, 1, 2\)"), (pixels.float(), r"torch\.float32"), (pixels.numpy(), "ndarray")
     ):  # fmt: skip
         with pytest.raises(ValueError, match=named):
             Images(wrong)
@@ -119,6 +119,8 @@ def test_what_is_no_images_is_named():
 def test_what_is_no_pixels_is_named(pixels):
     with pytest.raises(ValueError, match=r"pixels must be a uint8 tensor .*got (torch\.|list)"):
         RAW(pixels)
+    with pytest.raises(ValueError, match=r"pixels\.permute\(0, 3, 1, 2\)"):
+        RAW(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
     with pytest.raises(ValueError, match="divide them by 255"):
         Normalizer((127.0,) * 3, (60.0,) * 3, CPU)
 
@@ -148,7 +150,7 @@ def test_batches_are_channels_last_and_normalised(images):
     batch = next(Batches(images, 4, 0, RAW).epoch(0))
     assert batch.images.dtype == torch.float32
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
-    # Padding is black, that is 0 before normalisation, as torchvision's transforms have it.
+    # Padding is black, 0 before normalisation, as in torchvision's transforms.
     shifted = next(Batches(images, 120, 0, Normalizer((0.5,) * 3, (0.5,) * 3, CPU)).epoch(0))
     assert shifted.images.min().item() == pytest.approx(-1)
 

@@ -1,4 +1,4 @@
-"""Data sets on tiny trees: found in order, read right, refused with a message that says what to do."""
+"""Datasets in tiny folders: search order, content, and errors that name the file and the remedy."""
 
 import dataclasses
 import hashlib
@@ -333,7 +333,7 @@ def test_cifar_has_one_size(root, write_cifar):
 
 
 def write_tiny(root: Path) -> Path:
-    """Two classes; word 'n02' comes first in wnids.txt, so that their order is seen to be by name."""
+    """Two classes; wnids.txt lists 'n02' first, to show that classes are sorted by name."""
     folder = root / "tiny-imagenet-200"
     for wnid, colour in (("n01", 20), ("n02", 120)):
         for i in range(3):
@@ -479,7 +479,7 @@ def test_a_root_that_is_the_dataset_itself_or_lacks_images_to_test_is_told_so(tm
     assert message(lambda: load("train", tmp_path / "birds")).endswith("train has no train/")
     (tmp_path / "birds" / "test" / "owl").mkdir(parents=True)
     told = message(lambda: load("birds", tmp_path / "birds"))
-    assert told.endswith(f"is the dataset itself: data_root is the folder it lies in, {tmp_path}")
+    assert told.endswith(f"is the dataset itself: set data_root to its parent folder, {tmp_path}")
 
 
 def test_missing_dataset_names_every_place_and_what_to_do(three_places):
@@ -507,6 +507,7 @@ def test_unknown_dataset_is_named_with_the_known_ones(root, name):
         assert repr(name) in told
         assert "cifar10-jpeg" in told
         assert "tiny-imagenet" in told
+        assert ("(did you mean 'cifar10'?)" in told) == (name == "cifra10")
 
 
 # ---- auto
@@ -706,7 +707,7 @@ def test_images_check_themselves():
         Images(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(3))
 
 
-# ---- real images, where the user has them
+# ---- real images, if the user has them
 
 
 def test_real_cifar10_jpeg(user_data):

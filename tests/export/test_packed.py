@@ -1,4 +1,4 @@
-"""Packed files: every bit there, nothing more than the bits, and the same outputs after reading."""
+"""Packed files: each weight takes its bits, and the loaded network gives the same outputs bit for bit."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def trained(name: str = "resnet8", **bits) -> nn.Module:
-    """A quantized network with running statistics of its own."""
+    """A quantized network whose batch normalisations have seen images."""
     model = calibrate(quantize(build_model(name, 10, seed=1), **bits), IMAGES)
     with torch.no_grad():
         for _ in range(3):
@@ -33,7 +33,7 @@ def trained(name: str = "resnet8", **bits) -> nn.Module:
 
 @torch.no_grad()
 def same_bits(first: nn.Module, second: nn.Module) -> bool:
-    """For one image and for several, in both layouts: a processor multiplies each by another routine."""
+    """Whether outputs agree for one image and several, in both memory formats: the routines differ."""
     return all(
         torch.equal(first(images), second(images))
         for count in (1, 2, 3)
@@ -105,7 +105,7 @@ def test_other_layers_and_what_the_user_adds(tmp_path):
     assert "fc" not in header["layers"]
     with torch.no_grad():
         assert torch.equal(load_packed(path, build_model("resnet8", 10))(IMAGES), model(IMAGES))
-    with pytest.raises(PackedFileError, match="does not say what network"):
+    with pytest.raises(PackedFileError, match="names no architecture"):
         load_packed(path)
 
 
@@ -133,7 +133,7 @@ def test_reading_needs_torch_and_safetensors_only(tmp_path):
 import sys
 for name in ("numpy", "onnx", "onnxruntime", "ml_dtypes", "pandas", "pydantic", "torchvision", "matplotlib", "seaborn",
              "papermill", "sklearn", "PIL", "scipy", "tqdm", "filelock", "nbformat"):
-    sys.modules[name] = None  # importing it fails as if it were not installed
+    sys.modules[name] = None  # importing it fails, as if it were not installed
 import torch
 torch.set_num_threads({torch.get_num_threads()})
 from safetensors.torch import load_file
@@ -158,7 +158,7 @@ def test_what_is_loaded_is_described_and_saved_again_as_it_was(tmp_path, weights
     assert weight_bytes(loaded) == weight_bytes(model)
     with pytest.raises(ValueError, match="quantized already"):
         quantize(loaded, 4)
-    # Quantized anew it is what it was.
+    # Quantized again, it has the same scales.
     quantize(dequantize(loaded), weights, per_channel=weights > 2)
     for name, low in low_bit_weights(model).items():
         torch.testing.assert_close(low_bit_weights(loaded)[name].scale, low.scale, rtol=1e-5, atol=0)
@@ -203,7 +203,7 @@ def test_shared_weights_are_stored_once_and_shared_again(tmp_path, bits):
         assert (loaded.a.weight is loaded.b.weight) == ("overrides" not in bits)
         assert save_packed(loaded, tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
         assert [row.bits for row in describe(loaded)] == [row.bits for row in describe(model)]
-        if "overrides" not in bits:  # one weight at two widths is two weights, once it is unpacked
+        if "overrides" not in bits:  # one weight at two widths is two weights after loading
             assert str(describe(loaded)) == str(describe(model))
             assert weight_bytes(loaded) == weight_bytes(model)
 
@@ -252,7 +252,7 @@ def test_an_architecture_that_builds_another_network_is_refused(tmp_path, archit
 @pytest.mark.parametrize(
     ("metadata", "named"),
     [
-        ({"mean": torch.zeros(3)}, r"metadata\['mean'\] is no JSON .*use \.tolist"),
+        ({"mean": torch.zeros(3)}, r"metadata\['mean'\] is not JSON .*use \.tolist"),
         (["a"], r"must be a dictionary whose keys are text, got \['a'\]"),
         ({0: "a"}, "keys are text"),
         ({"classes": {0: "a"}}, r"metadata\['classes'\] would come back"),
@@ -267,7 +267,7 @@ def test_an_activation_that_is_no_relu_here_is_refused(tmp_path):
     path = save_packed(trained(weight_bits=1, activation_bits=4), tmp_path / "net.safetensors")
     other = build_model("resnet8", 10)
     other.layer1[0].relu1 = nn.SiLU()
-    with pytest.raises(PackedFileError, match=r"layer1\.0\.relu1 is a ReLU there, but a SiLU here"):
+    with pytest.raises(PackedFileError, match=r"layer1\.0\.relu1 is a ReLU in the file, a SiLU in the network"):
         load_packed(path, other)
 
 
@@ -309,7 +309,7 @@ def test_a_changed_header_is_noticed(path, old, new):
 
 
 def test_reading_into_a_quantized_network_is_refused(path):
-    with pytest.raises(PackedFileError, match="quantized itself"):
+    with pytest.raises(PackedFileError, match="is quantized: give"):
         load_packed(path, quantize(build_model("resnet8", 10), 2))
 
 

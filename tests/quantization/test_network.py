@@ -20,7 +20,8 @@ from faqd_lib.quantization.network import (
     reestimate_batch_norm,
     split_parameters,
 )
-from faqd_lib.quantization.weights import QuantizedReLU, weight_quantizer
+from faqd_lib.quantization.relu import QuantizedReLU
+from faqd_lib.quantization.weights import weight_quantizer
 
 BITS = (1, 2, 3, 4, 8)
 

@@ -18,9 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from faqd_lib import compile_activations, quantize
 from faqd_lib.quantization import relu_kernels as activation_kernels
-from faqd_lib.quantization import weights as quantizers
+from faqd_lib.quantization import step_search
+from faqd_lib.quantization.relu import QuantizedReLU
 from faqd_lib.quantization.relu_kernels import features
-from faqd_lib.quantization.weights import QuantizedReLU, UniformWeight, best_step, weight_quantizer
+from faqd_lib.quantization.step_search import best_step
+from faqd_lib.quantization.weights import UniformWeight, weight_quantizer
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 HIGHEST = {1: 1, 2: 1} | {bits: 2 ** (bits - 1) - 1 for bits in BITS[2:]}
@@ -258,9 +260,9 @@ def test_scan_and_exact_search_agree(highest, monkeypatch):
         step = best_step(rows, highest)
         return (rows - step * (rows / step).round().clamp(0, highest)).square().sum(1)
 
-    monkeypatch.setattr(quantizers, "_EXACT", 10**9)
+    monkeypatch.setattr(step_search, "_EXACT", 10**9)
     exact = errors()
-    monkeypatch.setattr(quantizers, "_EXACT", 0)
+    monkeypatch.setattr(step_search, "_EXACT", 0)
     assert (exact <= errors() * (1 + 1e-9)).all()
     if highest < 100:  # forty values meet a grid of 127 levels by chance, which a scan may miss
         assert (errors() <= exact * 1.05).all()

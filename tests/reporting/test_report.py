@@ -162,6 +162,6 @@ def test_a_figure_says_when_it_was_trained_and_what_is_gone(suite):
     assert picture.origin(records) == f"Trained here and there. From 2 runs, seed 1 (n = 1), trained {day}."
     del records[student.run_id]
     assert "From 1 run, trained" in picture.origin(records)
-    assert "1 of the runs that it was drawn from are no longer there" in picture.origin(records)
+    assert "1 of its runs no longer exist" in picture.origin(records)
     (suite.store.run_folder(student) / "record.json").unlink()
     assert picture.origin(records) in Page(report.write_report(suite).read_text()).text

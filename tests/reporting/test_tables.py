@@ -12,9 +12,10 @@ from scipy import stats
 from torch import nn
 
 from faqd_lib.reporting import claims, grids, tables
+from faqd_lib.runs.profile import Profile
 from faqd_lib.runs.store import ResultsError
 from faqd_lib.runs.suite import Suite
-from faqd_lib.utils.files import canonical_json, tensors_digest, text_digest
+from faqd_lib.utils.files import canonical_json, project_root, tensors_digest, text_digest
 
 
 @pytest.fixture
@@ -70,6 +71,56 @@ def test_a_record_fills_its_cell_and_no_other(suite):
     assert (row["ours, last epoch"], row["ours, best epoch"], row["n"]) == ("81.25", "82.50", "1")
     cell = table.overview.query("bits == '2W32A' and regime == 'end-to-end'")["FAQD, label-free"].item()
     assert cell == "81.25"
+
+
+@pytest.mark.parametrize("profile", ["smoke", "quick", "cpu", "paper"])
+def test_tables_show_the_runs_of_the_series_and_no_others(tmp_path, profile):
+    shipped = Profile.load(profile).model_copy(
+        update={"train_images": None, "test_images": None, "image_size": None, "dataset_settings": {}}
+    )
+    suite = Suite.open(shipped, "digits", results=tmp_path, seeds=2)
+    series = grids.everything(suite)
+    assert len(series) == len(set(series))
+    cells = [cell for cells in grids.TABLES for cell in cells(suite)]
+    assert {config for cell in cells if cell.planned for config in cell.runs} == set(series)
+    for cell in cells:
+        assert cell.planned or not set(cell.runs) & set(series), cell
+    for config in series:
+        save(suite, config, 80.0)
+    made = [table for table in tables.all_tables(suite, EMPTY) if tables.OURS in table.frame]
+    assert {run for table in made for run in table.runs} == {config.run_id for config in series}
+    empty = sum((table.frame[tables.OURS].isin([tables.NOT_RUN])).sum() for table in made)
+    assert empty == sum(not cell.planned for cell in cells)
+
+
+def test_activation_steps_have_a_table(tmp_path):
+    suite = Suite.open("quick", "digits", results=tmp_path)
+    reference = EMPTY.copy()
+    steps = grids.activation_steps(suite)
+    learned = steps["lsq"][0]
+    reference.loc[0] = [
+        "T2", "digits", learned.teacher.model, learned.model, "1", "4", "end-to-end", "FAQD", "false", "mse", "fa", "",
+        "70", "page 8",
+    ]  # fmt: skip
+    save(suite, steps["frozen"][0], 75.0)
+    frame = tables.activation_steps(suite, reference).frame.set_index("gradient of the steps")
+    assert list(frame.index) == ["lsq", "coarse", "frozen"]
+    assert frame[tables.OURS].tolist() == [tables.NOT_RUN, tables.NOT_RUN, "75.00"]
+    assert frame["paper"].tolist() == ["70.00", "", ""]  # the paper has learned steps only
+
+
+COMMITTED = sorted((project_root() / "results" / "reference").glob("*/tables/*.csv"))
+
+
+def test_committed_tables_are_those_of_the_committed_records():
+    assert COMMITTED
+    for folder in {path.parents[1] for path in COMMITTED}:
+        suite = Suite.read(folder)
+        made = {table.name: table for table in (claims.table(suite), *tables.all_tables(suite, EMPTY))}
+        for path in COMMITTED:
+            if path.parents[1] == folder:
+                expected = pd.read_csv(path, dtype=str, keep_default_na=False)
+                assert made[path.stem].frame.astype(str).equals(expected), path
 
 
 def test_seeds_give_mean_and_deviation(tmp_path):
@@ -229,7 +280,10 @@ def test_shipped_paper_reference_holds_no_guess():
     ("text", "message"),
     [
         ("table,dataset\nT1,cifar10\n", "lacks the columns"),
-        (",".join(tables.REFERENCE_COLUMNS) + "\nT1,a,b,c,1,32,end-to-end,KD,no,mse,fa,,80,p\n", "labels = 'no'"),
+        (
+            ",".join(tables.REFERENCE_COLUMNS) + "\nT1,a,b,c,1,32,end-to-end,KD,no,mse,fa,,80,p\n",
+            "labels must be one of true, false, got 'no'",
+        ),
         (
             ",".join(tables.REFERENCE_COLUMNS) + 2 * "\nT1,a,b,c,1,32,end-to-end,KD,true,mse,none,,80,p" + "\n",
             "has two lines for",

@@ -341,15 +341,15 @@ def test_a_run_that_another_process_trains_is_waited_for(tiny_suite, capsys):
 def test_what_was_finished_elsewhere_meanwhile_is_not_trained_again(tiny_suite, monkeypatch):
     suite, other = tiny_suite(), tiny_suite()
     config = suite.student("labels", weight_bits=1)
-    claim, trained = RunStore.claim, []
+    lock_available, trained = RunStore.lock_available, []
 
     def late(store, configs):
         if store is suite.store:  # it looked for the record before; now somebody else finishes
             trained.extend(other.run(configs))
             monkeypatch.setattr(local, "_train_cohort", lambda *_: pytest.fail("trained twice"))
-        return claim(store, configs)
+        return lock_available(store, configs)
 
-    monkeypatch.setattr(RunStore, "claim", late)
+    monkeypatch.setattr(RunStore, "lock_available", late)
     assert suite.run([config]) == trained
 
 
@@ -357,11 +357,11 @@ def test_a_dead_process_holds_no_lock(tiny_suite):
     suite = tiny_suite()
     config = suite.student("labels", weight_bits=1)
     holder = holder_of(suite.store.lock(config), 60)
-    with suite.store.claim([config]) as ours:
+    with suite.store.lock_available([config]) as ours:
         assert ours == []
     holder.kill()
     holder.wait()
-    with suite.store.claim([config]) as ours:
+    with suite.store.lock_available([config]) as ours:
         assert ours == [config]
 
 

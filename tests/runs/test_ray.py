@@ -1,6 +1,7 @@
 """Engines: Ray's workers give the same bits, their death costs only what they had begun, and errors come back."""
 
 import os
+import pickle
 import signal
 import threading
 import time
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 from faqd_lib.config import RunConfig
-from faqd_lib.runs import local
-from faqd_lib.runs.ray import EngineError, RayEngine, _follow, chosen_engine
+from faqd_lib.runs.local import Engine, train_here
+from faqd_lib.runs.ray import EngineError, RayEngine, _follow
 from faqd_lib.runs.store import RunStore
 from faqd_lib.runs.suite import Suite
 from faqd_lib.training.loss_log import NonFiniteLossError
@@ -42,9 +43,9 @@ batch_size = 32
 
 @pytest.fixture
 def open_suite(tmp_path):
-    def opened(results: str, epochs: int = 2) -> Suite:
+    def opened(results: str, epochs: int = 2, engine: Engine = train_here) -> Suite:
         (tmp_path / "mine.toml").write_text(PROFILE.format(epochs=epochs))
-        return Suite.open(tmp_path / "mine.toml", results=tmp_path / results)
+        return Suite.open(tmp_path / "mine.toml", results=tmp_path / results, engine=engine)
 
     return opened
 
@@ -65,42 +66,25 @@ def outcome(records) -> list[tuple]:
 # ---- without Ray
 
 
-def test_this_process_is_the_default(monkeypatch):
-    assert chosen_engine() is local.train_here
-    monkeypatch.setenv("FAQD_ENGINE", "local")
-    assert chosen_engine() is local.train_here
-
-
-def test_environment_chooses(monkeypatch):
-    monkeypatch.setenv("FAQD_ENGINE", "ray")
-    assert chosen_engine() == RayEngine(None, 1, 0.25 if torch.cuda.is_available() else 0.0)
-    for name, value in {"ADDRESS": "head:6379", "CPUS": "4", "GPUS": "2"}.items():
-        monkeypatch.setenv(f"FAQD_RAY_{name}", value)
-    assert chosen_engine() == RayEngine("head:6379", 4, 2.0)
-
-
 @pytest.mark.parametrize(
-    ("variable", "value", "message"),
-    [
-        ("FAQD_ENGINE", "spark", "local, ray, got 'spark'"),
-        ("FAQD_RAY_CPUS", "many", "FAQD_RAY_CPUS must be a number, got 'many'"),
-        ("FAQD_RAY_CPUS", "0", "at least one thread, got 0"),
-        ("FAQD_RAY_GPUS", "1.5", "got 1.5"),
-        ("FAQD_RAY_GPUS", "-1", "got -1"),
-    ],
+    ("settings", "message"),
+    [({"cpus": 0}, "at least one thread, got 0"), ({"gpus": 1.5}, "got 1.5"), ({"gpus": -1.0}, "got -1")],
 )
-def test_a_bad_setting_is_named(monkeypatch, variable, value, message):
-    monkeypatch.setenv("FAQD_ENGINE", "ray")
-    monkeypatch.setenv(variable, value)
+def test_a_bad_setting_is_named(settings, message):
     with pytest.raises(EngineError, match=message):
-        chosen_engine()
+        RayEngine(**settings)
 
 
-def test_a_suite_travels_without_its_images(open_suite):
+def test_a_workshop_travels_without_its_images(open_suite):
     suite = open_suite("local")
-    assert len(suite.splits[0]) == 96
-    assert set(suite.__getstate__()) == {"state", "store", "device", "data_root"}
+    assert len(suite.splits.training) == 96
     assert suite.folder.is_absolute()
+    sent = pickle.dumps(suite.workshop)
+    assert len(sent) < 10_000
+    there = pickle.loads(sent)  # noqa: S301 (our own bytes)
+    assert there == suite.workshop
+    assert there.images is None
+    assert torch.equal(there.splits.training.pixels, suite.splits.training.pixels)  # loaded again
 
 
 class Stubborn:
@@ -149,8 +133,8 @@ def two_workers():
 
 
 @pytest.fixture
-def on_ray(two_workers, monkeypatch):
-    monkeypatch.setenv("FAQD_ENGINE", "ray")
+def on_ray(two_workers) -> RayEngine:
+    return RayEngine(gpus=0.25 if torch.cuda.is_available() else 0.0)
 
 
 @pytest.fixture
@@ -182,11 +166,10 @@ def wait_for(condition, seconds: float = 120):
     return result
 
 
-def test_same_bits_as_one_process(open_suite, expected, monkeypatch, two_workers, capsys):
+def test_same_bits_as_one_process(open_suite, expected, on_ray, capsys):
     here = expected(open_suite("here"))
     capsys.readouterr()
-    monkeypatch.setenv("FAQD_ENGINE", "ray")
-    suite = open_suite("there")
+    suite = open_suite("there", engine=on_ray)
     assert outcome(suite.run(grid(suite), "grid")) == here
     out = capsys.readouterr().out
     assert "grid: run 1 of 5 (32W32A labels), epoch 1 of 1: test" in out
@@ -196,10 +179,9 @@ def test_same_bits_as_one_process(open_suite, expected, monkeypatch, two_workers
     assert not list(suite.folder.glob("runs/*/checkpoint*"))
 
 
-def test_a_killed_worker_costs_only_what_it_had_begun(open_suite, expected, monkeypatch, two_workers, capsys):
+def test_a_killed_worker_costs_only_what_it_had_begun(open_suite, expected, on_ray, capsys):
     here = expected(open_suite("here", epochs=4))
-    monkeypatch.setenv("FAQD_ENGINE", "ray")
-    suite = open_suite("there", epochs=4)
+    suite = open_suite("there", epochs=4, engine=on_ray)
     suite.run([suite.teacher()])
     capsys.readouterr()
     result = []
@@ -213,7 +195,7 @@ def test_a_killed_worker_costs_only_what_it_had_begun(open_suite, expected, monk
 
 
 def test_a_worker_that_dies_again_and_again_is_an_error(open_suite, on_ray):
-    suite = open_suite("there", epochs=50)
+    suite = open_suite("there", epochs=50, engine=on_ray)
     suite.run([suite.teacher()])
     before = outcome(suite.store.records())
     stop = threading.Event()
@@ -236,7 +218,7 @@ def test_a_worker_that_dies_again_and_again_is_an_error(open_suite, on_ray):
 
 
 def test_what_a_worker_raises_comes_back_and_the_others_finish(open_suite, on_ray):
-    suite = open_suite("there")
+    suite = open_suite("there", engine=on_ray)
     good = suite.student("KD", weight_bits=1)
     with pytest.raises(NonFiniteLossError, match="epoch 1"):
         suite.run([suite.student("FAQD", weight_bits=1, affinity_weight=1e38), good])
@@ -244,7 +226,7 @@ def test_what_a_worker_raises_comes_back_and_the_others_finish(open_suite, on_ra
 
 
 def test_warnings_of_a_worker_are_shown(open_suite, on_ray, capsys):
-    suite = open_suite("there")
+    suite = open_suite("there", engine=on_ray)
     folder = suite.store.run_folder(suite.teacher())
     folder.mkdir(parents=True)
     (folder / "checkpoint.safetensors").write_bytes(b"no checkpoint")
@@ -253,20 +235,18 @@ def test_warnings_of_a_worker_are_shown(open_suite, on_ray, capsys):
 
 
 def test_a_folder_that_workers_do_not_see(open_suite, on_ray, tmp_path):
-    suite = replace(open_suite("there"), store=RunStore(tmp_path / "elsewhere"))
+    suite = replace(open_suite("there", engine=on_ray), store=RunStore(tmp_path / "elsewhere"))
     with pytest.raises(EngineError, match=r"does not see .*elsewhere"):
         suite.run([suite.teacher()])
 
 
-def test_no_room(open_suite, on_ray, monkeypatch):
-    monkeypatch.setenv("FAQD_RAY_CPUS", "64")
-    suite = open_suite("there")
+def test_no_room(open_suite, on_ray):
+    suite = open_suite("there", engine=replace(on_ray, cpus=64))
     with pytest.raises(EngineError, match="no room for a worker with 64"):
         suite.run([suite.teacher()])
 
 
-def test_workers_must_compute_where_this_process_does(open_suite, on_ray, monkeypatch):
-    monkeypatch.setenv("FAQD_RAY_GPUS", "1" if not torch.cuda.is_available() else "0")
-    suite = open_suite("there")
+def test_workers_must_compute_where_this_process_does(open_suite, on_ray):
+    suite = open_suite("there", engine=replace(on_ray, gpus=0.0 if on_ray.gpus else 1.0))
     with pytest.raises(EngineError, match="this process computes on"):
         suite.run([suite.teacher()])

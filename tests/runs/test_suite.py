@@ -76,8 +76,7 @@ def test_validation_images_are_held_out_and_select_an_epoch(tiny_suite):
     state = suite.state.model_copy(
         update={"data": suite.state.data.model_copy(update={"validation_images": 12, "train_images": 30})}
     )
-    chosen = Suite(state, suite.store, suite.device)
-    chosen.__dict__["data"] = suite.data
+    chosen = Suite(state, suite.store, suite.device, images=suite.data)
     training, validation, test = chosen.splits
     assert (len(training), len(validation), len(test)) == (30, 12, 24)
     seen = {pixels.numpy().tobytes() for pixels in training.pixels}
@@ -111,8 +110,8 @@ def test_open_begins_a_folder_and_finds_it_again(profile, tmp_path):
     results = tmp_path / "results"
     suite = Suite.open(profile("train_images = 64\ntest_images = 50"), results=results)
     assert suite.folder == results / "mine-digits"
-    assert [len(split) for split in (suite.splits[0], suite.splits[2])] == [64, 50]
-    assert suite.splits[2].labels.bincount().tolist() == [5] * 10
+    assert [len(suite.splits.training), len(suite.splits.test)] == [64, 50]
+    assert suite.splits.test.labels.bincount().tolist() == [5] * 10
     again = Suite.open(profile("train_images = 64\ntest_images = 50"), results=results)
     assert again.student("FAQD", weight_bits=1).digest == suite.student("FAQD", weight_bits=1).digest
     for text in ("digits", "64 training", "50 test", "profile mine"):
@@ -221,8 +220,9 @@ def test_bad_arguments_of_a_student_are_named(tiny_suite, settings, names):
 def test_students_take_what_is_left_out_from_the_profile(tiny_suite):
     suite = tiny_suite(losses={"affinity_weight": 10.0, "k": 3, "label_weight": 0.7})
     student = suite.student("FFAQD", labels=True, weight_bits=1)
-    o = student.objective
-    assert (o.logit_loss, o.affinity, o.affinity_weight, o.k, o.label_weight) == ("mse", "ffa", 10.0, 3, 0.7)
+    loss = student.objective
+    assert (loss.logit_loss, loss.affinity, loss.affinity_weight, loss.k) == ("mse", "ffa", 10.0, 3)
+    assert loss.label_weight == 0.7
     assert suite.student("KD", regime="fine-tuning").objective.logit_loss == "kl"
     assert suite.student("KD").objective.affinity_weight == 0
     assert suite.student("KD").label_free

@@ -11,7 +11,8 @@ from faqd_lib.affinity.loss import FastFeatureAffinityLoss, FeatureAffinityLoss
 from faqd_lib.config import RunConfig
 from faqd_lib.data.batches import Batches, stream
 from faqd_lib.quantization.relu_kernels import quantized_relu
-from faqd_lib.quantization.weights import running_sums, weight_quantizer
+from faqd_lib.quantization.step_search import running_sums
+from faqd_lib.quantization.weights import weight_quantizer
 from faqd_lib.runs.suite import Suite
 from faqd_lib.training.cuda_graphs import RecordedStep, Recorder, own_stream
 from faqd_lib.training.loop import Cohort, train
@@ -30,9 +31,7 @@ def cuda_suite(tmp_path):
         data = make_tiny_data()
         made = make_tiny_suite(tmp_path / name, data, **{"student_schedule": SCHEDULE, **profile})
         state = made.state.model_copy(update={"precision": precision})
-        suite = dataclasses.replace(made, state=state, device=CUDA)
-        suite.__dict__["data"] = data
-        return suite
+        return dataclasses.replace(made, state=state, device=CUDA)
 
     return make
 

@@ -1,4 +1,4 @@
-"""Atomic writes, digests, places, progress and measurements."""
+"""Atomic writes, digests, folders, progress and measurements."""
 
 import json
 import math
@@ -147,13 +147,19 @@ def test_progress_within_an_epoch_is_estimated_and_shown_seldom(capsys, monkeypa
         assert "batch 50" in capsys.readouterr().out
 
 
-def test_progress_style(monkeypatch):
-    assert progress.headless()
-    monkeypatch.setenv("FAQD_PROGRESS", "bar")
-    assert not progress.headless()
-    monkeypatch.setenv("FAQD_PROGRESS", "loud")
-    with pytest.raises(ValueError, match="'loud'"):
-        progress.headless()
+def test_progress_style(monkeypatch, capsys):
+    """A bar is drawn where it is asked for, or where somebody watches."""
+    for bar, nobody_watches, is_bar in (
+        (None, True, False),
+        (None, False, True),
+        (True, True, True),
+        (False, False, False),
+    ):
+        monkeypatch.setattr(progress, "headless", lambda answer=nobody_watches: answer)
+        with progress.Progress(2, "students", bar=bar) as line:
+            line.advance(1, "first")
+        captured = capsys.readouterr()
+        assert ("students" in captured.err, "students" in captured.out) == (is_bar, not is_bar)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3725, "1:02:05")])
@@ -176,17 +182,55 @@ def test_peak_memory_is_what_was_held_at_one_time():
     assert measure.peak_bytes(lambda: None) == 0
 
 
-def test_candidates_take_turns_after_one_call_that_does_not_count():
-    order = []
-    times = measure.take_turns({name: lambda name=name: order.append(name) for name in "ab"}, 3)
+class Clock:
+    """A clock that only a test moves, in place of ``time.perf_counter``."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def fake_clock(monkeypatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_a_stopwatch_times_what_lies_between_start_and_stop(fake_clock):
+    watch = measure.Stopwatch("cpu")
+    for seconds, counts in ((2.0, True), (5.0, False), (0.5, True)):
+        fake_clock.wait(1.0)
+        watch.start()
+        fake_clock.wait(seconds)
+        watch.stop(counts)
+    assert watch.read() == pytest.approx([2.0, math.nan, 0.5], nan_ok=True)
+    assert len(watch.read()) == 3  # read again, the durations are there once
+
+
+def test_candidates_take_turns_after_a_warm_up_call_that_does_not_count(fake_clock):
+    order, durations = [], iter([60.0, 60.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+
+    def call(name: str) -> None:
+        order.append(name)
+        fake_clock.wait(next(durations))
+
+    times = measure.take_turns({name: lambda name=name: call(name) for name in "ab"}, 3)
     assert order == list("ab" + "ababab")
-    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3}
-    assert all(second >= 0 for seconds in times.values() for second in seconds)
+    assert times == {"a": [1.0, 3.0, 5.0], "b": [2.0, 4.0, 6.0]}
 
 
-def test_copy_bandwidth_is_that_of_memory():
-    # From a slow single board to a large server.
-    assert 1e8 < measure.copy_bandwidth(megabytes=8) < 1e13
+def test_copy_bandwidth_is_the_bytes_read_and_written_by_the_fastest_copy(fake_clock, monkeypatch):
+    copy, durations = torch.Tensor.copy_, iter([9.0, 4.0, 2.0, 0.5, 3.0, 1.0, 2.0, 2.0])
+
+    def slow_copy(target, source):
+        assert source.numel() * source.element_size() == 2 * 2**20
+        fake_clock.wait(next(durations))
+        return copy(target, source)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", slow_copy)
+    assert measure.copy_bandwidth(megabytes=2) == pytest.approx(2 * 2 * 2**20 / 0.5)
 
 
 def test_environment_names_machine_and_software():

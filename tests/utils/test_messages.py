@@ -1,3 +1,5 @@
+"""Parts of error messages."""
+
 import pytest
 import torch
 

@@ -1,4 +1,4 @@
-"""torchvision beside a torch that cannot load its compiled extension."""
+"""torchvision with a torch that cannot load its compiled extension."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from faqd_lib.utils.files import project_root
 
-# What a wheel built against CUDA does when its extension was not loaded: registering a kernel for a missing schema.
+# A wheel built for CUDA without its extension: it registers a kernel for a missing schema.
 BROKEN = """
 import torch
 from . import ops

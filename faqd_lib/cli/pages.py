@@ -1,0 +1,123 @@
+"""Write the generated tables of README and docs: ``python -m faqd_lib.cli.pages``.
+
+A page holds pairs of lines ``<!-- generated: NAME -->`` and ``<!-- end -->``. What stands between them comes from the
+committed run records and benchmarks of ``results/reference`` and is never typed.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from ..reporting import claims, tables
+from ..runs.store import ResultsError
+from ..runs.suite import Suite
+from ..utils.files import atomic_write_text, project_root
+
+SUITE = Path("results/reference/cpu-cifar10-jpeg")
+BENCHMARKS = Path("results/reference/benchmarks")
+STEPS = "step|how|teacher|batch|n|median_ms|iqr_ms|time / float"
+COHORTS = "teacher|students|batch|n|median_ms|iqr_ms|time / separate runs"
+PLAIN = "implementation|teacher|n|median_ms|iqr_ms|peak_MiB|times the plain images/s"
+FILES = "run|float32_bytes|packed_bytes|onnx_bytes|packed: same bits|same class %"
+# By name of a table: file, part of it, columns.
+MEASURED = {
+    "affinity_targets": ("affinity", "targets", "batch|C|H|loss|n|median_ms|iqr_ms|peak_MiB|times faster than direct"),
+    "affinity_ffa": ("affinity", "ffa", "batch|C|H|loss|n|median_ms|iqr_ms|times faster than plain"),
+    "affinity_step": ("affinity", "step", "batch|precision|loss|n|median_ms|iqr_ms|time / logits"),
+    "affinity_sweep": ("affinity", "sweep", "batch|C|H|loss|n|median_ms|iqr_ms|times faster than direct"),
+    "affinity_memory": ("affinity", "memory", "batch|C|H|loss|peak_MiB|peak / inputs|one N×N matrix (GiB)"),
+    "affinity_weight": ("affinity_weight", "rows", "affinity weight|seed|validation accuracy (%)"),
+    "quantization": ("quantization", "steps", "precision|batch|network|n|median_ms|iqr_ms|time / float|times ours"),
+    "training_steps": ("training", "steps", STEPS),
+    "training_cohorts": ("training", "cohorts", COHORTS),
+    "training_plain": ("training", "plain", PLAIN),
+    "training_quiet": ("training-quiet", "plain", PLAIN),
+    "h200_steps": ("training-h200", "steps", STEPS),
+    "h200_cohorts": ("training-h200", "cohorts", COHORTS),
+    "h200_plain": ("training-h200", "plain", PLAIN),
+    "export": ("export-cpu", "export", FILES),
+    "export_activations": ("export-five-epochs", "export", FILES),
+    "cost": ("cost-cpu", "projected", "table|runs|epochs|hours, 1 worker"),
+}
+MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def generated(root: Path) -> dict[str, str]:
+    """Each generated table as Markdown, by name.
+
+    ``claims``: one row a claim. ``accuracies``: table T1, without rows that were not run. Those of ``MEASURED``: a part
+    of a benchmark's JSON, in four significant digits, under a line with its machine and versions.
+    """
+    suite = Suite.read(root / SUITE)
+    verdicts = claims.table(suite).readable.rename(columns={"n (seeds)": "seeds"})
+    verdicts["95 % interval"] = verdicts["95 % interval"].str.replace(r" \(.*", "", regex=True)
+    accuracies = tables.weight_quantization(suite, tables.read_paper_reference()).overview
+    was_run = ~accuracies.isin([tables.NOT_RUN]).any(axis=1)
+    columns = ["claim", "compared", "difference", "95 % interval", "seeds", "verdict"]
+    parts = {"claims": _markdown(verdicts[columns]), "accuracies": _markdown(accuracies[was_run])}
+    return parts | {
+        name: _benchmark(root / BENCHMARKS / f"{file}.json", part, columns.split("|"))
+        for name, (file, part, columns) in MEASURED.items()
+    }
+
+
+def _benchmark(path: Path, part: str, columns: list[str]) -> str:
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    machine = measured["environment"]
+    line = (
+        f"{machine['device']}, {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, commit "
+        f"`{machine['commit'][:8]}`; `{path.name}`."
+    )
+    return f"{line}\n\n{_markdown(pd.DataFrame(measured[part])[columns].map(_shown))}"
+
+
+def _shown(value: object) -> str:
+    """A number in four significant digits, whole numbers as they are; nothing for what was not measured."""
+    if pd.isna(value):
+        return ""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if value.is_integer() or abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    return frame.to_markdown(index=False, disable_numparse=True) + "\n"
+
+
+def pages(root: Path) -> list[Path]:
+    """README and the pages of ``docs/``."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def filled(text: str, parts: Mapping[str, str], page: str) -> str:
+    """The text of a page with every generated part in its place.
+
+    Raises:
+        ResultsError: the page asks for a part that does not exist.
+    """
+
+    def fill(match: re.Match) -> str:
+        if match[2] not in parts:
+            raise ResultsError(f"{page} asks for {match[2]!r}; generated are: {', '.join(parts)}")
+        return f"{match[1]}\n{parts[match[2]]}\n{match[3]}"
+
+    return MARKED.sub(fill, text)
+
+
+def main() -> None:
+    """Rewrite the pages that differ, and name them."""
+    root = project_root()
+    parts = generated(root)
+    for page in pages(root):
+        before = page.read_text(encoding="utf-8")
+        after = filled(before, parts, page.name)
+        if after != before:
+            atomic_write_text(page, after)
+            print(f"rewrote {page}")
+
+
+if __name__ == "__main__":
+    main()

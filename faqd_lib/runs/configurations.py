@@ -1,0 +1,198 @@
+"""Run configurations from a profile: teachers, float students, distilled and quantized students.
+
+Nothing here trains, loads images or touches a disk: the same state gives the same configurations.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ..config import (
+    ConfigurationError,
+    ObjectiveConfig,
+    OptimizationConfig,
+    Precision,
+    QuantizationConfig,
+    RunConfig,
+    Schedule,
+)
+from ..models import MODEL_NAMES
+from ..quantization.weights import FLOAT_BITS
+from ..utils.messages import check_choice
+from .profile import Profile, SuiteState
+
+# Unlabelled batches for the batch normalisation of a network that is quantized after training.
+_BATCH_NORM_BATCHES = 16
+
+Method = Literal["labels", "KD", "FAQD", "FFAQD"]
+AFFINITY_OF_METHOD = {"labels": "none", "KD": "none", "FAQD": "fa", "FFAQD": "ffa"}
+
+
+@dataclass(frozen=True)
+class Configurations:
+    """Makes the run configurations of a suite.
+
+    Args:
+        state: profile, images and precision that every configuration is made from.
+    """
+
+    state: SuiteState
+
+    @property
+    def profile(self) -> Profile:
+        """The profile, with the settings for this dataset."""
+        return self.state.profile
+
+    @property
+    def precision(self) -> Precision:
+        """The number format that training steps compute in."""
+        return self.state.precision
+
+    def teacher(self, model: str | None = None) -> RunConfig:
+        """The float teacher, trained on labels with seed 0. None: the profile's first teacher.
+
+        Only teachers have seed 0. A student of the same architecture has other initial weights and another order of
+        images than its teacher.
+
+        Raises:
+            ConfigurationError: there is no such model.
+        """
+        model = model or self.profile.teachers[0]
+        check_choice("teacher", model, MODEL_NAMES, ConfigurationError)
+        return self._on_labels(model, self.profile.teacher_schedule, seed=0)
+
+    def float_student(self, seed: int = 1) -> RunConfig:
+        """The float student, trained on labels: a reference row, and where fine-tuning starts."""
+        return self._on_labels(self.profile.student, self.profile.student_schedule, seed)
+
+    def student(
+        self,
+        method: Method,
+        *,
+        labels: bool = False,
+        weight_bits: int = FLOAT_BITS,
+        activation_bits: int = FLOAT_BITS,
+        quantization: Mapping[str, object] | None = None,
+        regime: str = "end-to-end",
+        logit_loss: str | None = None,
+        k: int | None = None,
+        affinity_weight: float | None = None,
+        teacher: str | None = None,
+        seed: int = 1,
+    ) -> RunConfig:
+        """A student's run. Settings that are None come from the profile.
+
+        Args:
+            method: ``"labels"`` (cross-entropy only), ``"KD"`` (logits), ``"FAQD"`` (logits and exact feature affinity)
+                or ``"FFAQD"`` (logits and feature affinity from k projections).
+            labels: whether cross-entropy is added to a distillation loss.
+            weight_bits, activation_bits: 1 to 8, or 32 for float.
+            quantization: other settings of :class:`~faqd_lib.config.QuantizationConfig`, such as ``per_channel``.
+            regime: ``"end-to-end"`` (random initial weights) or ``"fine-tuning"`` (from the float student).
+            logit_loss: ``"mse"`` or ``"kl"``.
+            k: number of projections, at least 1.
+            affinity_weight: weight of the affinity loss, above 0.
+            teacher: the teacher's model.
+            seed: at least 1.
+
+        Raises:
+            ConfigurationError: an argument is unknown or out of range.
+        """
+        if seed < 1:
+            raise ConfigurationError(f"students have seeds from 1 on (seed 0 is the teachers'), got {seed}")
+        check_choice("method", method, AFFINITY_OF_METHOD, ConfigurationError)
+        check_choice("regime", regime, ("end-to-end", "fine-tuning"), ConfigurationError)
+        fine_tuning, taught = regime == "fine-tuning", method != "labels"
+        return RunConfig(
+            data=self.state.data,
+            model=self.profile.student,
+            optimization=self._optimization(
+                self.profile.fine_tuning_schedule if fine_tuning else self.profile.student_schedule
+            ),
+            objective=(
+                self._distillation(method, labels, fine_tuning, logit_loss, k, affinity_weight)
+                if taught
+                else ObjectiveConfig(label_weight=1.0)
+            ),
+            quantization=_quantization(weight_bits, activation_bits, quantization),
+            seed=seed,
+            teacher=self.teacher(teacher) if taught else None,
+            initial=self.float_student(seed) if fine_tuning else None,
+        )
+
+    def post_training(
+        self,
+        weight_bits: int = FLOAT_BITS,
+        activation_bits: int = FLOAT_BITS,
+        *,
+        seed: int = 1,
+        quantization: Mapping[str, object] | None = None,
+        student: RunConfig | None = None,
+    ) -> RunConfig:
+        """A float student quantized after training: the tables' baseline for training with quantizers.
+
+        Weights are rounded, activation steps calibrated on one batch, and batch normalisation is estimated again on
+        unlabelled batches. No weight is trained.
+
+        Args:
+            weight_bits, activation_bits, quantization: as in :meth:`student`.
+            seed: of the float student.
+            student: the run whose weights are taken. None: the float student trained on labels.
+        """
+        student = self.float_student(seed) if student is None else student
+        return RunConfig(
+            data=self.state.data,
+            model=student.model,
+            optimization=OptimizationConfig(
+                epochs=0,
+                warmup_epochs=0.0,
+                batch_size=student.optimization.batch_size,
+                precision=self.precision,
+                batch_norm_batches=_BATCH_NORM_BATCHES,
+            ),
+            objective=ObjectiveConfig(label_weight=1.0),  # has no effect without training
+            quantization=_quantization(weight_bits, activation_bits, quantization),
+            seed=student.seed,
+            initial=student,
+        )
+
+    def _on_labels(self, model: str, schedule: Schedule, seed: int) -> RunConfig:
+        return RunConfig(
+            data=self.state.data,
+            model=model,
+            optimization=self._optimization(schedule),
+            objective=ObjectiveConfig(label_weight=1.0),
+            seed=seed,
+        )
+
+    def _optimization(self, schedule: Schedule) -> OptimizationConfig:
+        return OptimizationConfig(**schedule.model_dump(), precision=self.precision, compiled=self.profile.compile)
+
+    def _distillation(
+        self,
+        method: Method,
+        labels: bool,
+        fine_tuning: bool,
+        logit_loss: str | None,
+        k: int | None,
+        affinity_weight: float | None,
+    ) -> ObjectiveConfig:
+        losses, affinity = self.profile.losses, AFFINITY_OF_METHOD[method]
+        default_loss = losses.fine_tuning_logit_loss if fine_tuning else losses.end_to_end_logit_loss
+        weight = losses.affinity_weight if affinity_weight is None else affinity_weight
+        settings = {
+            "logit_loss": logit_loss or default_loss,
+            "logit_weight": losses.logit_weight,
+            "temperature": losses.temperature,
+            "affinity": affinity,
+            "affinity_weight": 0.0 if affinity == "none" else weight,
+            "k": losses.k if k is None else k,
+            "label_weight": losses.label_weight if labels else 0.0,
+            "adapters": losses.adapters and affinity != "none",
+        }
+        return ObjectiveConfig.parse(settings, "student")
+
+
+def _quantization(weights: int, activations: int, others: Mapping[str, object] | None) -> QuantizationConfig:
+    settings = {"weight_bits": weights, "activation_bits": activations, **(others or {})}
+    return QuantizationConfig.parse(settings, "quantization")

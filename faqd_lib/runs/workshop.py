@@ -1,0 +1,146 @@
+"""Builds the networks, batches and learners of run configurations, on a suite's images and device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..config import RunConfig
+from ..data import datasets
+from ..data.batches import Batches, Normalizer
+from ..data.datasets import ImageData, Images
+from ..models import FeatureTap, build_model
+from ..quantization.network import calibrate, quantize, reestimate_batch_norm
+from ..training.learner import Learner, projection_seed
+from ..training.objective import DistillationObjective
+from ..utils.measure import exact_kernels
+from .profile import SuiteState
+from .store import ResultsError, RunStore
+
+
+class Splits(NamedTuple):
+    """Images to train on, to select epochs with (None if the profile holds none out) and to test on."""
+
+    training: Images
+    validation: Images | None
+    test: Images
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Images, device and finished runs, and what is built from them.
+
+    Args:
+        state: which images, and the profile.
+        store: finished runs, whose weights are loaded.
+        device: where networks live.
+        data_root: the only folder to look for data in; None for ``$FAQD_DATA``, then ``data/``.
+        images: the dataset. None: loaded when first needed.
+    """
+
+    state: SuiteState
+    store: RunStore
+    device: torch.device
+    data_root: str | None = None
+    images: ImageData | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        """The fields to send to another process. Images stay here: the other process loads them."""
+        return {one.name: getattr(self, one.name) for one in fields(self)} | {"images": None}
+
+    @cached_property
+    def data(self) -> ImageData:
+        """The whole dataset.
+
+        Raises:
+            ResultsError: the images differ from those that the folder was begun with.
+        """
+        images = self.images
+        if images is None:
+            images = datasets.load(self.state.dataset, self.data_root, image_size=self.state.profile.image_size)
+        if images.fingerprint != self.state.data.fingerprint:
+            raise ResultsError(
+                f"the images of {self.state.dataset} are not those that {self.store.folder} was begun with"
+            )
+        return images
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The images, with the subsets of the profile taken. The validation images are held out first."""
+        config = self.state.data
+        rest, validation = datasets.split_validation(self.data.train, config.validation_images, config.subset_seed)
+        training = datasets.subset(rest, config.train_images, config.subset_seed)
+        return Splits(training, validation, datasets.subset(self.data.test, config.test_images, config.subset_seed))
+
+    @cached_property
+    def normalizer(self) -> Normalizer:
+        """Turns uint8 images into the networks' input, on the device."""
+        return Normalizer(self.data.mean, self.data.std, self.device)
+
+    def batches(self, config: RunConfig) -> Batches:
+        """The training batches of a run. Those of a label-free run carry no labels."""
+        training = self.splits.training
+        return Batches(
+            training.unlabelled() if config.label_free else training,
+            config.optimization.batch_size,
+            config.seed,
+            self.normalizer,
+            flip=self.data.flip,
+            device=self.device,
+        )
+
+    def build(self, config: RunConfig, *, initial_weights: bool = True) -> nn.Module:
+        """The network of a run before training, with its quantizers, not calibrated yet.
+
+        Args:
+            config: the run.
+            initial_weights: whether the weights that fine-tuning starts from are loaded.
+
+        Raises:
+            ResultsError: the run with the initial weights is not finished, or damaged.
+        """
+        model = build_model(config.model, len(self.data.classes), image_size=self.data.image_size, seed=config.seed)
+        model = model.to(self.device, memory_format=torch.channels_last)
+        if initial_weights and config.initial is not None:
+            self.store.load_weights(config.initial, model)
+        return quantize(model, **config.quantization.quantize_arguments)
+
+    def model(self, config: RunConfig) -> nn.Module:
+        """The trained network of a finished run, in evaluation mode.
+
+        Raises:
+            ResultsError: the run is not finished, or its weights are damaged.
+        """
+        return self.store.load_weights(config, self.build(config, initial_weights=False)).eval()
+
+    def teacher(self, cohort: Sequence[RunConfig]) -> nn.Module | None:
+        """The frozen teacher that the runs of a cohort share; None if no run has one."""
+        config = next((config.teacher for config in cohort if config.teacher is not None), None)
+        return None if config is None else self.model(config).requires_grad_(False)
+
+    @exact_kernels()
+    def learner(self, config: RunConfig, batches: Batches) -> Learner:
+        """A run before its first step: the quantized network, calibrated on the first batch, and its objective."""
+        model = self.build(config)
+        calibrate(model, next(batches.epoch(0)).images)
+        if count := config.optimization.batch_norm_batches:
+            reestimate_batch_norm(model, (batch.images for batch in islice(batches.epoch(0), count)))
+        return Learner(config, model, self._objective(config, model), model.feature_names, len(batches))
+
+    def _objective(self, config: RunConfig, model: nn.Module) -> DistillationObjective:
+        settings = config.objective
+        return DistillationObjective(
+            **settings.model_dump(exclude={"adapters", "affinity_recipe"}),
+            adapter_channels=self._tapped_channels(model) if settings.adapters else (),
+            seed=projection_seed(config.seed),
+        ).to(self.device)
+
+    def _tapped_channels(self, model: nn.Module) -> tuple[int, ...]:
+        """Number of channels of every tapped feature map."""
+        with FeatureTap(model.eval(), model.feature_names) as tap, torch.no_grad():
+            model(torch.zeros(1, 3, self.data.image_size, self.data.image_size, device=self.device))
+        return tuple(feature_map.shape[1] for feature_map in tap.features)

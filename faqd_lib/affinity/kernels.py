@@ -5,6 +5,7 @@ The operator is opaque to ``torch.compile``, which takes it as it is; the mathem
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -21,12 +22,15 @@ def accumulation_dtype(features: torch.Tensor) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
-class Pixels:
-    """Normalised pixel vectors of a few images at a time, in buffers that are used again and again.
+class MapPair:
+    """A student's and a teacher's map, as factors of D = Q K Qᵀ for a few images at a time.
 
-    ``q`` (b, N, w): columns [E, Y, rest] with E = Y − X over the m channels that both maps have; rest: the further
-    channels of the wider map. ``k`` (w, w) and ``t`` (w, C_s): D = Q K Qᵀ and X = Q T. ``inverse`` (b, N, 1): 1/‖F‖
-    of the student's pixels, ``alive``: where that is a direction.
+    Attributes:
+        images, pixels, channels: of the student's map: batch, N = height·width, C_s.
+        width: w = C_s + C_t.
+        shared: m, the number of channels that both maps have.
+        core: K (w, w).
+        to_student: T (w, C_s), so that X = Q T.
     """
 
     def __init__(self, student: torch.Tensor, teacher: torch.Tensor) -> None:
@@ -36,124 +40,142 @@ class Pixels:
         self.pixels = student.shape[2] * student.shape[3]
         teacher_channels = teacher.shape[1]
         self.width = self.channels + teacher_channels
-        self.shared = shared = min(self.channels, teacher_channels)
-        self.rest = self.width - 2 * shared
-        self.sign = 1 if self.channels > teacher_channels else -1
-        new = student.new_zeros
-        one = torch.eye(shared, dtype=self.dtype, device=student.device)
-        self.k = new((self.width, self.width), dtype=self.dtype)
-        self.t = new((self.width, self.channels), dtype=self.dtype)
-        self.k[:shared, :shared] = one
-        self.k[:shared, shared : 2 * shared] = self.k[shared : 2 * shared, :shared] = -one
-        self.t[:shared, :shared] = -one
-        self.t[shared : 2 * shared, :shared] = one
+        self.shared = m = min(self.channels, teacher_channels)
+        self.rest = self.width - 2 * m
+        self.sign = 1 if self.channels > teacher_channels else -1  # of the further channels' part of D
+        one = torch.eye(m, dtype=self.dtype, device=student.device)
+        self.core = student.new_zeros((self.width, self.width), dtype=self.dtype)
+        self.to_student = student.new_zeros((self.width, self.channels), dtype=self.dtype)
+        self.core[:m, :m] = one
+        self.core[:m, m : 2 * m] = self.core[m : 2 * m, :m] = -one
+        self.to_student[:m, :m] = -one
+        self.to_student[m : 2 * m, :m] = one
         if self.rest:
             rest = torch.eye(self.rest, dtype=self.dtype, device=student.device)
-            self.k[2 * shared :, 2 * shared :] = self.sign * rest
+            self.core[2 * m :, 2 * m :] = self.sign * rest
             if self.sign > 0:
-                self.t[2 * shared :, shared:] = rest
+                self.to_student[2 * m :, m:] = rest
 
-    def buffer(self, *shape: int) -> torch.Tensor:
-        return self.student.new_empty(shape, dtype=self.dtype)
+    def chunks(self, numbers_an_image: int) -> "Iterator[Chunk]":
+        """A few images at a time, so few that a buffer of ``numbers_an_image`` for each of them stays in the cache.
 
-    def chunks(self, numbers_an_image: int) -> Iterator[slice]:
-        """Slices of images, each small enough for a buffer of ``numbers_an_image`` each; fills ``q`` for it."""
+        All chunks share one memory: a chunk is valid until the next one is made.
+        """
         limit = _CPU_CHUNK if self.student.device.type == "cpu" else _GPU_CHUNK
-        step = min(self.images, max(1, limit // numbers_an_image))
+        size = min(self.images, max(1, limit // numbers_an_image))
         widest = max(self.width - self.channels, self.channels)
-        q, squares = self.buffer(step, self.pixels, self.width), self.buffer(step, self.pixels, widest)
-        for start in range(0, self.images, step):
-            chunk = slice(start, min(start + step, self.images))
-            size = chunk.stop - chunk.start
-            self.q = q[:size]
-            self._scratch = squares[:size]
-            self._fill(chunk)
-            yield chunk
+        q = self.student.new_empty((size, self.pixels, self.width), dtype=self.dtype)
+        scratch = self.student.new_empty((size, self.pixels, widest), dtype=self.dtype)
+        for start in range(0, self.images, size):
+            images = slice(start, min(start + size, self.images))
+            count = images.stop - images.start
+            yield self._chunk(images, q[:count], scratch[:count])
 
-    def _fill(self, chunk: slice) -> None:
+    def _chunk(self, images: slice, q: torch.Tensor, scratch: torch.Tensor) -> "Chunk":
+        """Fill ``q`` and describe the images; ``scratch`` is overwritten."""
         m = self.shared
         f, g = (
-            features[chunk].reshape(-1, self.pixels, features.shape[3]).to(self.dtype)
+            features[images].reshape(-1, self.pixels, features.shape[3]).to(self.dtype)
             for features in (self.student, self.teacher)
         )
-        length, length_g = self._length(f), self._length(g)
-        self.f, self.alive = f, length >= EPS
-        both_alive = self.alive & (length_g >= EPS)
-        self.inverse, inverse_g = (each.clamp_min_(EPS).reciprocal_() for each in (length, length_g))
-        e, y = self.q[..., :m], self.q[..., m : 2 * m]
+        length, length_g = _length(f, scratch), _length(g, scratch)
+        alive = length >= EPS
+        both_alive = alive & (length_g >= EPS)
+        inverse, inverse_g = (each.clamp_min_(EPS).reciprocal_() for each in (length, length_g))
+        e, y = q[..., :m], q[..., m : 2 * m]
         torch.mul(g[..., :m], inverse_g, out=y)
-        torch.mul(f[..., :m], self.inverse, out=e)
+        torch.mul(f[..., :m], inverse, out=e)
         torch.sub(y, e, out=e)  # not fused with the line above: equal maps have E = 0 to the bit
-        # |X|² − |Y|², which is 0 but for the rounding of the two lengths. That error is common to all channels of a
-        # pixel, and would be all that is left of D where the maps are close: X = Y − E is made as long as Y again.
-        scratch = self._scratch[..., :m]
-        radial = torch.sub(e, y, alpha=2, out=scratch).mul_(e).sum(2, keepdim=True)
+        # |X|² − |Y|² is 0 but for the rounding of the two lengths. All channels of a pixel share that error. Where the
+        # maps are close, D would hold nothing else. So X = Y − E is made as long as Y again.
+        radial = torch.sub(e, y, alpha=2, out=scratch[..., :m]).mul_(e).sum(2, keepdim=True)
         if self.rest:
-            wider, inverse = (f, self.inverse) if self.sign > 0 else (g, inverse_g)
-            rest = self.q[..., 2 * m :]
-            torch.mul(wider[..., m:], inverse, out=rest)
-            radial += self.sign * torch.mul(rest, rest, out=self._scratch[..., : self.rest]).sum(2, keepdim=True)
+            wider, inverse_of_wider = (f, inverse) if self.sign > 0 else (g, inverse_g)
+            rest = q[..., 2 * m :]
+            torch.mul(wider[..., m:], inverse_of_wider, out=rest)
+            radial += self.sign * torch.mul(rest, rest, out=scratch[..., : self.rest]).sum(2, keepdim=True)
         e.addcmul_(y, torch.where(both_alive, radial, 0), value=0.5)
+        return Chunk(images, q, f, inverse, alive, scratch)
 
-    def _length(self, f: torch.Tensor) -> torch.Tensor:
-        # Twice as fast as vector_norm along few, adjacent numbers.
-        length = torch.mul(f, f, out=self._scratch[..., : f.shape[2]]).sum(2, keepdim=True).sqrt_()
-        return length.add_(0 * length)  # finite numbers whose squares overflow: NaN rather than a wrong direction
+
+class Chunk(NamedTuple):
+    """Normalised pixel vectors of a few images.
+
+    Attributes:
+        images: which images of the batch.
+        q: Q (b, N, w): columns [E, Y, rest], E = Y − X over the shared channels; rest: the wider map's further ones.
+        f: the student's map (b, N, C_s), not normalised.
+        inverse: 1/‖F‖ of the student's pixels (b, N, 1).
+        alive: whether a pixel has a direction (b, N, 1).
+        scratch: memory to overwrite.
+    """
+
+    images: slice
+    q: torch.Tensor
+    f: torch.Tensor
+    inverse: torch.Tensor
+    alive: torch.Tensor
+    scratch: torch.Tensor
 
     def through_normalisation(self, gradient: torch.Tensor, factor: float) -> None:
-        """In place from the gradient with respect to X to factor · that with respect to F."""
-        along = torch.mul(self.f, gradient, out=self._scratch[..., : self.channels]).sum(2, keepdim=True)
+        """Turn the gradient with respect to X, in place, into ``factor`` times the gradient with respect to F."""
+        along = torch.mul(self.f, gradient, out=self.scratch[..., : self.f.shape[2]]).sum(2, keepdim=True)
         along.mul_(self.inverse).mul_(self.inverse)
         gradient.addcmul_(self.f, along, value=-1)
         gradient.mul_(torch.where(self.alive, self.inverse, 0).mul_(factor))
 
 
-def _gram(p: Pixels, gradient: torch.Tensor | None) -> torch.Tensor:
-    total = p.student.new_zeros((), dtype=p.dtype)
-    for chunk in p.chunks(p.pixels * p.width):
-        g = p.q.transpose(1, 2) @ p.q
-        kg = p.k @ g
-        total += (kg * kg.transpose(1, 2)).sum()
+def _length(f: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    # Twice as fast as vector_norm along few, adjacent numbers.
+    length = torch.mul(f, f, out=scratch[..., : f.shape[2]]).sum(2, keepdim=True).sqrt_()
+    return length.add_(0 * length)  # finite numbers whose squares overflow become NaN, not a wrong direction
+
+
+def _gram(pair: MapPair, gradient: torch.Tensor | None) -> torch.Tensor:
+    total = pair.student.new_zeros((), dtype=pair.dtype)
+    for chunk in pair.chunks(pair.pixels * pair.width):
+        core_g = pair.core @ (chunk.q.transpose(1, 2) @ chunk.q)
+        total += (core_g * core_g.transpose(1, 2)).sum()
         if gradient is not None:
-            torch.bmm(p.q, kg @ p.t, out=gradient[chunk])
-            p.through_normalisation(gradient[chunk], 4)
-    # A difference of rounded sums where the maps agree; a squared norm is not negative.
+            torch.bmm(chunk.q, core_g @ pair.to_student, out=gradient[chunk.images])
+            chunk.through_normalisation(gradient[chunk.images], 4)
+    # Where the maps agree this is a difference of rounded sums. A squared norm is not negative.
     return total.clamp_min_(0)
 
 
-def _projection(p: Pixels, gradient: torch.Tensor | None, z: torch.Tensor) -> torch.Tensor:
-    total, k = p.student.new_zeros((), dtype=p.dtype), z.shape[1]
+def _projection(pair: MapPair, gradient: torch.Tensor | None, z: torch.Tensor) -> torch.Tensor:
+    total, k = pair.student.new_zeros((), dtype=pair.dtype), z.shape[1]
     zt = z.T.contiguous()  # products with few long rows are twice as fast as with few long columns
-    for chunk in p.chunks(p.pixels * (p.width + k)):
-        images = len(p.q)
-        zq = torch.bmm(zt.expand(images, -1, -1), p.q)
-        dz = torch.bmm(zq @ p.k, p.q.transpose(1, 2))  # row j: D z_j
+    for chunk in pair.chunks(pair.pixels * (pair.width + k)):
+        images = len(chunk.q)
+        zq = torch.bmm(zt.expand(images, -1, -1), chunk.q)
+        dz = torch.bmm(zq @ pair.core, chunk.q.transpose(1, 2))  # row j: D z_j
         total += dz.square().sum()
         if gradient is not None:
             # ∂‖D z‖²/∂X = 2 (Dz (Xᵀz)ᵀ + z (XᵀDz)ᵀ)
-            xdz = torch.bmm(dz * p.inverse.transpose(1, 2), p.f)
-            torch.bmm(dz.transpose(1, 2), zq @ p.t, out=gradient[chunk])
-            gradient[chunk].baddbmm_(z.expand(images, -1, -1), xdz)
-            p.through_normalisation(gradient[chunk], 2 / k)
+            here = gradient[chunk.images]
+            xdz = torch.bmm(dz * chunk.inverse.transpose(1, 2), chunk.f)
+            torch.bmm(dz.transpose(1, 2), zq @ pair.to_student, out=here)
+            here.baddbmm_(z.expand(images, -1, -1), xdz)
+            chunk.through_normalisation(here, 2 / k)
     return total / k
 
 
-def _pairwise(p: Pixels, gradient: torch.Tensor | None, norm: str) -> torch.Tensor:
-    total, m, n = p.student.new_zeros((), dtype=p.dtype), p.shared, p.pixels
-    limit = _CPU_CHUNK if p.student.device.type == "cpu" else _GPU_CHUNK
+def _pairwise(pair: MapPair, gradient: torch.Tensor | None, norm: str) -> torch.Tensor:
+    total, m, n = pair.student.new_zeros((), dtype=pair.dtype), pair.shared, pair.pixels
+    limit = _CPU_CHUNK if pair.student.device.type == "cpu" else _GPU_CHUNK
     rows = min(n, max(_ROWS, limit // n))
-    for chunk in p.chunks(max(n * p.width, rows * n)):
-        x = p.f * p.inverse
-        qk = torch.cat((-x[..., :m], -p.q[..., :m], p.q[..., 2 * m :] * p.sign), dim=2)  # Q K, without a product
-        qt = p.q.transpose(1, 2)
+    for chunk in pair.chunks(max(n * pair.width, rows * n)):
+        q, x = chunk.q, chunk.f * chunk.inverse
+        q_core = torch.cat((-x[..., :m], -q[..., :m], q[..., 2 * m :] * pair.sign), dim=2)  # without a product
         for start in range(0, n, rows):
-            d = qk[:, start : start + rows] @ qt
+            d = q_core[:, start : start + rows] @ q.transpose(1, 2)
             total += (d.square() if norm == "l2" else d.abs()).sum()
             if gradient is not None:
                 weight = d if norm == "l2" else d.sign_()
-                torch.bmm(weight, x, out=gradient[chunk, start : start + rows])
+                torch.bmm(weight, x, out=gradient[chunk.images, start : start + rows])
         if gradient is not None:
-            p.through_normalisation(gradient[chunk], 4 if norm == "l2" else 2)
+            chunk.through_normalisation(gradient[chunk.images], 4 if norm == "l2" else 2)
     return total
 
 
@@ -169,15 +191,15 @@ def affinity_difference(
     """(Σ over images of ‖D‖²_F, of its estimate, or of ‖D‖₁; its gradient, as large as the student's map or empty)."""
     # Inside autocast the products must still be computed and summed in float32.
     with torch.autocast(student.device.type, enabled=False):
-        p = Pixels(student, teacher)
+        pair = MapPair(student, teacher)
         gradient = _empty_gradient(student, with_gradient)
         rows = gradient.permute(0, 2, 3, 1).flatten(1, 2) if with_gradient else None
         if method == "gram":
-            total = _gram(p, rows)
+            total = _gram(pair, rows)
         elif method == "pairwise":
-            total = _pairwise(p, rows, norm)
+            total = _pairwise(pair, rows, norm)
         else:
-            total = _projection(p, rows, projections)
+            total = _projection(pair, rows, projections)
     return total, gradient
 
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .kernels import Pixels
+from .kernels import MapPair
 from .loss import check_error_and_confidence, check_pair
 
 PROBES = ("gaussian", "rademacher", "orthogonal")
@@ -136,11 +136,11 @@ def affinity_statistics(student: torch.Tensor, teacher: torch.Tensor) -> Affinit
     """
     teacher = check_pair(student, teacher)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        p = Pixels(student.detach().double(), teacher.double())
+        pair = MapPair(student.detach().double(), teacher.double())
         parts, factors, kernels = [], [], []
-        for _ in p.chunks(p.pixels * p.width):
-            q, m = p.q.clone(), p.k @ (p.q.transpose(1, 2) @ p.q)
-            mk, m2 = m @ p.k, m @ m  # D² = Q (M K) Qᵀ
+        for chunk in pair.chunks(pair.pixels * pair.width):
+            q, m = chunk.q.clone(), pair.core @ (chunk.q.transpose(1, 2) @ chunk.q)
+            mk, m2 = m @ pair.core, m @ m  # D² = Q (M K) Qᵀ
             diagonal = ((q @ mk) * q).sum(2)
             parts.append((_trace_of_square(m), _trace_of_square(m2), diagonal.square().sum(1), diagonal.sum(0)))
             factors.append(q)
@@ -149,13 +149,13 @@ def affinity_statistics(student: torch.Tensor, teacher: torch.Tensor) -> Affinit
         images = Traces(torch.cat(trace), torch.cat(square), torch.cat(squared_diagonal))
         if not bool(images.trace.isfinite().all()):
             raise ValueError("the maps hold NaN or an infinity: there is no loss to estimate")
-        count = p.images
+        count = pair.images
         batch = Traces(
             images.trace.mean(),
             _square_of_mean(torch.cat(factors), torch.cat(kernels)),
             (torch.stack(diagonals).sum(0) / count).square().sum(),
         )
-    return AffinityStatistics(p.pixels, images, batch)
+    return AffinityStatistics(pair.pixels, images, batch)
 
 
 def _trace_of_square(m: torch.Tensor) -> torch.Tensor:

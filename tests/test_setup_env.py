@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from faqd_lib.files import project_root
+from faqd_lib.utils.files import project_root
 
 SCRIPTS = project_root() / "scripts"
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from faqd_lib.utils.files import project_root
 
 SCRIPTS = project_root() / "scripts"

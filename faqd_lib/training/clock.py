@@ -38,7 +38,7 @@ class StepClock:
     def cost(self, batch_size: int) -> dict[str, float]:
         """The entries of a run record's ``cost`` that are times; steps that do not count are taken as average ones.
 
-        ``loss_seconds`` is 0 where steps are replayed as CUDA graphs: no clock runs within a graph.
+        ``loss_seconds`` leaves out steps that are replayed as CUDA graphs: no clock runs within a graph.
         """
         all_steps = self.step.read()
         measured = counted(all_steps)

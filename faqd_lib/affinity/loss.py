@@ -84,7 +84,7 @@ def feature_affinity_loss(
             with L1 (its default) the sum over images of ‖D‖₁/N², with L2 (its ``order=2``) the root of the sum over
             images, √(Σ‖D‖²_F)/N; with projections the root of that sum's estimate, which is not unbiased.
         k: number of projections, at least 1; 6 if left out (the paper's). For the projection method only: refused
-            elsewhere. The relative error of the estimate falls like 1/√k; that of its gradient, too, but it is larger.
+            elsewhere. The relative errors of estimate and gradient fall like 1/√k; the gradient's is larger.
         distribution: of the projections, ``"gaussian"`` (the paper) or ``"rademacher"`` (±1, smaller variance).
         generator: a CPU generator for the projections; None for torch's global one (a training that must repeat
             gives its own, or uses :class:`FastFeatureAffinityLoss`). Every call draws anew; all images of a batch
@@ -95,10 +95,10 @@ def feature_affinity_loss(
         numbers whose squares overflow.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor, ``k`` is not an integer, or ``generator`` is none.
+        TypeError: an argument is no floating-point tensor, ``k`` no integer, or ``generator`` no generator.
         ValueError: shapes that are not (batch, channels, height, width), unequal or empty batches, ``k`` below 1,
             an unknown method, norm, reduction or distribution, or L1 with another method than pairwise.
-        RuntimeError: a second derivative or a forward-mode derivative is asked for; there is none.
+        RuntimeError: a second derivative or a forward-mode derivative is asked for; neither exists.
     """
     method = _check_method(method, norm, reduction)
     if k is not None and method != "projection":

@@ -132,7 +132,7 @@ def affinity_statistics(student: torch.Tensor, teacher: torch.Tensor) -> Affinit
         >>> statistics.projections_needed(relative_error=0.1, confidence=0.9)
 
     Raises:
-        TypeError, ValueError: as the loss; ValueError, too, where a map holds NaN or an infinity.
+        TypeError, ValueError: as the loss; also ValueError where a map holds NaN or an infinity.
     """
     teacher = check_pair(student, teacher)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):

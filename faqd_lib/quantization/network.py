@@ -50,17 +50,16 @@ def quantize(
 
     Args:
         model: any network. Its weights become the latent ones; a float checkpoint may be loaded before or afterwards.
-        weight_bits: 1, 2 (ternary), 3 to 8; 32 leaves weights as they are (and with activations of 32 bits, too,
-            everything).
-        activation_bits: 1 to 8; 32 leaves activations as they are.
+        weight_bits: 1, 2 (ternary), 3 to 8; 32 leaves all weights float.
+        activation_bits: 1 to 8; 32 leaves all activations float.
         first_layer: ``"quantize"`` or ``"float"``: the first Conv2d or Linear in module order (the stem).
         last_layer: the same for the last one (the classifier). These two defaults follow the authors' released code.
         shortcuts: the same for layers whose name has a part "shortcut" or "downsample".
-        overrides: bits by pattern of module names (as in a shell: ``{"layer1.*": 8, "fc": 32}``), for weights and for
-            activations, as far as ``weight_bits`` and ``activation_bits`` quantize these at all; a whole name reaches
-            what they leave float, too. They go before everything above, later ones before earlier ones.
+        overrides: bits by module name or shell pattern: ``{"layer1.*": 8, "fc": 32}``. Patterns reach weights where
+            ``weight_bits`` is below 32, and activations where ``activation_bits`` is. A whole name reaches any of them.
+            Overrides go before the policies above, and later overrides before earlier ones.
         per_channel: one weight scale for each output channel instead of one for the tensor (the paper).
-        step_gradient: of the activation steps, ``"lsq"``, ``"coarse"``, or ``"frozen"`` for none.
+        step_gradient: how activation steps learn: ``"lsq"``, ``"coarse"``, or ``"frozen"`` for not at all.
 
     Returns:
         ``model`` itself. Its ``state_dict`` holds the float weights and the steps, not the bits. In-place ReLUs become
@@ -106,7 +105,7 @@ def quantize(
 
 
 def _hook_once(module: nn.Module, hook: Callable) -> None:
-    """However often it is quantized."""
+    """Register a hook unless the module has it already."""
     known = module._load_state_dict_pre_hooks.values()
     if all(getattr(one, "hook", one) is not hook for one in known):
         module.register_load_state_dict_pre_hook(hook)
@@ -149,7 +148,7 @@ def _float_by_policy(layers: list[str], first_layer: str, last_layer: str, short
 def _overridden(
     overrides: Mapping[str, int], layers: Iterable[str], relus: Iterable[str], reached: list[str]
 ) -> dict[str, int]:
-    """``reached``: what patterns choose from; whole names may be any."""
+    """Bits by module name; ``reached``: the names that patterns choose from."""
     bits, names = {}, [*layers, *relus]
     for pattern, value in overrides.items():
         matched = [pattern] if pattern in names else fnmatch.filter(reached, pattern)
@@ -166,11 +165,11 @@ def _overridden(
 
 
 def dequantize(model: nn.Module) -> nn.Module:
-    """Take quantization off again, in place: the float (latent) weights and the former ReLUs. Returns ``model``."""
+    """Put the float (latent) weights and the former ReLUs back, in place. Returns ``model``."""
     for module in model.modules():
         if quantizer_of(module) is not None:
-            # A deep copy shares its class with the original, and torch takes the property `weight` off that class:
-            # without a class of its own, the original would lose its weight.
+            # A deep copy shares its class with the original, and torch takes the property `weight` off that class. The
+            # original would lose its weight, so the copy gets a separate class first.
             shared = type(module)
             own = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
             module.__class__ = type(shared.__name__, shared.__bases__, own)
@@ -182,15 +181,15 @@ def dequantize(model: nn.Module) -> nn.Module:
 
 
 def join(name: str, key: str) -> str:
-    """``name.key``; the root's own name is empty."""
+    """``name.key``; the root's name is empty."""
     return f"{name}.{key}" if name else key
 
 
 def _accept_float_network(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
-    """A float network's ``weight`` is the latent one of a quantized layer; it has no steps, and ours stay."""
+    """Load a float network's ``weight`` as the latent one; steps stay, since a float network has none."""
     latent = [prefix + join(name, "parametrizations.weight.original") for name in quantized_weights(model)]
     if any(name in state_dict for name in latent):
-        return  # a quantized network's: what it lacks is missing
+        return  # the state of a quantized network: what it lacks is missing
     for name in quantized_weights(model):
         weight = prefix + join(name, "weight")
         if weight in state_dict:
@@ -205,7 +204,7 @@ def _accept_float_network(model: nn.Module, state_dict: dict, prefix: str, *_) -
 
 
 def _accept_float_part(part: nn.Module, state_dict: dict, prefix: str, *_) -> None:
-    """The same where a part of the network is loaded by itself; as a part of the whole it has been seen to."""
+    """Do the same for a part of the network that is loaded alone."""
     if not prefix:
         _accept_float_network(part, state_dict, prefix)
 
@@ -214,18 +213,18 @@ def _accept_float_part(part: nn.Module, state_dict: dict, prefix: str, *_) -> No
 def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
     """Fit the step of every quantized ReLU to its input, first layer to last, in one pass over a batch of images.
 
-    Batch normalisation works with the batch's own statistics, so that this is of use even in a freshly initialised
-    network; everything else (dropout) as in evaluation. Running statistics and modes are left as they were.
+    Batch normalisation uses the batch's statistics, so that a freshly initialised network can be calibrated. Everything
+    else, such as dropout, is in evaluation mode. Running statistics and modes are left as they were.
 
     Args:
-        model: a network with quantized activations (without any, nothing happens).
+        model: a network; without quantized activations nothing happens.
         images: float (batch, …) input of the network, normalised as in training, at least 2 images.
 
     Raises:
         ValueError: ``images`` is something else; an activation holds NaN or an infinity.
 
     Warns:
-        UserWarning: the network calls ``F.relu`` or ``torch.relu``: that is no module, and stays float.
+        UserWarning: the network calls ``F.relu`` or ``torch.relu``. Such calls stay float.
     """
     relus = list(_quantized_relus(model))
     if not relus:
@@ -236,7 +235,7 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
     calls = ActivationCalls(network)
 
     def fit(relu: QuantizedReLU, inputs: tuple) -> None:
-        seen[relu].append(sample(inputs[0]))  # one that is called in several places fits the inputs of all
+        seen[relu].append(sample(inputs[0]))  # a ReLU that is called in several places fits all of its inputs
         relu.fit(torch.cat(seen[relu]))
 
     handles = [relu.register_forward_pre_hook(fit) for relu in relus]
@@ -292,11 +291,11 @@ def compile_activations(model: nn.Module, dtype: torch.dtype = torch.float32) ->
 
 
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> nn.Module:
-    """Give every batch normalisation the mean and variance of what it sees now, over some batches of images.
+    """Estimate mean and variance of every batch normalisation again, over some batches of images.
 
-    For a network that is quantized and not trained any further: its statistics are still those of the float network,
-    and at few bits that alone can take all it knew. (Training with quantizers does the same on its way.) The plain
-    average over the batches, by :func:`torch.optim.swa_utils.update_bn`; modes and momenta are left as they were.
+    Needed for a network that is quantized and not trained any further: its statistics are those of the float network,
+    which at few bits can cost all accuracy. The plain average over the batches is taken
+    (:func:`torch.optim.swa_utils.update_bn`); modes and momenta are left as they were.
 
     Raises:
         ValueError: there is no batch, or one is no float tensor of images; the statistics are then as they were.
@@ -338,7 +337,7 @@ def _check_images(name: str, images: torch.Tensor) -> None:
 
 
 def quantized_weights(model: nn.Module) -> dict[str, tuple[WeightQuantizer, nn.Parameter]]:
-    """(quantizer, latent weight) of every layer with quantized weights, by the layer's name or, if shared, names."""
+    """(quantizer, latent weight) of every layer with quantized weights, by name; a shared layer has several names."""
     return {
         name: (quantizer, module.parametrizations.weight.original)
         for name, module in model.named_modules(remove_duplicate=False)
@@ -347,7 +346,7 @@ def quantized_weights(model: nn.Module) -> dict[str, tuple[WeightQuantizer, nn.P
 
 
 def quantizer_of(module: nn.Module) -> WeightQuantizer | None:
-    """The quantizer of a layer's weight, if it has one; other parametrizations are not ours."""
+    """The quantizer of a layer's weight; None without one, whatever other parametrizations there are."""
     if not parametrize.is_parametrized(module, "weight"):
         return None
     return next((part for part in module.parametrizations.weight if isinstance(part, WeightQuantizer)), None)
@@ -355,7 +354,7 @@ def quantizer_of(module: nn.Module) -> WeightQuantizer | None:
 
 @dataclass(frozen=True)
 class LowBitWeight:
-    """What a layer with quantized weights computes with: :func:`low_bit_values` of these.
+    """The weight that a layer computes with, as scale and levels; see :func:`low_bit_values`.
 
     ``scale`` () or (C_out, 1, …) and the integer ``levels``, of the weight's shape, are float32 (float64 for float64).
     """
@@ -381,7 +380,7 @@ def low_bit_weights(model: nn.Module) -> dict[str, LowBitWeight]:
             bits, scale = module.__dict__[_UNPACKED]
             weight = module.weight.detach()
             scale = scale.to(weight.device)
-            # Of 1 bit with scale 0, too, whose two values are 0 and −0.
+            # At 1 bit the sign tells the level even if the scale is 0: the two values are then 0 and −0.
             levels = torch.where(weight.signbit(), -1.0, 1.0).to(scale.dtype) if bits == 1 else (
                 (weight.to(scale.dtype) / torch.where(scale > 0, scale, 1)).round()
             )  # fmt: skip
@@ -395,7 +394,7 @@ def low_bit_weights(model: nn.Module) -> dict[str, LowBitWeight]:
 
 
 def mark_unpacked(layer: nn.Module, bits: int, scale: torch.Tensor) -> None:
-    """Note that a layer's float weight is scale · levels at so many bits: :func:`low_bit_weights` finds them again."""
+    """Note bits and scale of a layer's float weight, for :func:`low_bit_weights`."""
     layer.__dict__[_UNPACKED] = (bits, scale)
 
 
@@ -404,7 +403,7 @@ def _unpacked(model: nn.Module) -> list[nn.Module]:
 
 
 def uncalibrated(model: nn.Module) -> list[str]:
-    """Names of the quantized ReLUs whose step is still the one that they are made with."""
+    """Names of the quantized ReLUs whose step was neither fitted nor trained."""
     return [name for name, module in model.named_modules() if _is_quantized_relu(module) and module.is_initial]
 
 
@@ -459,7 +458,7 @@ def _quantized_relus(model: nn.Module) -> Iterable[QuantizedReLU]:
 
 
 def replace_modules(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:
-    """Put other modules in the place of some, wherever they stand; one that is used twice stays one."""
+    """Replace modules wherever they stand. A module that stands in two places is replaced by one module."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() leaves out a module's second place
             if child in by:

@@ -75,7 +75,7 @@ class CohortClock:
             self.data.start()
 
     def share(self, clocks: Sequence[StepClock]) -> None:
-        """Charge the batch at hand to these students."""
+        """Charge the current batch to these students."""
         self._sharers.append(list(clocks))
 
     def settle(self) -> None:

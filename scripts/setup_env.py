@@ -153,7 +153,7 @@ def run(*command: str | Path) -> int:
 
 
 def make_venv() -> None:
-    """Make ``.venv`` anew. The stamp stays, so a kill leaves an incomplete installation."""
+    """Empty ``.venv`` and make it again. The stamp stays, so a kill leaves an incomplete installation."""
     python = sys._base_executable  # sys.executable may lie in the .venv that is emptied here
     say(f"making {VENV} with Python {platform.python_version()} ({python})")
     for child in VENV.iterdir():

@@ -117,7 +117,7 @@ def _read(path: Path, digest: str) -> tuple[dict[str, torch.Tensor], CheckpointI
 
 
 def due_every(seconds: float) -> Callable[[], bool]:
-    """A function that returns True once in so many seconds, for the first time so many seconds from now."""
+    """A function that returns True every ``seconds`` seconds, the first time after that many."""
     last = time.monotonic()  # changes of the system clock have no effect
 
     def due() -> bool:

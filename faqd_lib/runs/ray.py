@@ -237,7 +237,7 @@ class QueueProgress:
 def _train_there(
     workshop: Workshop, cohort: list[RunConfig], label: str, threads: int, folders: dict[str, str], queue: Any
 ) -> None:
-    """The task of a worker: :func:`~faqd_lib.runs.local.train_here` with so many threads, reporting to a queue."""
+    """The task of a worker: :func:`~faqd_lib.runs.local.train_here` with a number of threads, reporting to a queue."""
     os.environ.update(folders)
     torch.set_num_threads(threads)
     host, folder = socket.gethostname(), workshop.store.folder

@@ -1,4 +1,4 @@
-"""What a run costs: the time of its own steps, and its share of what a cohort has in common."""
+"""What a run costs: the time of its steps, and its share of the time that its cohort spends for all."""
 
 import math
 import statistics

@@ -1,7 +1,7 @@
 """Time and memory of the affinity losses, forward and backward, as ratios within one run.
 
     python benchmarks/affinity.py                     # everything: about 20 minutes on 2 cores
-    python benchmarks/affinity.py --parts targets     # the ratios that the README states
+    python benchmarks/affinity.py --parts targets     # the ratios in docs/benchmarks.md
     python benchmarks/affinity.py --parts sweep --device cuda
 
 Everything is float32, channels-last, value and gradient. Parts: ``targets`` (the shapes of a ResNet's maps, against

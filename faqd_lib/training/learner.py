@@ -104,7 +104,7 @@ class Learner:
         )
         self.kernels: dict[str, str] = {}  # kernel settings, stored in the run record
         self.network = compile_network(model, training=True) if optimization.compiled else model
-        if activation_steps and optimization.epochs and not on_cuda and not optimization.compiled:
+        if activation_steps and optimization.epochs and self.device.type == "cpu" and not optimization.compiled:
             made = compile_activations(model, torch.bfloat16 if optimization.precision == "bf16" else torch.float32)
             self.kernels["activation_kernels"] = "compiled" if made else "not compiled"
         self.history: list[dict[str, float]] = []
@@ -152,10 +152,10 @@ class Learner:
         Raises:
             NonFiniteLossError: a term is not finite (found within ``CHECK_EVERY`` steps).
         """
+        self.clock.step.start()
         self._set_rate(learning_rate(self.config.optimization, self.steps, self.steps_per_epoch))
         if self._recorded_step.replays_next:
             self.objective.predraw(self._map_sizes, self.device)
-        self.clock.step.start()
         terms = self._first_step(batch, teacher) if self.steps == 0 else self._recorded_step(batch, teacher)
         self._map_sizes = self._map_sizes or [features.shape[2:].numel() for features in self.tap.features]
         self.tap.clear()  # maps would keep the memory that the next step needs

@@ -19,7 +19,8 @@ def check_choice(name: str, value: object, known: Iterable[object], error: type[
         ValueError: the value is not known. ``error`` names another exception type to raise.
     """
     known = tuple(known)
-    if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in known):
+    same = (isinstance(value, type(one)) and isinstance(value, bool) == isinstance(one, bool) for one in known)
+    if not any(fits and value == one for fits, one in zip(same, known, strict=True)):
         choices = ", ".join(map(str, known))
         raise error(f"{name} must be one of {choices}, got {value!r}{did_you_mean(value, known)}")
 

@@ -16,7 +16,7 @@ SCRIPTS = project_root() / "scripts"
 
 @pytest.fixture
 def setup_env(tmp_path, monkeypatch):
-    """The script as a module, with a project in a folder of its own. Every environment satisfies pyproject.toml."""
+    """The script as a module, with a project in a temporary folder. Every environment satisfies pyproject.toml."""
     spec = importlib.util.spec_from_file_location("setup_env", SCRIPTS / "setup_env.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -8,7 +8,7 @@ and the store of finished runs.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -68,7 +68,7 @@ class Suite(Configurations):
         engine: Engine = train_here,
         bar: bool | None = None,
     ) -> Self:
-        """Open the suite of a profile on a dataset; begin it if there is none yet.
+        """Open the suite of a profile on a dataset, or begin it.
 
         Args:
             profile: a shipped profile's name, the path of a TOML file, or a profile.
@@ -114,6 +114,10 @@ class Suite(Configurations):
             ResultsError: no suite was begun there, or its ``suite.json`` is damaged.
         """
         return cls(read_state(Path(folder)), RunStore(Path(folder)), torch.device("cpu"))
+
+    def __getstate__(self) -> dict[str, object]:
+        """The fields to send to another process. Images stay here: the other process loads them."""
+        return {one.name: getattr(self, one.name) for one in fields(self)} | {"images": None}
 
     @property
     def dataset(self) -> str:

@@ -196,9 +196,9 @@ class Cohort:
 
     def step(self, epoch: int, batch: Batch, learners: Sequence[Learner]) -> None:
         """One step of each of ``learners``; one whose loss is not finite leaves the active ones."""
+        self.clock.teacher.start()  # for all students: the copy to where a recording reads, and the teacher's pass
         if self._recorder is not None:
             batch = self._recorder.placed(batch)
-        self.clock.teacher.start()
         teacher = self.teacher(batch.images)
         self.clock.teacher.stop(counts=not self.teacher.is_preparing)
         self.clock.share([learner.clock for learner in learners])

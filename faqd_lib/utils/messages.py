@@ -13,14 +13,13 @@ def did_you_mean(value: object, known: Iterable[object]) -> str:
 
 
 def check_choice(name: str, value: object, known: Iterable[object], error: type[Exception] = ValueError) -> None:
-    """Check that the setting ``name`` has one of its known values.
+    """Check that the setting ``name`` has one of its known values, which are text or whole numbers.
 
     Raises:
         ValueError: the value is not known. ``error`` names another exception type to raise.
     """
     known = tuple(known)
-    same = (isinstance(value, type(one)) and isinstance(value, bool) == isinstance(one, bool) for one in known)
-    if not any(fits and value == one for fits, one in zip(same, known, strict=True)):
+    if isinstance(value, bool) or not any(isinstance(value, type(one)) and value == one for one in known):
         choices = ", ".join(map(str, known))
         raise error(f"{name} must be one of {choices}, got {value!r}{did_you_mean(value, known)}")
 

@@ -1,6 +1,7 @@
 """Suites: what is run, what is not run again, and whose folder it is."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -243,3 +244,12 @@ def test_smoke_on_digits_end_to_end(tmp_path):
 def test_profile_of_smoke_is_small():
     profile = Profile.load("smoke")
     assert max(s.epochs for s in (profile.teacher_schedule, profile.student_schedule)) <= 2
+
+
+def test_a_suite_is_sent_without_its_images_and_loads_them_again(tmp_path):
+    suite = Suite.open("smoke", "digits", results=tmp_path)
+    sent = pickle.dumps(suite)
+    assert len(sent) < suite.data.train.pixels.numel() / 100
+    there = pickle.loads(sent)  # noqa: S301 (our own bytes)
+    assert there == suite
+    assert there.data.fingerprint == suite.data.fingerprint

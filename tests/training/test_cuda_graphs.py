@@ -2,12 +2,14 @@
 
 import contextlib
 import gc
+import time
 
 import pytest
 import torch
 
-from faqd_lib.data.batches import Batch
+from faqd_lib.data.batches import Batch, Batches
 from faqd_lib.training.cuda_graphs import RecordedStep, Recorder, StudentStreams, own_stream
+from faqd_lib.training.loop import TeacherPass
 
 CPU = torch.device("cpu")
 
@@ -71,6 +73,22 @@ def test_a_step_is_called_twice_then_recorded_then_replayed(recorder):
         step((x.clone(), [x]), None)
     step.release()
     assert not step.replays_next
+
+
+def test_drawing_for_a_replay_counts_as_time_of_the_step(recorder, tiny_suite, monkeypatch):
+    """An exact loss draws nothing: leaving the draw out would make the fast one look cheaper than it is."""
+    suite = tiny_suite()
+    batches = Batches(suite.splits.training.unlabelled(), 16, 0, suite.normalizer)
+    learner = suite.learner(suite.student("FFAQD", weight_bits=1, k=2), batches)
+    teacher = TeacherPass(suite.build(suite.teacher()), learner.model.feature_names, "float32")
+    learner.record_with(recorder)
+    monkeypatch.setattr(learner.objective, "predraw", lambda *_: time.sleep(0.2))
+    batch = next(batches.epoch(0))
+    output = teacher(batch.images)
+    for _ in range(3):  # the third one is recorded: first it draws
+        learner.advance(0, batch, output)
+    learner.clock.step.stop(counts=True)  # from the beginning of the third step
+    assert learner.clock.step.read()[-1] >= 0.2
 
 
 def test_batches_are_placed_in_one_memory_and_must_have_one_size(recorder):

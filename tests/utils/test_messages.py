@@ -1,5 +1,7 @@
 """Parts of error messages."""
 
+from enum import IntEnum, StrEnum
+
 import pytest
 import torch
 
@@ -12,6 +14,13 @@ def test_a_choice_is_checked_and_the_nearest_named():
         check_choice("norm", "l22", ("l2", "l1"))
     with pytest.raises(KeyError, match="bits must be one of 1, 2, got True"):
         check_choice("bits", True, (1, 2), KeyError)
+    with pytest.raises(ValueError, match=r"got 1\.0$"):
+        check_choice("bits", 1.0, (1, 2))
+
+
+def test_members_of_enumerations_are_the_values_that_they_equal():
+    check_choice("bits", IntEnum("Bits", {"ONE": 1}).ONE, (1, 2))
+    check_choice("norm", StrEnum("Norm", {"L2": "l2"}).L2, ("l2", "l1"))
 
 
 def test_nothing_near_is_no_hint():

@@ -83,7 +83,13 @@ class DataConfig(StrictModel):
     train_images: Count | None = None
     test_images: Count | None = None
     validation_images: Annotated[int, Field(ge=0)] = 0
+    # Training images that are never trained on: more test images.
+    held_out_images: Annotated[int, Field(ge=0)] = omitted_at_default(0)
     subset_seed: int = 0
+
+    def has_images_of(self, other: "DataConfig") -> bool:
+        """Whether both have the same images, but for the number of training images."""
+        return self.model_copy(update={"train_images": other.train_images}) == other
 
 
 class QuantizationConfig(StrictModel):
@@ -193,6 +199,24 @@ class Schedule(StrictModel):
     weight_decay: Weight = 5e-4
     warmup_epochs: Weight = 1.0
     clip_norm: Positive = 20.0
+    # Training ends after so many steps, within the last epoch. None: after the last epoch.
+    updates: Count | None = omitted_at_default(None)
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Number of steps of the whole schedule.
+
+        Raises:
+            ConfigurationError: ``updates`` does not lie within the last epoch.
+        """
+        whole = self.epochs * steps_per_epoch
+        if self.updates is None:
+            return whole
+        if not whole - steps_per_epoch < self.updates <= whole:
+            raise ConfigurationError(
+                f"updates={self.updates} does not end within epoch {self.epochs} of {steps_per_epoch} steps each: "
+                f"set epochs={-(-self.updates // steps_per_epoch)}"
+            )
+        return self.updates
 
     @model_validator(mode="after")
     def _warmup_is_part(self) -> Self:
@@ -242,8 +266,8 @@ class RunConfig(StrictModel):
         if self.optimization.epochs == 0 and (self.initial is None or self.objective.uses_teacher):
             raise ValueError("epochs = 0 is quantization after training: it needs initial weights and no teacher")
         for other in (self.teacher, self.initial):
-            if other is not None and other.data != self.data:
-                raise ValueError("teacher, initial weights and student must be trained on the same data")
+            if other is not None and not other.data.has_images_of(self.data):
+                raise ValueError("teacher, initial weights and student must have the same images")
         return self
 
     @property

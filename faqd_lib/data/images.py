@@ -49,6 +49,10 @@ class Images:
         """The same images without labels, for label-free training."""
         return Images(self.pixels)
 
+    def joined(self, other: "Images") -> "Images":
+        """These images, then those of ``other``. Both have labels."""
+        return Images(torch.cat([self.pixels, other.pixels]), torch.cat([self.labels, other.labels]))
+
     def take(self, indices: torch.Tensor) -> "Images":
         """The images at ``indices`` (int64), with their labels if the split has labels."""
         return Images(self.pixels[indices], None if self.labels is None else self.labels[indices])

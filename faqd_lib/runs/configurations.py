@@ -19,10 +19,13 @@ from ..config import (
 from ..models import MODEL_NAMES
 from ..quantization.weights import FLOAT_BITS
 from ..utils.messages import check_choice
-from .profile import Profile, SuiteState
+from .profile import Losses, Profile, SuiteState
+from .study import Arm, Cells
 
 # Unlabelled batches for the batch normalisation of a network that is quantized after training.
 _BATCH_NORM_BATCHES = 16
+
+TEACHER_SEEDS = 1000  # the teacher of the students of seed s has the seed 1000 + s, where each seed has its own
 
 Method = Literal["labels", "KD", "FAQD", "FFAQD"]
 AFFINITY_OF_METHOD = {"labels": "none", "KD": "none", "FAQD": "fa", "FFAQD": "ffa"}
@@ -48,18 +51,20 @@ class Configurations:
         """The number format that training steps compute in."""
         return self.state.precision
 
-    def teacher(self, model: str | None = None) -> RunConfig:
-        """The float teacher, trained on labels with seed 0. None: the profile's first teacher.
+    def teacher(self, model: str | None = None, student_seed: int | None = None) -> RunConfig:
+        """The float teacher, trained on labels. None: the profile's first teacher.
 
-        Only teachers have seed 0. A student of the same architecture has other initial weights and another order of
-        images than its teacher.
+        Its seed is one that no student has: 0, or with ``teacher_per_seed`` that of the student plus
+        :data:`TEACHER_SEEDS`. A student of the same architecture has other initial weights and another order of images
+        than its teacher.
 
         Raises:
             ConfigurationError: there is no such model.
         """
         model = model or self.profile.teachers[0]
         check_choice("teacher", model, MODEL_NAMES, ConfigurationError)
-        return self._on_labels(model, self.profile.teacher_schedule, seed=0)
+        own = self.profile.teacher_per_seed and student_seed is not None
+        return self._on_labels(model, self.profile.teacher_schedule, TEACHER_SEEDS + student_seed if own else 0)
 
     def float_student(self, seed: int = 1) -> RunConfig:
         """The float student, trained on labels: a reference row, and where fine-tuning starts."""
@@ -77,6 +82,10 @@ class Configurations:
         logit_loss: str | None = None,
         k: int | None = None,
         affinity_weight: float | None = None,
+        losses: Mapping[str, object] | None = None,
+        schedule: Mapping[str, object] | None = None,
+        updates: int | None = None,
+        images: int | None = None,
         teacher: str | None = None,
         seed: int = 1,
     ) -> RunConfig:
@@ -92,6 +101,9 @@ class Configurations:
             logit_loss: ``"mse"`` or ``"kl"``.
             k: number of projections, at least 1.
             affinity_weight: weight of the affinity loss, above 0.
+            losses, schedule: changes to the profile's losses and to the regime's schedule, by setting.
+            updates: number of steps, in place of epochs. Warm-up keeps its share of them.
+            images: number of training images, a class-balanced subset. The teacher has seen all of them.
             teacher: the teacher's model.
             seed: at least 1.
 
@@ -103,21 +115,54 @@ class Configurations:
         check_choice("method", method, AFFINITY_OF_METHOD, ConfigurationError)
         check_choice("regime", regime, ("end-to-end", "fine-tuning"), ConfigurationError)
         fine_tuning, taught = regime == "fine-tuning", method != "labels"
+        changes = {**(losses or {}), **({} if affinity_weight is None else {"affinity_weight": affinity_weight})}
+        count = min(images or self.state.training_count, self.state.training_count)
+        data = self.state.data if count == self.state.training_count else (
+            self.state.data.model_copy(update={"train_images": count})
+        )  # fmt: skip
+        times = self.profile.fine_tuning_schedule if fine_tuning else self.profile.student_schedule
+        times = Schedule.parse(times.model_dump() | dict(schedule or {}), "schedule")
         return RunConfig(
-            data=self.state.data,
+            data=data,
             model=self.profile.student,
-            optimization=self._optimization(
-                self.profile.fine_tuning_schedule if fine_tuning else self.profile.student_schedule
-            ),
+            optimization=self._optimization(times if updates is None else _of_updates(times, updates, count)),
             objective=(
-                self._distillation(method, labels, fine_tuning, logit_loss, k, affinity_weight)
+                self._distillation(method, labels, fine_tuning, logit_loss, k, changes)
                 if taught
                 else ObjectiveConfig(label_weight=1.0)
             ),
             quantization=_quantization(weight_bits, activation_bits, quantization),
             seed=seed,
-            teacher=self.teacher(teacher) if taught else None,
+            teacher=self.teacher(teacher, seed) if taught else None,
             initial=self.float_student(seed) if fine_tuning else None,
+        )
+
+    def study_runs(self, cells: str, seed: int) -> dict[tuple[str, int], RunConfig]:
+        """The runs of one seed in the cells of the profile's study, by arm and weight bits."""
+        study = self.profile.study
+        chosen = study.cells[cells]
+        if chosen.seeds is not None and seed >= study.first_seed + chosen.seeds:
+            return {}
+        return {
+            (name, bits): self._of_arm(study.arms[name], chosen, bits, seed)
+            for name in chosen.arms
+            for bits in chosen.weight_bits
+        }
+
+    def _of_arm(self, arm: Arm, cells: Cells, weight_bits: int, seed: int) -> RunConfig:
+        schedule = {"epochs": arm.epochs, "learning_rate": arm.learning_rate}
+        return self.student(
+            arm.method,
+            labels=arm.labels,
+            weight_bits=weight_bits,
+            regime=arm.regime,
+            logit_loss=arm.logit_loss,
+            k=arm.k,
+            losses=arm.losses,
+            schedule={name: value for name, value in schedule.items() if value is not None},
+            updates=cells.updates,
+            images=cells.images,
+            seed=seed,
         )
 
     def post_training(
@@ -175,22 +220,30 @@ class Configurations:
         fine_tuning: bool,
         logit_loss: str | None,
         k: int | None,
-        affinity_weight: float | None,
+        changes: Mapping[str, object],
     ) -> ObjectiveConfig:
-        losses, affinity = self.profile.losses, AFFINITY_OF_METHOD[method]
+        losses = Losses.parse(self.profile.losses.model_dump() | dict(changes), "losses")
+        affinity = AFFINITY_OF_METHOD[method]
         default_loss = losses.fine_tuning_logit_loss if fine_tuning else losses.end_to_end_logit_loss
-        weight = losses.affinity_weight if affinity_weight is None else affinity_weight
         settings = {
             "logit_loss": logit_loss or default_loss,
             "logit_weight": losses.logit_weight,
             "temperature": losses.temperature,
             "affinity": affinity,
-            "affinity_weight": 0.0 if affinity == "none" else weight,
+            "affinity_weight": 0.0 if affinity == "none" else losses.affinity_weight,
             "k": losses.k if k is None else k,
             "label_weight": losses.label_weight if labels else 0.0,
             "adapters": losses.adapters and affinity != "none",
         }
         return ObjectiveConfig.parse(settings, "student")
+
+
+def _of_updates(schedule: Schedule, updates: int, images: int) -> Schedule:
+    """The schedule with as many steps, and with the same share of warm-up."""
+    steps_per_epoch = images // schedule.batch_size
+    warmup = schedule.warmup_epochs / schedule.epochs * updates / steps_per_epoch
+    changes = {"epochs": -(-updates // steps_per_epoch), "updates": updates, "warmup_epochs": warmup}
+    return Schedule.parse(schedule.model_dump() | changes, "schedule")
 
 
 def _quantization(weights: int, activations: int, others: Mapping[str, object] | None) -> QuantizationConfig:

@@ -1,7 +1,10 @@
 """Training in this process: cohort by cohort, under locks, continuing from checkpoints."""
 
+import time
 import warnings
 from collections.abc import Callable, Sequence
+
+from torch import nn
 
 from ..config import RunConfig
 from ..models import parameter_count
@@ -22,8 +25,9 @@ from .checkpoints import (
 from .store import RunStore, accuracies
 from .workshop import Workshop
 
-# Trains runs that do not need each other. Finished runs are in the workshop's store afterwards.
-Engine = Callable[[Workshop, Sequence[RunConfig], ProgressReporter], None]
+# Trains runs that do not need each other, until a time of ``time.monotonic`` if that is not None. Finished runs are in
+# the workshop's store afterwards.
+Engine = Callable[[Workshop, Sequence[RunConfig], ProgressReporter, float | None], None]
 Machine = dict[str, str | int]  # hardware and software, as :func:`~faqd_lib.utils.measure.environment` describes them
 
 # Parts of a machine that must be the same for the same bits.
@@ -32,10 +36,13 @@ SAME_BITS = ("torch", "processor", "threads", "device", "commit", "activation_ke
 _BETWEEN_REPORTS = 5.0  # seconds, of progress within an epoch
 
 
-def train_here(workshop: Workshop, wave: Sequence[RunConfig], progress: ProgressReporter) -> None:
+def train_here(
+    workshop: Workshop, wave: Sequence[RunConfig], progress: ProgressReporter, deadline: float | None = None
+) -> None:
     """Train runs that do not need each other, and wait for those that another process trains.
 
     Raises:
+        OutOfTimeError: ``deadline`` (a time of ``time.monotonic``) has passed. Checkpoints are written.
         NonFiniteLossError: a loss stopped being finite. All other runs of its cohort are finished and saved.
     """
     store = workshop.store
@@ -47,7 +54,7 @@ def train_here(workshop: Workshop, wave: Sequence[RunConfig], progress: Progress
                 missing = [config for config in locked if store.record(config) is None]
                 progress.skip(sum(units(config) for config in locked if config not in missing))
                 if missing:
-                    _train_cohort(workshop, missing, progress.number(len(missing)), progress)
+                    _train_cohort(workshop, missing, progress.number(len(missing)), progress, deadline)
             if others := [config for config in cohort if config not in locked]:
                 elsewhere.append(others)
         if elsewhere:
@@ -62,10 +69,12 @@ def units(config: RunConfig) -> int:
     return max(1, config.optimization.epochs)
 
 
-def _train_cohort(workshop: Workshop, cohort: Sequence[RunConfig], label: str, progress: ProgressReporter) -> None:
+def _train_cohort(
+    workshop: Workshop, cohort: Sequence[RunConfig], label: str, progress: ProgressReporter, deadline: float | None
+) -> None:
     """Train runs side by side, from their checkpoints if there are any, and save them."""
     profile, splits, store = workshop.state.profile, workshop.splits, workshop.store
-    batches, teacher = workshop.batches(cohort[0]), workshop.teacher(cohort)
+    batches, teacher = workshop.batches(cohort), workshop.teacher(cohort)
     learners = [workshop.learner(config, batches) for config in cohort]
     machine = environment(workshop.device)
     for learner in learners:
@@ -85,9 +94,11 @@ def _train_cohort(workshop: Workshop, cohort: Sequence[RunConfig], label: str, p
         checkpoint_due=due_every(profile.checkpoint_seconds),
         checkpoint=lambda learner: save_checkpoint(store, learner, machine),
         cuda_graphs=profile.cuda_graphs,
+        evaluate_every=profile.evaluate_every,
+        time_is_up=lambda: deadline is not None and time.monotonic() >= deadline,
     )
     for trained in result.trained:
-        _save(workshop, trained, machine)
+        _save(workshop, trained, teacher, machine)
     if result.failed:
         error = next(iter(result.failed.values()))
         if result.trained:
@@ -95,20 +106,23 @@ def _train_cohort(workshop: Workshop, cohort: Sequence[RunConfig], label: str, p
         raise error
 
 
-def _save(workshop: Workshop, trained: Trained, machine: Machine) -> None:
+def _save(workshop: Workshop, trained: Trained, teacher: nn.Module | None, machine: Machine) -> None:
     test = workshop.splits.test
+    taught = teacher is not None and trained.config.teacher is not None
     workshop.store.save(
         trained.config,
         trained.model,
         history=trained.history,
         **accuracies(trained.history),
+        test_affinity=workshop.test_affinity(trained.model, teacher) if taught else None,
         test_images=len(test),
         parameters=parameter_count(trained.model),
         weight_bytes=weight_bytes(trained.model),
         cost=trained.cost,
         environment=machine | trained.kernels,
         dataset_note=workshop.state.note,
-        predictions=trained.predictions,
+        predictions=trained.tested.predictions,
+        log_probabilities=trained.tested.log_probabilities,
         labels=test.labels,
     )
 
@@ -139,12 +153,14 @@ class _CohortReport:
         """Report a finished epoch with its test accuracies."""
         self._progress.within(self._label, 0.0)
         names = ", ".join(sorted({f"{learner.config.bits} {learner.config.method}" for learner in finished}))
-        accuracy = " ".join(f"{learner.history[-1]['test_accuracy']:.1f}" for learner in finished)
+        rows = [learner.history[-1] for learner in finished]
+        accuracy = " ".join(f"{row['test_accuracy']:.1f}" for row in rows if "test_accuracy" in row)
         what = f"epoch {epoch + 1} of {self._epochs}" if self._epochs else "quantized after training"
         done, before = _epochs(self._learners), self._reported
         self._reported = done
         worked = done - before if self._epochs else len(finished)
-        self._progress.advance(worked, f"{self._label} ({names}), {what}: test {accuracy} %")
+        test = f": test {accuracy} %" if accuracy else ""
+        self._progress.advance(worked, f"{self._label} ({names}), {what}{test}")
 
 
 def _epochs(learners: Sequence[Learner]) -> float:

@@ -20,16 +20,18 @@ from ..config import (
     Schedule,
     StrictModel,
     WeightBits,
+    omitted_at_default,
 )
 from ..data import datasets
 from ..models import MODEL_NAMES
 from ..quantization.weights import FLOAT_BITS
-from ..utils.files import atomic_write_text, project_root
+from ..utils.files import atomic_write_text, canonical_json, project_root, text_digest
 from ..utils.messages import did_you_mean
 from .store import ResultsError
+from .study import Study
 
 ModelName = Literal[MODEL_NAMES]
-PROFILES = ("smoke", "quick", "cpu", "paper")
+PROFILES = ("smoke", "quick", "cpu", "paper", "claims", "tuning")
 
 
 class Losses(StrictModel):
@@ -96,6 +98,7 @@ class Profile(StrictModel):
     train_images: Count | None = None
     test_images: Count | None = None
     validation_images: Annotated[int, Field(ge=0)] = 0
+    held_out_images: Annotated[int, Field(ge=0)] = omitted_at_default(0)  # of the training split: more test images
     image_size: Count | None = None
     teachers: Annotated[list[ModelName], Field(min_length=1)]
     student: ModelName
@@ -104,6 +107,10 @@ class Profile(StrictModel):
     cohort: Count = 8
     compile: bool = False  # passes by torch.compile: other last digits, so other runs
     cuda_graphs: bool = True  # on CUDA: steps recorded and replayed; the same bits
+    evaluate_every: Count = omitted_at_default(1)  # epochs; the last one is always evaluated
+    # "auto": bf16 where the hardware computes in it. "by device": bf16 on GPUs, float32 on every CPU.
+    precision: Literal["auto", "by device", "float32", "bf16"] = omitted_at_default("auto")
+    teacher_per_seed: bool = omitted_at_default(False)  # each student seed has a teacher of its own
     teacher_schedule: Schedule
     student_schedule: Schedule
     fine_tuning_schedule: Schedule
@@ -111,6 +118,7 @@ class Profile(StrictModel):
     grid: Grid = Grid()
     series_datasets: list[str] = ["auto"]
     dataset_settings: dict[str, dict] = {}
+    study: Study | None = omitted_at_default(None)  # claims to settle, written down before their runs
 
     @model_validator(mode="before")
     @classmethod
@@ -141,9 +149,15 @@ class Profile(StrictModel):
             self.for_dataset(dataset)
         return self
 
+    @property
+    def design_digest(self) -> str:
+        """The first 12 digits of the SHA-256 of all settings but those that change no run."""
+        free = {name.removeprefix("profile.") for name in FREE_SETTINGS}
+        return text_digest(canonical_json(self.model_dump(mode="json", exclude=free)))[:12]
+
     @classmethod
     def load(cls, profile: str | Path) -> Self:
-        """A shipped profile by name, or a TOML file by path.
+        """A shipped profile by name, or a TOML file by path. Its key ``base`` names a profile that it changes.
 
         Raises:
             ConfigurationError: no such profile, no valid TOML, unknown keys, wrong types, values out of range.
@@ -164,6 +178,9 @@ class Profile(StrictModel):
             values = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise ConfigurationError(f"{profile}: not valid TOML: {error}") from error
+        if "base" in values:
+            base = cls.load(values.pop("base"))
+            values = _merged(base.model_dump(exclude={"name"}), values)
         return cls.parse({"name": path.stem, **values}, where=str(profile))
 
     def resolve_dataset(self, dataset: str, data_root: str | Path | None) -> tuple[str, str]:
@@ -230,13 +247,14 @@ class SuiteState(StrictModel):
         Raises:
             ConfigurationError: a batch of the profile is larger than the training split.
         """
-        rest = len(images.train) - profile.validation_images
+        rest = len(images.train) - profile.validation_images - profile.held_out_images
         data = DataConfig(
             name=dataset,
             fingerprint=images.fingerprint,
             train_images=_limit(profile.train_images, rest),
             test_images=_limit(profile.test_images, len(images.test)),
             validation_images=profile.validation_images,
+            held_out_images=profile.held_out_images,
         )
         training_count = data.train_images or rest
         _check_batches(profile, dataset, training_count)
@@ -247,7 +265,7 @@ class SuiteState(StrictModel):
             note=images.note,
             data=data,
             training_count=training_count,
-            test_count=data.test_images or len(images.test),
+            test_count=(data.test_images or len(images.test)) + data.held_out_images,
             precision=precision,
             recipe=RECIPE,
             affinity_recipe=AFFINITY_RECIPE,
@@ -258,9 +276,12 @@ class SuiteState(StrictModel):
     def caption(self) -> str:
         """Dataset, sizes and profile, for every table and figure."""
         note = f" ({self.note})" if self.note else ""
+        count = self.data.held_out_images
+        held_out = f" ({count:,} of them held out of the training split)" if count else ""
         text = (
             f"{self.dataset}{note}, {self.training_count:,} training and {self.test_count:,} test images"
-            f"{' (class-balanced subsets)' if self.data.train_images or self.data.test_images else ''}, "
+            f"{' (class-balanced subsets)' if self.data.train_images or self.data.test_images else ''}"
+            f"{held_out}, "
             f"profile {self.profile.name}{', compiled' if self.profile.compile else ''}"
         )
         return text if ": found on disk" in self.reason or ": asked for" in self.reason else f"{text}; {self.reason}"
@@ -284,8 +305,11 @@ def _check_batches(profile: Profile, dataset: str, count: int) -> None:
 # Settings that may change in a folder, because they change no run. The grid may change too: it only chooses runs.
 FREE_SETTINGS = {"reason"} | {
     f"profile.{name}"
-    for name in ("seeds", "cohort", "compile", "cuda_graphs", "series_datasets", "dataset", "checkpoint_seconds")
-}
+    for name in (
+        "seeds", "cohort", "compile", "cuda_graphs", "series_datasets", "dataset", "checkpoint_seconds",
+        "evaluate_every",
+    )
+}  # fmt: skip
 
 
 def default_results() -> Path:
@@ -333,8 +357,9 @@ def begin_or_continue(folder: Path, state: SuiteState, asked_seeds: int) -> Suit
     path = folder / "suite.json"
     if path.exists():
         begun = read_state(folder)
-        # The folder keeps its precision, even where another one is faster on this machine.
-        state = state.model_copy(update={"precision": begun.precision})
+        if state.profile.precision == "auto":
+            # The folder keeps its precision, even where another one is faster on this machine.
+            state = state.model_copy(update={"precision": begun.precision})
         differences = [
             "other images" if key == "data.fingerprint" else f"{key}: {was!r} there, {now!r} now"
             for key, was, now in _differences(begun.model_dump(mode="json"), state.model_dump(mode="json"))

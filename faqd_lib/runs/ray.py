@@ -82,10 +82,13 @@ class RayEngine:
             ) from error
         return ray
 
-    def __call__(self, workshop: Workshop, wave: Sequence[RunConfig], progress: ProgressReporter) -> None:
+    def __call__(
+        self, workshop: Workshop, wave: Sequence[RunConfig], progress: ProgressReporter, deadline: float | None = None
+    ) -> None:
         """Train runs that do not need each other.
 
         Raises:
+            OutOfTimeError: ``deadline`` (a time of ``time.monotonic``) has passed. Checkpoints are written.
             EngineError: there is no room for a worker, a worker cannot work, or one died too often.
             Exception: the first error that a worker raised. Its notes name other cohorts that failed; all others are
                 finished and saved.
@@ -109,7 +112,8 @@ class RayEngine:
         try:
             for cohort in planning.cohorts(wave, largest):
                 label = progress.number(len(cohort))
-                tasks[label] = work.remote(workshop, cohort, label, self.cpus, folders, queue), cohort
+                left = None if deadline is None else deadline - time.monotonic()
+                tasks[label] = work.remote(workshop, cohort, label, self.cpus, folders, queue, left), cohort
             failures = _follow(ray, tasks, queue, progress)
         finally:
             for task, _ in tasks.values():
@@ -235,9 +239,16 @@ class QueueProgress:
 
 
 def _train_there(
-    workshop: Workshop, cohort: list[RunConfig], label: str, threads: int, folders: dict[str, str], queue: Any
+    workshop: Workshop,
+    cohort: list[RunConfig],
+    label: str,
+    threads: int,
+    folders: dict[str, str],
+    queue: Any,
+    seconds: float | None,
 ) -> None:
     """The task of a worker: :func:`~faqd_lib.runs.local.train_here` with a number of threads, reporting to a queue."""
+    deadline = None if seconds is None else time.monotonic() + seconds
     os.environ.update(folders)
     torch.set_num_threads(threads)
     host, folder = socket.gethostname(), workshop.store.folder
@@ -255,4 +266,4 @@ def _train_there(
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, category, *_, **__: progress.say(f"{category.__name__}: {message}")
-        train_here(workshop, cohort, progress)
+        train_here(workshop, cohort, progress, deadline)

@@ -56,6 +56,8 @@ class RunRecord(StrictModel):
         last_accuracy: test accuracy after the last epoch, in percent. Tables and claims compare this one.
         best_accuracy: of the epoch that is best on the test images, and therefore optimistic.
         selected_accuracy: test accuracy of the epoch that is best on the validation images; None without them.
+        test_affinity: exact affinity loss between student and teacher on test images
+            (:meth:`~faqd_lib.runs.workshop.Workshop.test_affinity`); None without a teacher and in early versions.
         weight_bytes: size of the quantized weights, counted in bits.
         weights_digest, predictions_digest: SHA-256 of the files. Early versions kept no predictions (None).
         checksum: SHA-256 of all other fields.
@@ -71,6 +73,7 @@ class RunRecord(StrictModel):
     last_accuracy: float
     best_accuracy: float
     selected_accuracy: float | None
+    test_affinity: float | None = None
     test_images: int
     parameters: int
     weight_bytes: float
@@ -118,7 +121,14 @@ class RunStore:
         return [record for record in found if record is not None]
 
     def save(
-        self, config: RunConfig, model: nn.Module, *, predictions: torch.Tensor, labels: torch.Tensor, **fields: Any
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        *,
+        predictions: torch.Tensor,
+        labels: torch.Tensor,
+        log_probabilities: torch.Tensor | None = None,
+        **fields: Any,
     ) -> RunRecord:
         """Write weights and predictions, then the record.
 
@@ -126,14 +136,19 @@ class RunStore:
             config, model: the run and its trained network.
             predictions: predicted class (N,) of each test image after the last epoch.
             labels: true class (N,) of each test image.
+            log_probabilities: log-probability (N,) of the true class of each test image; kept in float16.
             fields: all other fields of the record.
         """
         folder = require_writable(self.run_folder(config))
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        predicted = {  # int16 holds the classes of every dataset here
-            "predicted": predictions.to("cpu", torch.int16).contiguous(),
-            "label": labels.to("cpu", torch.int16).contiguous(),
+        small = max(int(predictions.max()), int(labels.max())) < 256
+        dtype = torch.uint8 if small else torch.int16
+        predicted = {
+            "predicted": predictions.to("cpu", dtype).contiguous(),
+            "label": labels.to("cpu", dtype).contiguous(),
         }
+        if log_probabilities is not None:
+            predicted["log_probability"] = log_probabilities.to("cpu", torch.float16).contiguous()
         record = RunRecord(
             run_id=config.run_id,
             digest=config.digest,
@@ -184,7 +199,10 @@ class RunStore:
         return model
 
     def predictions(self, record: RunRecord) -> dict[str, torch.Tensor] | None:
-        """The classes (N,) int16 of the test images, ``predicted`` and ``label``; None for records without them.
+        """The classes (N,) of the test images, ``predicted`` and ``label``; None for records without them.
+
+        Classes are integers of 8 bits, or of 16 in early records and where there are more than 256 classes. Later
+        records also have ``log_probability`` (N,) float16, of the true class.
 
         Raises:
             ResultsError: the file is missing, damaged or of another record.
@@ -244,8 +262,9 @@ def read_record(path: Path) -> RunRecord:
 
 def accuracies(history: list[dict[str, float]]) -> dict[str, float | None]:
     """The three accuracies of a record from a history, in percent; see :class:`RunRecord`."""
-    test = [row["test_accuracy"] for row in history]
+    evaluated = [row for row in history if "test_accuracy" in row]
+    test = [row["test_accuracy"] for row in evaluated]
     selected = None
-    if "validation_accuracy" in history[0]:
-        selected = max(history, key=lambda row: row["validation_accuracy"])["test_accuracy"]
+    if "validation_accuracy" in evaluated[0]:
+        selected = max(evaluated, key=lambda row: row["validation_accuracy"])["test_accuracy"]
     return {"last_accuracy": test[-1], "best_accuracy": max(test), "selected_accuracy": selected}

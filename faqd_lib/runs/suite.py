@@ -95,7 +95,7 @@ class Suite(Configurations):
         folder = require_writable(suite_folder(chosen, name, results)).resolve()
         torch_device = _device(device)
         images = datasets.load(name, data_root or None, image_size=chosen.image_size, download=chosen.download)
-        state = SuiteState.describe(chosen, name, reason, images, precision_that_pays(torch_device))
+        state = SuiteState.describe(chosen, name, reason, images, _precision(chosen, torch_device))
         return cls(
             begin_or_continue(folder, state, seeds),
             RunStore(folder),
@@ -174,15 +174,21 @@ class Suite(Configurations):
 
     # ---- running
 
-    def run(self, configs: Iterable[RunConfig], title: str = "runs") -> list[RunRecord]:
+    def run(self, configs: Iterable[RunConfig], title: str = "runs", deadline: float | None = None) -> list[RunRecord]:
         """Train the runs that are not finished, after the teachers and initial weights they need.
 
         Every finished run is written before the next cohort begins.
+
+        Args:
+            configs: the runs.
+            title: shown with the progress.
+            deadline: a time of ``time.monotonic`` to stop at; None: train to the end.
 
         Returns:
             One record a configuration, in the order of ``configs``, each once.
 
         Raises:
+            OutOfTimeError: the deadline has passed. Finished runs and checkpoints are kept.
             NonFiniteLossError: a loss stopped being finite. All other runs of its cohort are finished and saved.
             EngineError: the engine cannot work, or a worker died again and again.
         """
@@ -198,12 +204,18 @@ class Suite(Configurations):
         if count:
             with self.progress(sum(units(config) for wave in missing for config in wave), title, count) as progress:
                 for wave in filter(None, missing):
-                    self.engine(self.workshop, wave, progress)
+                    self.engine(self.workshop, wave, progress, deadline)
         return [self.store.record(config) for config in wanted]
 
     def progress(self, total: float, title: str, runs: int = 1) -> Progress:
         """A progress display in the suite's style; ``total`` in epochs of one network."""
         return Progress(total, title, runs, self.bar)
+
+
+def _precision(profile: Profile, device: torch.device) -> str:
+    if profile.precision == "by device" and device.type == "cpu":
+        return "float32"
+    return precision_that_pays(device) if profile.precision in ("auto", "by device") else profile.precision
 
 
 def _device(name: str) -> torch.device:

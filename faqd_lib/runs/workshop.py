@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..affinity.loss import feature_affinity_loss
 from ..config import RunConfig
 from ..data import datasets
 from ..data.batches import Batches, Normalizer
@@ -20,6 +21,8 @@ from ..training.objective import DistillationObjective
 from ..utils.measure import exact_kernels
 from .profile import SuiteState
 from .store import ResultsError, RunStore
+
+AFFINITY_IMAGES = 1000  # of the test split, whose maps are compared after training
 
 
 class Splits(NamedTuple):
@@ -70,22 +73,28 @@ class Workshop:
 
     @cached_property
     def splits(self) -> Splits:
-        """The images, with the subsets of the profile taken. The validation images are held out first."""
+        """The images, with the subsets of the profile taken. Held-out images are taken first, then validation images.
+
+        The held-out images follow the test images in the test split.
+        """
         config = self.state.data
-        rest, validation = datasets.split_validation(self.data.train, config.validation_images, config.subset_seed)
+        rest, held_out = datasets.split_validation(self.data.train, config.held_out_images, config.subset_seed)
+        rest, validation = datasets.split_validation(rest, config.validation_images, config.subset_seed)
         training = datasets.subset(rest, config.train_images, config.subset_seed)
-        return Splits(training, validation, datasets.subset(self.data.test, config.test_images, config.subset_seed))
+        test = datasets.subset(self.data.test, config.test_images, config.subset_seed)
+        return Splits(training, validation, test if held_out is None else test.joined(held_out))
 
     @cached_property
     def normalizer(self) -> Normalizer:
         """Turns uint8 images into the networks' input, on the device."""
         return Normalizer(self.data.mean, self.data.std, self.device)
 
-    def batches(self, config: RunConfig) -> Batches:
-        """The training batches of a run. Those of a label-free run carry no labels."""
-        training = self.splits.training
+    def batches(self, cohort: Sequence[RunConfig]) -> Batches:
+        """The training batches of runs side by side. Those of label-free runs alone carry no labels."""
+        config = cohort[0]
+        training = datasets.subset(self.splits.training, config.data.train_images, config.data.subset_seed)
         return Batches(
-            training.unlabelled() if config.label_free else training,
+            training.unlabelled() if all(each.label_free for each in cohort) else training,
             config.optimization.batch_size,
             config.seed,
             self.normalizer,
@@ -130,6 +139,21 @@ class Workshop:
         if count := config.optimization.batch_norm_batches:
             reestimate_batch_norm(model, (batch.images for batch in islice(batches.epoch(0), count)))
         return Learner(config, model, self._objective(config, model), model.feature_names, len(batches))
+
+    @exact_kernels()
+    @torch.no_grad()
+    def test_affinity(self, student: nn.Module, teacher: nn.Module) -> float:
+        """The exact affinity loss on test images, summed over stages; networks in evaluation mode.
+
+        The images are :data:`AFFINITY_IMAGES` of the test split, evenly spread, in float32.
+        """
+        pixels = self.splits.test.pixels
+        images = self.normalizer(pixels[:: max(1, len(pixels) // AFFINITY_IMAGES)].to(self.device))
+        with FeatureTap(student, student.feature_names) as of_student, FeatureTap(teacher, teacher.feature_names) as of:
+            student(images), teacher(images)
+            return float(
+                sum(feature_affinity_loss(s, t) for s, t in zip(of_student.features, of.features, strict=True))
+            )
 
     def _objective(self, config: RunConfig, model: nn.Module) -> DistillationObjective:
         settings = config.objective

@@ -26,7 +26,7 @@ CHECK_EVERY_ELSEWHERE = 50
 def learning_rate(optimization: OptimizationConfig, step: int, steps_per_epoch: int) -> float:
     """Rate of a step (from 0): linear warm-up, then half a cosine that ends at 0 after the last step."""
     warmup = round(optimization.warmup_epochs * steps_per_epoch)
-    total = optimization.epochs * steps_per_epoch
+    total = optimization.steps(steps_per_epoch)
     if step < warmup:
         return optimization.learning_rate * (step + 1) / warmup
     return optimization.learning_rate * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
@@ -48,11 +48,13 @@ def projection_seed(seed: int) -> int:
 
 
 class Evaluation(NamedTuple):
-    """Top-1 accuracy in percent, mean cross-entropy, and the predicted class (N,) int64 of each image."""
+    """Top-1 accuracy in percent, mean cross-entropy, and for each image (N,) the predicted class, int64, and the
+    log-probability of the true class, float32."""
 
     accuracy: float
     cross_entropy: float
     predictions: torch.Tensor
+    log_probabilities: torch.Tensor
 
 
 class TeacherOutput(NamedTuple):
@@ -108,7 +110,7 @@ class Learner:
             made = compile_activations(model, torch.bfloat16 if optimization.precision == "bf16" else torch.float32)
             self.kernels["activation_kernels"] = "compiled" if made else "not compiled"
         self.history: list[dict[str, float]] = []
-        self.predictions: torch.Tensor | None = None  # of the last test; a checkpoint does not hold them
+        self.tested: Evaluation | None = None  # the last test; a checkpoint does not hold it
         self.steps = 0
         self.peak_bytes = 0  # of the first step
         self.log = LossLog(steps_per_epoch, self.device)
@@ -190,7 +192,7 @@ class Learner:
         self.objective.predraw((), torch.device("cpu"))
 
     def end_epoch(self, epoch: int, evaluations: Mapping[str, Evaluation]) -> None:
-        """Append the epoch's mean loss terms and its evaluations to the history.
+        """Append the epoch's mean loss terms and its evaluations, if there are any, to the history.
 
         Raises:
             NonFiniteLossError: a loss term or an evaluation is not finite.
@@ -199,7 +201,7 @@ class Learner:
         self.log.check(self.config.run_id, epoch)
         row: dict[str, float] = {"epoch": epoch + 1}
         row |= {"loss" if name == "total" else name: mean for name, mean in self.log.means().items()}
-        for split, (accuracy, cross_entropy, _) in evaluations.items():
+        for split, (accuracy, cross_entropy, *_) in evaluations.items():
             if not math.isfinite(cross_entropy):
                 raise NonFiniteLossError(
                     f"{self.config.run_id}: the {split} cross-entropy after epoch {epoch + 1} is {cross_entropy}, "
@@ -208,7 +210,7 @@ class Learner:
                 )
             row[f"{split}_accuracy"], row[f"{split}_cross_entropy"] = accuracy, cross_entropy
         self.history.append(row)
-        self.predictions = evaluations["test"].predictions
+        self.tested = evaluations.get("test")
         self.clock.step.read(), self.clock.loss.read()  # once an epoch the host waits for the device anyway
         self.log.clear()
 

@@ -9,10 +9,12 @@ holds for a network that goes on from a checkpoint, whichever step the checkpoin
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from ..config import OptimizationConfig, Precision, RunConfig
 from ..data.batches import Batch, Batches, Normalizer
@@ -38,17 +40,25 @@ def evaluate(model: nn.Module, images: Images, normalizer: Normalizer, batch_siz
         batch_size = 500 if device.type == "cpu" else max(1, EVALUATED_PIXELS // (height * width))
     was_training = model.training
     model.eval()
-    loss, predictions = torch.zeros((), dtype=torch.float64, device=device), []
+    # In float32, cuDNN computes convolutions several times faster without channels-last weights.
+    weights = {name: tensor.contiguous() for name, tensor in model.named_parameters()} if device.type == "cuda" else {}
+    predictions, log_probabilities = [], []
     for start in range(0, len(images), batch_size):
         pixels = images.pixels[start : start + batch_size].to(device)
         labels = images.labels[start : start + batch_size].to(device)
-        logits = model(normalizer(pixels)).float()
+        batch = normalizer(pixels)
+        logits = (functional_call(model, weights, batch.contiguous()) if weights else model(batch)).float()
         predictions.append(logits.argmax(1))
-        loss += F.cross_entropy(logits, labels, reduction="sum")
+        log_probabilities.append(-F.cross_entropy(logits, labels, reduction="none"))
     model.train(was_training)
-    predicted = torch.cat(predictions).cpu()
+    predicted, log_probability = torch.cat(predictions).cpu(), torch.cat(log_probabilities).cpu()
     correct = int((predicted == images.labels.cpu()).sum())
-    return Evaluation(100 * correct / len(images), float(loss) / len(images), predicted)
+    cross_entropy = -float(log_probability.double().mean())
+    return Evaluation(100 * correct / len(images), cross_entropy, predicted, log_probability)
+
+
+class OutOfTimeError(RuntimeError):
+    """The time that a caller set was up before a cohort was finished; its checkpoints are written."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Trained:
     Attributes:
         model: in evaluation mode.
         cost: seconds, milliseconds, bytes; see ``results/README.md``.
-        predictions: the predicted class (N,) int64 of each test image after the last epoch.
+        tested: the test images after the last epoch.
         kernels: kernel settings, stored in the run record.
     """
 
@@ -66,7 +76,7 @@ class Trained:
     model: nn.Module
     history: list[dict[str, float]]
     cost: dict[str, float]
-    predictions: torch.Tensor
+    tested: Evaluation
     kernels: dict[str, str]
 
 
@@ -90,21 +100,28 @@ def train(
     checkpoint: Callable[[Learner], None] = lambda learner: None,
     on_batch: Callable[[int, int], None] = lambda epoch, done: None,
     cuda_graphs: bool = True,
+    evaluate_every: int = 1,
+    time_is_up: Callable[[], bool] = lambda: False,
 ) -> CohortResult:
     """Train a cohort to the end.
 
     Args:
-        learners: at least one; all with the same epochs, batch size and seed, at any step. Where ``batches`` has no
-            labels, every objective must be label-free.
+        learners: at least one; all with the same epochs, updates, batch size and seed, at any step. Where ``batches``
+            has no labels, every objective must be label-free. Label-free learners are not given labels.
         batches: the training batches that all of them see.
         teacher: in evaluation mode and frozen; None if no learner needs one.
         feature_names: modules of the teacher to tap. Each learner knows its own.
-        splits: labelled images to evaluate after each epoch, by name. One name is ``"test"``.
+        splits: labelled images to evaluate, by name. One name is ``"test"``.
         on_epoch: called after every epoch with its number (from 0) and the learners that have just finished it.
         checkpoint_due: asked after every batch whether to call ``checkpoint`` for each learner in training.
         on_batch: called after every batch with the epoch (from 0) and the number of its batches that are done.
         cuda_graphs: whether steps on CUDA are recorded and replayed, with the same bits
             (:mod:`faqd_lib.training.cuda_graphs`).
+        evaluate_every: epochs from one evaluation to the next. The last epoch is always evaluated.
+        time_is_up: asked after every batch whether to stop.
+
+    Raises:
+        OutOfTimeError: time was up. ``checkpoint`` was called for each learner in training.
 
     Returns:
         Finished runs, and those whose loss stopped being finite. One that stops does not disturb the others.
@@ -120,42 +137,48 @@ def train(
         def end_epoch(epoch: int) -> None:
             cohort.clock.settle()
             ending = [learner for learner in cohort.active if learner.position(epoch) is not None]
+            due = (epoch + 1) % evaluate_every == 0 or epoch + 1 >= epochs
             for learner in ending:
-                evaluations = evaluated(learner)
+                evaluations = evaluated(learner) if due else {}
                 with cohort.excluding(learner):
                     learner.end_epoch(epoch, evaluations)
             if finished := [learner for learner in ending if learner in cohort.active]:
                 on_epoch(epoch, finished)
 
-        epochs = learners[0].config.optimization.epochs
+        optimization = learners[0].config.optimization
+        epochs, steps = optimization.epochs, optimization.steps(len(batches))
         if epochs == 0:  # quantized after training: evaluated only
             end_epoch(-1)
         for epoch in range(min(len(learner.history) for learner in learners), epochs):
             # Learners that go on from checkpoints may be at different batches of the epoch.
             places = (at for learner in cohort.active if (at := learner.position(epoch)) is not None)
             first = min(places, default=len(batches))
-            for index, batch in enumerate(cohort.clock.timed(batches.epoch(epoch, first)), start=first):
+            left = islice(batches.epoch(epoch, first), max(0, steps - epoch * len(batches) - first))
+            for index, batch in enumerate(cohort.clock.timed(left), start=first):
                 cohort.step(epoch, batch, [one for one in cohort.active if one.position(epoch) == index])
                 if not cohort.active:
                     break
                 on_batch(epoch, index + 1)
-                if checkpoint_due():
+                stopping = time_is_up()
+                if stopping or checkpoint_due():
                     cohort.clock.settle()
                     for learner in cohort.active:
                         checkpoint(learner)
+                if stopping:
+                    raise OutOfTimeError("time was up; call again to go on from the checkpoints")
             if not cohort.active:
                 break
             end_epoch(epoch)
         for learner in cohort.active:
-            if learner.predictions is None:  # the checkpoint was taken after the last epoch
-                learner.predictions = evaluated(learner)["test"].predictions
+            if learner.tested is None:  # the checkpoint was taken after the last epoch
+                learner.tested = evaluated(learner)["test"]
         trained = [_finish(learner, batches.batch_size, len(learners)) for learner in cohort.active]
         return CohortResult(trained, cohort.failed)
 
 
 def _finish(learner: Learner, batch_size: int, cohort: int) -> Trained:
     cost = learner.clock.cost(batch_size) | {"peak_step_bytes": learner.peak_bytes, "cohort": cohort}
-    return Trained(learner.config, learner.model.eval(), learner.history, cost, learner.predictions, learner.kernels)
+    return Trained(learner.config, learner.model.eval(), learner.history, cost, learner.tested, learner.kernels)
 
 
 class Cohort:

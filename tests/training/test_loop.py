@@ -78,13 +78,15 @@ def test_evaluate_by_hand(tiny_suite):
     suite = tiny_suite()
     model = suite.build(suite.float_student()).train()
     images = suite.splits[2]
-    accuracy, cross_entropy, predictions = evaluate(model, images, suite.normalizer, batch_size=7)
+    accuracy, cross_entropy, predictions, log_probabilities = evaluate(model, images, suite.normalizer, batch_size=7)
     assert model.training
     with torch.no_grad(), exact_kernels():
         logits = model.eval()(suite.normalizer(images.pixels.to(suite.device))).cpu()
     assert torch.equal(predictions, logits.argmax(1))
     assert accuracy == pytest.approx(100 * (logits.argmax(1) == images.labels).double().mean().item())
     assert cross_entropy == pytest.approx(F.cross_entropy(logits, images.labels).item(), rel=1e-5)
+    expected = logits.log_softmax(1)[torch.arange(len(images)), images.labels]
+    torch.testing.assert_close(log_probabilities, expected)
 
 
 # ---- training
@@ -191,8 +193,24 @@ def test_label_free_runs_are_given_images_without_labels(tiny_suite, monkeypatch
 
     monkeypatch.setattr("faqd_lib.runs.local.train", watch)
     suite = tiny_suite()
-    suite.run([suite.student("KD", weight_bits=1), suite.student("KD", labels=True, weight_bits=1)])
-    assert sorted(given) == [(False, False), (False, False), (True, True)]
+    suite.run([suite.student("KD", weight_bits=1), suite.student("FAQD", weight_bits=1)])
+    assert given == [(False, False), (True, True)]
+
+
+def test_label_free_runs_beside_labelled_ones_are_given_batches_without_labels(tiny_suite, monkeypatch):
+    """In a cohort of both kinds, no learner that is label-free sees a label."""
+    given = set()
+    advance = Learner.advance
+
+    def watch(learner, epoch, batch, teacher):
+        given.add((learner.config.label_free, batch.labels is None))
+        return advance(learner, epoch, batch, teacher)
+
+    monkeypatch.setattr(Learner, "advance", watch)
+    suite = tiny_suite()
+    records = suite.run([suite.student("KD", weight_bits=1), suite.student("KD", labels=True, weight_bits=1)])
+    assert given == {(True, True), (False, False)}
+    assert [record.cost["cohort"] for record in records] == [2, 2]
 
 
 def test_not_finite_stops_with_step_and_terms_and_the_others_finish(tiny_suite):
@@ -229,7 +247,7 @@ def test_not_finite_images_of_a_broken_teacher_are_caught(tiny_suite):
 
 
 def test_not_finite_evaluation_does_not_pass_for_a_result(tiny_suite, monkeypatch):
-    monkeypatch.setattr("faqd_lib.training.loop.evaluate", lambda *_: Evaluation(10.0, math.nan, torch.zeros(1)))
+    monkeypatch.setattr("faqd_lib.training.loop.evaluate", lambda *_: Evaluation(10.0, math.nan, *torch.zeros(2, 1)))
     suite = tiny_suite()
     with pytest.raises(ArithmeticError):
         suite.run([suite.float_student()])

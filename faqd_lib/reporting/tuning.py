@@ -1,0 +1,33 @@
+"""What the tuning runs of a study say: accuracy on validation images, setting by setting."""
+
+import pandas as pd
+
+from ..runs.suite import Suite
+
+
+def tuning_frame(suite: Suite) -> pd.DataFrame:
+    """One row for each arm of each cells that has finished runs.
+
+    Returns:
+        Columns ``cells``; ``arm``; ``n``, the number of finished runs; ``validation``, their mean accuracy on
+        validation images after the last epoch, in percent; ``runs``, their names, separated by spaces.
+    """
+    rows = []
+    for cells in suite.profile.study.cells:
+        by_arm: dict[str, list] = {}
+        for seed in suite.profile.study.seeds:
+            for (arm, _), config in suite.study_runs(cells, seed).items():
+                if record := suite.store.record(config):
+                    by_arm.setdefault(arm, []).append(record)
+        for arm, records in by_arm.items():
+            accuracy = sum(record.history[-1]["validation_accuracy"] for record in records) / len(records)
+            names = " ".join(record.run_id for record in records)
+            rows.append({"cells": cells, "arm": arm, "n": len(records), "validation": accuracy, "runs": names})
+    return pd.DataFrame(rows, columns=["cells", "arm", "n", "validation", "runs"])
+
+
+def choose(frame: pd.DataFrame, cells: str, arms: list[str], threshold: float = 0.0) -> str:
+    """The arm with the highest validation accuracy; the first one unless another is better by ``threshold`` points."""
+    found = frame[frame["cells"] == cells].set_index("arm")["validation"].loc[arms]
+    best = str(found.idxmax())
+    return best if found[best] >= found[arms[0]] + threshold else arms[0]

@@ -7,7 +7,6 @@ several machines with a common folder, take different seeds. A call goes on wher
 """
 
 import time
-from pathlib import Path
 
 import filelock
 
@@ -33,9 +32,7 @@ def run_study(suite: Suite, hours: float | None = None) -> bool:
         runs = seed_runs(suite, seed)
         if all(suite.store.record(run) for run in runs):
             continue
-        lock = filelock.FileLock(suite.folder / ".locks" / f"seed{seed}")
-        lock_folder = Path(lock.lock_file).parent
-        lock_folder.mkdir(parents=True, exist_ok=True)
+        lock = suite.store.group_lock(f"seed{seed}")
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:

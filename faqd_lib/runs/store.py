@@ -172,7 +172,11 @@ class RunStore:
 
     def lock(self, config: RunConfig) -> filelock.BaseFileLock:
         """The lock of a run, not taken yet."""
-        return filelock.FileLock(require_writable(self.folder / ".locks") / config.run_id)
+        return self.group_lock(config.run_id)
+
+    def group_lock(self, name: str) -> filelock.BaseFileLock:
+        """The lock of a group of runs that one process trains, not taken yet."""
+        return filelock.FileLock(require_writable(self.folder / ".locks") / name)
 
     @contextmanager
     def lock_available(self, configs: Sequence[RunConfig]) -> Iterator[list[RunConfig]]:

@@ -1,0 +1,304 @@
+"""Studies: designs that are checked, the runs they ask for, and what trains them."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_tiny_suite
+
+from faqd_lib.cli.study import run_study, seed_runs
+from faqd_lib.config import ConfigurationError, OptimizationConfig
+from faqd_lib.runs.configurations import TEACHER_SEEDS
+from faqd_lib.runs.profile import Profile
+from faqd_lib.runs.suite import _precision
+from faqd_lib.training.learner import Learner
+from faqd_lib.training.loop import OutOfTimeError
+
+DESIGN = {
+    "looks": [5],
+    "arms": {
+        "kd": {"method": "KD"},
+        "fa": {"method": "FAQD"},
+        "labels": {"method": "labels", "labels": True},
+        "long": {"method": "labels", "labels": True, "epochs": 3},
+        "tuned": {"method": "KD", "losses": {"logit_weight": 3.0}, "learning_rate": 0.01},
+    },
+    "cells": {
+        "main": {"arms": ["kd", "fa", "labels"], "weight_bits": [1]},
+        "long": {"arms": ["long"], "weight_bits": [1], "seeds": 1},
+        "short": {"arms": ["kd", "tuned"], "weight_bits": [1], "updates": 4, "images": 32},
+    },
+    "claims": {
+        "helps": {"statement": "It helps", "contrast": {"fa": 1.0, "kd": -1.0}, "cells": "main"},
+        "budget": {
+            "statement": "It beats labels",
+            "contrast": {"fa": 1.0, "long": -1.0},
+            "cells": "main",
+            "reference": "long",
+        },
+    },
+}
+
+
+def changed(**changes) -> dict:
+    """The design with some of its tables changed, entry by entry; an entry that is None goes."""
+    design = json.loads(json.dumps(DESIGN))
+    for name, value in changes.items():
+        if isinstance(value, dict):
+            design[name] |= value
+            design[name] = {key: entry for key, entry in design[name].items() if entry is not None}
+        else:
+            design[name] = value
+    return design
+
+
+@pytest.fixture
+def study_suite(tiny_suite):
+    def make(name: str = "study", **profile):
+        return tiny_suite(name, **{"teacher_per_seed": True, "study": changed(), **profile})
+
+    return make
+
+
+# ---- the design
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"looks": [8, 5]}, "must rise"),
+        ({"looks": [3]}, "at least 5 seeds"),
+        ({"cells": {"main": {"arms": ["kd", "fq"], "weight_bits": [1]}}}, "cells.main has the arm 'fq'"),
+        ({"claims": {"x": {"statement": "", "contrast": {"fa": 1.0, "kd": -0.5}, "cells": "main"}}}, "sum to 0"),
+        ({"claims": {"x": {"statement": "", "contrast": {"fa": 1.0, "kd": -1.0}, "cells": "man"}}}, "cells 'man'"),
+        ({"claims": {"x": {"statement": "", "contrast": {"fa": 1.0, "long": -1.0}, "cells": "main"}}}, "'long' is not"),
+        ({"cells": {"long": {"arms": ["long"], "weight_bits": [2]}}}, "different bit-widths"),
+    ],
+)
+def test_a_design_that_contradicts_itself_is_refused(tiny_suite, changes, message):
+    with pytest.raises(ConfigurationError, match=message):
+        tiny_suite(study=changed(**changes))
+
+
+def test_shipped_studies_are_valid_and_share_no_seed_with_the_pilots():
+    for name in ("claims", "tuning"):
+        study = Profile.load(name).study
+        assert 1 not in study.seeds
+    assert Profile.load("claims").study.looks == [5, 8]
+
+
+def test_the_digest_is_of_all_that_changes_a_verdict():
+    profile = Profile.load("claims")
+    assert profile.model_copy(update={"cohort": 2, "evaluate_every": 4}).design_digest == profile.design_digest
+    claims = {name: claim.model_copy(update={"margin": 1.0}) for name, claim in profile.study.claims.items()}
+    for other in (
+        {"study": profile.study.model_copy(update={"claims": claims})},
+        {"study": profile.study.model_copy(update={"looks": [6, 8]})},
+        {"held_out_images": 5000},
+    ):
+        assert profile.model_copy(update=other).design_digest != profile.design_digest
+
+
+def test_a_profile_on_a_base_changes_only_what_it_names(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('base = "claims"\ntest_images = 50\n[study.cells.main]\nweight_bits = [2]\n', "utf-8")
+    mine, base = Profile.load(path), Profile.load("claims")
+    assert (mine.name, mine.test_images, mine.study.cells["main"].weight_bits) == ("mine", 50, [2])
+    assert mine.study.cells["main"].arms == base.study.cells["main"].arms
+    assert mine.student_schedule == base.student_schedule
+
+
+# ---- the runs
+
+
+def test_every_seed_has_a_teacher_of_its_own_and_no_student_its_seed(study_suite):
+    suite = study_suite()
+    for seed in suite.profile.study.seeds:
+        runs = seed_runs(suite, seed)
+        assert {run.seed for run in runs} == {seed}
+        assert {run.teacher.seed for run in runs if run.teacher} == {TEACHER_SEEDS + seed}
+    assert suite.teacher().seed == 0
+
+
+def test_cells_choose_images_updates_epochs_and_settings(study_suite):
+    suite = study_suite()
+    main, short = suite.study_runs("main", 3), suite.study_runs("short", 3)
+    assert [run.method for run in main.values()] == ["KD", "FAQD", "labels"]
+    assert suite.study_runs("long", 2)["long", 1].optimization.epochs == 3
+    assert suite.study_runs("long", 3) == {}  # the design wants one seed of it
+    kd, tuned = short["kd", 1], short["tuned", 1]
+    assert (kd.data.train_images, kd.teacher.data.train_images) == (32, None)
+    # 4 updates of 2 an epoch; half an epoch of 2 was warm-up before, so a quarter of the updates is.
+    assert (kd.optimization.epochs, kd.optimization.updates, kd.optimization.warmup_epochs) == (2, 4, 0.5)
+    assert (tuned.objective.logit_weight, tuned.optimization.learning_rate) == (3.0, 0.01)
+    assert (kd.objective.logit_weight, kd.optimization.learning_rate) == (1.0, 0.05)
+
+
+def test_updates_end_a_run_within_an_epoch(tiny_suite, monkeypatch):
+    """3 steps an epoch: 5 updates are all of the first epoch and two steps of the second."""
+    suite = tiny_suite()
+    config = suite.student("KD", weight_bits=1, updates=5)
+    assert config.optimization.epochs == 2
+    seen, advance = [], Learner.advance
+
+    def watch(learner, epoch, *arguments):
+        seen.append((learner.config.method, epoch))
+        return advance(learner, epoch, *arguments)
+
+    monkeypatch.setattr(Learner, "advance", watch)
+    (record,) = suite.run([config])
+    assert [epoch for method, epoch in seen if method == "KD"] == [0, 0, 0, 1, 1]
+    assert [row["epoch"] for row in record.history] == [1, 2]
+
+
+def test_as_many_updates_as_the_epochs_have_give_the_same_weights(tiny_suite):
+    suite = tiny_suite()
+    whole, counted = suite.student("KD", weight_bits=1), suite.student("KD", weight_bits=1, updates=6)
+    assert whole.digest != counted.digest
+    first, second = suite.run([whole, counted])
+    assert first.weights_digest == second.weights_digest
+    assert first.history == second.history
+
+
+def test_updates_outside_the_last_epoch_are_refused():
+    optimization = OptimizationConfig(epochs=2, batch_size=16, updates=3)
+    with pytest.raises(ConfigurationError, match="set epochs=1"):
+        optimization.steps(3)
+    assert OptimizationConfig(epochs=1, batch_size=16, updates=3).steps(3) == 3
+
+
+def test_a_smaller_subset_is_part_of_the_images(study_suite):
+    suite = study_suite()
+    run = suite.study_runs("short", 2)["kd", 1]
+    batches = suite.workshop.batches([run])
+    assert len(batches) == 2
+    wanted = {image.numpy().tobytes() for image in suite.splits.training.pixels}
+    taken = {image.permute(2, 0, 1).contiguous().numpy().tobytes() for image in batches._pixels.cpu()}
+    assert len(taken) == 32
+    assert taken <= wanted
+
+
+def test_held_out_images_are_tested_on_and_never_trained_on(tiny_suite, tiny_data):
+    suite = tiny_suite(held_out_images=12)
+    suite.state.__dict__["data"] = suite.state.data.model_copy(update={"held_out_images": 12})
+    training, validation, test = suite.splits
+    assert (len(training), validation, len(test)) == (36, None, 36)
+    assert torch.equal(test.pixels[:24], tiny_data.test.pixels)
+    trained = {image.numpy().tobytes() for image in training.pixels}
+    held_out = {image.numpy().tobytes() for image in test.pixels[24:]}
+    assert not trained & held_out
+    assert test.labels[24:].bincount().tolist() == [4, 4, 4]  # class-balanced
+
+
+def test_evaluated_less_often_is_the_same_run_with_fewer_tests(tiny_suite):
+    each, rarely = tiny_suite("each"), tiny_suite("rarely", evaluate_every=2)
+    config = each.student("FAQD", weight_bits=1, schedule={"epochs": 3})
+    (first,), (second,) = each.run([config]), rarely.run([config])
+    assert first.weights_digest == second.weights_digest
+    assert ["test_accuracy" in row for row in first.history] == [True, True, True]
+    assert ["test_accuracy" in row for row in second.history] == [False, True, True]  # the last one always
+    assert first.history[-1] == second.history[-1]
+    assert second.best_accuracy == max(row["test_accuracy"] for row in second.history[1:])
+
+
+def test_labelled_and_label_free_students_side_by_side_have_the_bits_of_each_alone(tiny_suite):
+    together, alone = tiny_suite("together"), tiny_suite("alone", cohort=1)
+    configs = [
+        together.student("labels", weight_bits=1),
+        together.student("KD", weight_bits=1),
+        together.student("FAQD", labels=True, weight_bits=1),
+    ]
+    kd = together.student("KD", labels=True, weight_bits=1)
+    first, second = together.run([*configs, kd]), alone.run([*configs, kd])
+    assert [record.weights_digest for record in first] == [record.weights_digest for record in second]
+    assert [record.history for record in first] == [record.history for record in second]
+    assert first[-1].cost["cohort"] == 3  # KD, FAQD and KD; the run without a teacher was trained before
+
+
+def test_the_log_probability_of_the_true_class_is_kept(tiny_suite):
+    suite = tiny_suite()
+    (record,) = suite.run([suite.student("KD", weight_bits=1)])
+    kept = suite.store.predictions(record)
+    assert kept["log_probability"].dtype == torch.float16
+    found = -float(kept["log_probability"].double().mean())
+    assert found == pytest.approx(record.history[-1]["test_cross_entropy"], rel=2e-3)
+
+
+def test_test_affinity_is_that_of_the_maps(tiny_suite):
+    """Zero between a network and itself; lower for the student that learned from maps."""
+    suite = tiny_suite()
+    teacher = suite.teacher()
+    (record, of_teacher) = suite.run([suite.student("FAQD", weight_bits=1), teacher])
+    network = suite.model(teacher)
+    assert suite.workshop.test_affinity(network, network) == pytest.approx(0, abs=1e-9)
+    student = suite.model(record.configuration)
+    assert record.test_affinity == pytest.approx(suite.workshop.test_affinity(student, network))
+    assert record.test_affinity > 1e-4
+    assert of_teacher.test_affinity is None
+
+
+# ---- running
+
+
+def test_a_study_trains_seed_by_seed_in_the_order_of_its_cells(study_suite, capsys):
+    suite = study_suite(study=changed(looks=[2], claims={"helps": None, "budget": None}))
+    assert run_study(suite)
+    wanted = [run for seed in (2, 3) for run in seed_runs(suite, seed)]
+    assert all(suite.store.record(run) for run in wanted)
+    said = capsys.readouterr().out
+    order = ["seed 2, main", "seed 2, long", "seed 2, short", "seed 2 is complete", "seed 3, main", "seed 3, short"]
+    places = [said.index(text) for text in order]
+    assert places == sorted(places)
+    before = {run.run_id: suite.store.record(run).finished for run in wanted}
+    assert run_study(study_suite(study=changed(looks=[2], claims={"helps": None, "budget": None})))
+    assert before == {run.run_id: suite.store.record(run).finished for run in wanted}
+
+
+def test_a_seed_that_another_process_trains_is_left_to_it(study_suite, capsys):
+    suite = study_suite(study=changed(looks=[2], claims={"helps": None, "budget": None}))
+    with suite.store.group_lock("seed2").acquire():
+        assert run_study(suite)
+    assert "seed 2: another process trains it" in capsys.readouterr().out
+    assert not any(suite.store.record(run) for run in seed_runs(suite, 2))
+    assert all(suite.store.record(run) for run in seed_runs(suite, 3))
+
+
+def test_time_that_is_up_leaves_a_checkpoint_to_go_on_from_with_the_same_bits(tiny_suite, monkeypatch):
+    whole, cut = tiny_suite("whole"), tiny_suite("cut")
+    config = whole.student("FFAQD", weight_bits=1, k=2)
+    (expected,) = whole.run([config])
+    cut.run([config.teacher])
+    asked = []
+
+    def now() -> float:  # a clock that stands still, but for the fourth question
+        asked.append(None)
+        return 10.0 if len(asked) == 4 else 0.0
+
+    monkeypatch.setattr("faqd_lib.runs.local.time.monotonic", now)
+    with pytest.raises(OutOfTimeError, match="go on"):
+        cut.run([config], deadline=5.0)
+    monkeypatch.undo()
+    assert cut.store.record(config) is None
+    (record,) = cut.run([config])
+    assert len(asked) == 4
+    assert (record.weights_digest, record.history) == (expected.weights_digest, expected.history)
+
+
+def test_no_time_at_all_trains_one_batch_and_says_so(study_suite, capsys):
+    suite = study_suite()
+    assert not run_study(suite, hours=0.0)
+    assert "time is up" in capsys.readouterr().out
+    assert suite.store.records() == []
+
+
+# ---- precision by device
+
+
+def test_precision_by_device_is_float32_on_a_cpu(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("faqd_lib.runs.suite.precision_that_pays", lambda device: "bf16")
+    profile = make_tiny_suite(tmp_path, tiny_data).profile
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    wanted = {"auto": ("bf16", "bf16"), "by device": ("float32", "bf16"), "float32": ("float32", "float32")}
+    for asked, expected in wanted.items():
+        chosen = profile.model_copy(update={"precision": asked})
+        assert (_precision(chosen, cpu), _precision(chosen, cuda)) == expected

@@ -1,6 +1,7 @@
 """Studies: designs that are checked, the runs they ask for, and what trains them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,10 +102,11 @@ def test_the_digest_is_of_all_that_changes_a_verdict():
 
 def test_a_profile_on_a_base_changes_only_what_it_names(tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text('base = "claims"\ntest_images = 50\n[study.cells.main]\nweight_bits = [2]\n', "utf-8")
+    path.write_text('base = "claims"\ntest_images = 50\n[study.cells.updates-400]\nweight_bits = [2]\n', "utf-8")
     mine, base = Profile.load(path), Profile.load("claims")
-    assert (mine.name, mine.test_images, mine.study.cells["main"].weight_bits) == ("mine", 50, [2])
-    assert mine.study.cells["main"].arms == base.study.cells["main"].arms
+    assert (mine.name, mine.test_images, mine.study.cells["updates-400"].weight_bits) == ("mine", 50, [2])
+    assert mine.study.cells["updates-400"].arms == base.study.cells["updates-400"].arms
+    assert mine.study.cells["main"] == base.study.cells["main"]
     assert mine.student_schedule == base.student_schedule
 
 
@@ -274,7 +276,7 @@ def test_time_that_is_up_leaves_a_checkpoint_to_go_on_from_with_the_same_bits(ti
         asked.append(None)
         return 10.0 if len(asked) == 4 else 0.0
 
-    monkeypatch.setattr("faqd_lib.runs.local.time.monotonic", now)
+    monkeypatch.setattr("faqd_lib.runs.local.time", SimpleNamespace(monotonic=now))
     with pytest.raises(OutOfTimeError, match="go on"):
         cut.run([config], deadline=5.0)
     monkeypatch.undo()

@@ -12,6 +12,8 @@ from .relu_kernels import SMALLEST_STEP, quantized_relu
 from .step_search import best_step
 from .weights import ACTIVATION_BITS
 
+torch.fx.wrap("quantized_relu")  # traced by torch.fx, a call of it stays one node
+
 STEP_GRADIENTS = ("lsq", "coarse", "frozen")
 
 

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from ..quantization.relu import QuantizedReLU
 from ..utils.messages import first_line
 
 
@@ -22,7 +21,7 @@ class CompilationError(RuntimeError):
 def compile_network(model: nn.Module, training: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function that calls ``model``, compiled as a whole at its first call, for input of one shape.
 
-    The network's quantized ReLUs are marked to become part of what is compiled. The network itself can still be called.
+    The network's quantized ReLUs become part of what is compiled. The network itself can still be called.
 
     Args:
         model: of static control flow, on its device. Hooks of :class:`~faqd_lib.models.FeatureTap` keep working.
@@ -37,9 +36,6 @@ def compile_network(model: nn.Module, training: bool) -> Callable[[torch.Tensor]
             "the run asks for compiled passes (compile = true), but TORCH_COMPILE_DISABLE switches compiling off: "
             "unset it, or set compile = false"
         )
-    for module in model.modules():
-        if isinstance(module, QuantizedReLU):
-            module.compiled = True
     # Imported here because it takes seconds.
     from torch._inductor import config as inductor
     from torch._inductor.exc import GPUTooOldForTriton, TritonMissing

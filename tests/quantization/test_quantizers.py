@@ -554,11 +554,44 @@ def test_fitting_to_what_is_not_finite_is_an_error(bad):
         QuantizedReLU(4).fit(torch.tensor([1.0, bad]))
 
 
-def test_operators_meet_torchs_own_checks():
-    x = torch.randn(2, 3, 4, 4, generator=generator(17)).requires_grad_()
-    step = torch.tensor(0.2, requires_grad=True)
-    for coarse in (False, True):
-        torch.library.opcheck(torch.ops.faqd.quantized_relu.default, (x, step, 15, coarse))
+@pytest.mark.parametrize("step_gradient", ["lsq", "coarse"])
+def test_what_traces_and_transforms_networks_takes_the_quantized_relu(step_gradient):
+    relu, x = quantized_relu(0.2, 4, step_gradient), torch.randn(2, 3, 4, 4, generator=generator(17))
+    leaf = x.clone().requires_grad_()
+    expected = relu(leaf)
+    gradient, by_step = torch.autograd.grad(expected.square().sum(), [leaf, relu.step])
+    network = nn.Sequential(relu)
+    for same in (
+        torch.compile(network, backend="aot_eager", fullgraph=True),
+        torch.export.export(network, (x,)).module(),
+        torch.fx.symbolic_trace(network),
+        torch.jit.trace(network, x),
+    ):
+        leaf = x.clone().requires_grad_()
+        output = same(leaf)
+        assert torch.equal(output, expected)
+        step = next(iter(same.parameters()))
+        found, found_step = torch.autograd.grad(output.square().sum(), [leaf, step])
+        assert torch.equal(found, gradient)
+        assert found_step.item() == pytest.approx(by_step.item(), rel=1e-4)
+    assert torch.equal(torch.func.vmap(relu)(x), expected)
+    assert torch.equal(torch.func.grad(lambda x: relu(x).square().sum())(x), gradient)
+    with pytest.raises(NotImplementedError):
+        torch.func.jvp(relu, (x,), (x,))
+
+
+def test_training_without_a_compiler_does_not_import_one():
+    code = """
+import sys
+import torch
+from faqd_lib.quantization.relu import QuantizedReLU
+relu = QuantizedReLU(4)
+relu(torch.randn(3, 4)).sum().backward()
+assert relu.step.grad is not None
+print(*{"torch._dynamo", "torch._inductor", "sympy"}.intersection(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 needs_compiler = pytest.mark.usefixtures("compiler")
@@ -628,12 +661,12 @@ def test_compiled_kernels_are_made_once_whatever_threads_ask(monkeypatch):
 
 def test_compiled_kernels_are_for_large_plain_tensors_in_training(monkeypatch):
     class Spy:
-        def forward(self, x, step, highest):
+        def values(self, x, step, highest):
             calls.append(x.numel())
             return x.clone()
 
-        def backward(self, gradient, x, step, highest, coarse):
-            return gradient, torch.zeros_like(step)
+        def gradients(self, g, x, step, highest, middle):
+            return g, step.sum()
 
     calls: list[int] = []
     monkeypatch.setattr(activation_kernels, "kernels", lambda dtype, coarse: Spy())

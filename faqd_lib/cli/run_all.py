@@ -31,6 +31,7 @@ from ..runs.suite import Suite
 from ..utils.files import project_root, require_writable
 from ..utils.progress import clock
 from . import environment
+from .study import report_study, run_study
 
 # Notebooks that read the runs of other notebooks: checked before `--only` runs them.
 NEEDS = {"09": ("04", "05", "06", "07", "08")}
@@ -212,6 +213,29 @@ def run_series(arguments: argparse.Namespace, dataset: str, only: Sequence[str])
     return outcomes
 
 
+def study(arguments: argparse.Namespace) -> int:
+    """Run the study of a profile in place of the notebooks. The exit status is 0, also where time was up.
+
+    Raises:
+        ConfigurationError: an option that a study does not have, or hours that are not above 0.
+    """
+    for option in ("only", "seeds"):
+        if getattr(arguments, option):
+            raise ConfigurationError(f"--{option} is not for a study: its design says what is trained")
+    if arguments.hours is not None and not 0 < arguments.hours < float("inf"):
+        raise ConfigurationError(f"--hours must be a number above 0, got {arguments.hours:g}")
+    profile = Profile.load(arguments.profile)
+    name, reason = profile.resolve_dataset(arguments.dataset, arguments.data_root)
+    print(f"\n=== study {profile.name}, dataset {reason}")
+    if arguments.fresh:
+        move_old_results(suite_folder(profile, name, arguments.results))
+    places = arguments.dataset, arguments.data_root, arguments.results
+    suite = Suite.open(arguments.profile, *places, engine=environment.engine(), bar=False)
+    run_study(suite, arguments.hours)
+    report_study(suite)
+    return 0
+
+
 def summarise(folder: Path, outcomes: Sequence[Outcome]) -> None:
     """Print the executed notebooks with their times, and the contents of the folder."""
     print(f"\n=== done: {folder}")
@@ -258,6 +282,9 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         metavar="X",
         help="with --engine ray: the part of a GPU it has (0.25 if there is one)",
+    )
+    parser.add_argument(
+        "--hours", type=float, metavar="H", help="for a study: stop after so many hours, to go on at the next call"
     )
     parser.add_argument("--fresh", action="store_true", help="begin again; the old results are moved aside")
     return parser
@@ -310,6 +337,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         choose_engine(arguments)
         profile = Profile.load(arguments.profile)
+        if profile.study is not None:
+            return study(arguments)
+        if arguments.hours is not None:
+            raise ConfigurationError(f"--hours is for a study, and the profile {profile.name} has none: leave it out")
         datasets = [arguments.dataset] if arguments.dataset else profile.series_datasets
         for dataset in datasets:
             run_series(arguments, dataset, arguments.only)

@@ -1,4 +1,4 @@
-"""Runs a study: trains what its design wants next, within a time, and says what is settled.
+"""Runs a study: trains what its design wants next, within a time, and says what is settled and what is left.
 
     ./run_all.sh claims --hours 2
 
@@ -11,8 +11,13 @@ import time
 import filelock
 
 from ..config import RunConfig
+from ..reporting import charts, study_claims
+from ..reporting.tables import Table
+from ..reporting.tuning import tuning_table
 from ..runs.suite import Suite
 from ..training.loop import OutOfTimeError
+from ..utils.files import require_writable
+from ..utils.measure import environment
 from ..utils.progress import clock
 
 
@@ -55,3 +60,52 @@ def run_study(suite: Suite, hours: float | None = None) -> bool:
 def seed_runs(suite: Suite, seed: int) -> list[RunConfig]:
     """All runs of one seed, in the order of the design."""
     return [run for cells in suite.profile.study.cells for run in suite.study_runs(cells, seed).values()]
+
+
+def hours_left(suite: Suite) -> float | None:
+    """Hours of training that the planned seeds still need, teachers included; None before this machine's first run.
+
+    From the seconds that the finished runs of this machine took for an epoch of all images.
+    """
+    here = environment(suite.device)
+    runs = [run for seed in suite.profile.study.seeds for run in seed_runs(suite, seed)]
+    needed = dict.fromkeys(each for run in runs for each in (run, run.teacher, run.initial) if each is not None)
+    done, seconds, left = 0.0, 0.0, 0.0
+    for run in needed:
+        record = suite.store.record(run)
+        if record is None:
+            left += _epochs(suite, run)
+        elif all(record.environment[key] == here[key] for key in ("device", "processor")):
+            done, seconds = done + _epochs(suite, run), seconds + record.cost["training_seconds"]
+    return left * seconds / done / 3600 if done else None
+
+
+def _epochs(suite: Suite, run: RunConfig) -> float:
+    """Epochs of all training images that a run takes."""
+    images = run.data.train_images or suite.state.training_count
+    steps = run.optimization.steps(images // run.optimization.batch_size)
+    return steps * run.optimization.batch_size / suite.state.training_count
+
+
+def report_study(suite: Suite) -> list[Table]:
+    """Write the tables and the picture of a study; print the verdicts and the hours that are left.
+
+    Tuning has a table of validation accuracies; a study with claims has the claims table and a picture of it.
+    """
+    made = []
+    if suite.profile.study.claims:
+        claims = study_claims.table(suite)
+        made.append(claims)
+        frame = study_claims.forest_frame(claims)
+        if len(frame):
+            charts.save(charts.forest(frame), require_writable(suite.folder / "figures"), "claims")
+        for row in claims.frame.to_dict("records"):
+            print(f"  {row['claim']}: {row['difference']} ({row['n (seeds)']} seeds): {row['verdict']}")
+    if suite.profile.validation_images:
+        made.append(tuning_table(suite))
+    for table in made:
+        table.write(require_writable(suite.folder / "tables"))
+    left = hours_left(suite)
+    rest = "unknown before the first finished run" if left is None else f"about {left:.1f} on this machine"
+    print(f"hours of training left: {rest}; results are in {suite.folder}", flush=True)
+    return made

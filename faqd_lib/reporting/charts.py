@@ -423,3 +423,27 @@ def affinity_frontier(frame: pd.DataFrame) -> Figure:
         axis.margins(0.1, 0.15)
         figure.legend(loc="outside right upper", fontsize="small", title="affinity loss")
         return figure
+
+
+def forest(frame: pd.DataFrame) -> Figure:
+    """Claims with their intervals, one line each; grey bars reach from 0 to −margin.
+
+    ``frame``: columns ``claim``, ``mean``, ``low``, ``high`` and ``margin`` in percentage points, and ``verdict``. See
+    :func:`faqd_lib.reporting.study_claims.forest_frame`.
+    """
+    _require(frame, "claim", "mean", "low", "high", "margin", "verdict")
+    with new_figure(height=0.8 + 0.62 * len(frame), width=6.0) as (figure, axes):
+        axis = axes[0]
+        axis.axvline(0, color="0.3", linewidth=1)
+        for place, row in enumerate(frame.itertuples()):
+            if row.margin > 0:
+                axis.barh(place, -row.margin, height=0.5, color="0.88")
+            hue = "0.55" if "inconclusive" in row.verdict or "not testable" in row.verdict else colours(1)[0]
+            axis.plot([row.low, row.high], [place, place], color=hue, linewidth=2.5)
+            axis.plot(row.mean, place, marker="o", color=hue, markersize=7)
+            axis.annotate(
+                f"{row.claim}: {row.verdict}", (0, place), xycoords=("axes fraction", "data"), xytext=(2, 9),
+                textcoords="offset points", fontsize="small",
+            )  # fmt: skip
+        axis.set(yticks=[], ylim=(len(frame) - 0.3, -0.9), xlabel="difference of accuracy (percentage points)")
+        return figure

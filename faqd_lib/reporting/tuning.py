@@ -3,6 +3,7 @@
 import pandas as pd
 
 from ..runs.suite import Suite
+from .tables import NOT_A_RESULT, RUNS, Table, with_origin
 
 
 def tuning_frame(suite: Suite) -> pd.DataFrame:
@@ -31,3 +32,16 @@ def choose(frame: pd.DataFrame, cells: str, arms: list[str], threshold: float = 
     found = frame[frame["cells"] == cells].set_index("arm")["validation"].loc[arms]
     best = str(found.idxmax())
     return best if found[best] >= found[arms[0]] + threshold else arms[0]
+
+
+def tuning_table(suite: Suite) -> Table:
+    """The table of :func:`tuning_frame`, in percent with two digits."""
+    frame = tuning_frame(suite).rename(columns={"validation": "validation accuracy (%)", "runs": RUNS})
+    shows = suite.profile.shows_results
+    accuracy = "validation accuracy (%)"
+    frame[accuracy] = [f"{value:.2f}" if shows else NOT_A_RESULT for value in frame[accuracy]]
+    caption = (
+        f"Tuning on {suite.profile.validation_images:,} validation images, {suite.caption}. Mean accuracy after the "
+        "last epoch over n runs. Test images are not looked at."
+    )
+    return with_origin(suite, Table("tuning", f"Tuning, {suite.dataset}", caption, frame))

@@ -1,0 +1,229 @@
+"""The claims of a study, judged on complete seeds by the rule of :mod:`faqd_lib.reporting.verdicts`.
+
+What is compared, when, and with which margins is in the design (:mod:`faqd_lib.runs.study`); nothing else changes a
+verdict. A seed counts for a claim if all its runs of the claim's arms are finished.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from ..config import RunConfig
+from ..runs.store import RunRecord
+from ..runs.study import PlannedClaim
+from ..runs.suite import Suite
+from . import verdicts
+from .tables import NOT_A_RESULT, NOT_RUN, RUNS, Table, with_origin
+from .verdicts import Estimate, Hypothesis, Ruling
+
+STATED_EFFECTS = (0.3, 0.5, 1.0)  # percentage points, for the number of seeds that would show them
+ASSAY = "assay of {}"  # name of the estimates that a claim builds on
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run of a study: accuracy in percent; per test image, whether it is right and −log of the true class."""
+
+    record: RunRecord
+    right: np.ndarray
+    surprise: np.ndarray
+    classes: int
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A contrast over the complete seeds, in planned order.
+
+    Args:
+        accuracy: one value a seed, in percentage points.
+        right: the same a seed and image, between −1 and 1; images are the test images.
+        surprise: the contrast of cross-entropy a seed and image, in nats.
+        runs: names of the runs behind it.
+        dead: names of those among them that learned nothing.
+    """
+
+    accuracy: list[float]
+    right: np.ndarray
+    surprise: np.ndarray
+    runs: list[str]
+    dead: list[str]
+
+    def estimate(self, seeds: int | None = None) -> Estimate:
+        """Of accuracy, from the first ``seeds`` seeds; None: all."""
+        return Estimate.of(self.accuracy[:seeds], self.right[:seeds])
+
+    def cross_entropy(self) -> Estimate:
+        """In nats, from all seeds; below 0 where the side with positive weights is better."""
+        return Estimate.of(self.surprise.mean(1), self.surprise, scale=1)
+
+
+def contrast(suite: Suite, claim: PlannedClaim, weights: Mapping[str, float]) -> Contrast | None:
+    """Measure a contrast of a claim on complete seeds; None if no seed is complete.
+
+    Seeds are taken in planned order, up to the first that is not complete.
+    """
+    study = suite.profile.study
+    accuracy, right, surprise, runs, dead = [], [], [], [], []
+    for seed in study.seeds:
+        found = {arm: _arm(suite, study.where(claim, arm), arm, seed) for arm in weights}
+        if any(measured is None for measured in found.values()):
+            break
+        everything = [run for measured in found.values() for run in measured]
+        most = max(run.record.last_accuracy for run in everything)
+        runs += [run.record.run_id for run in everything]
+        dead += [run.record.run_id for run in everything if run.record.last_accuracy < max(200 / run.classes, most / 2)]
+        share = {arm: weight / len(found[arm]) for arm, weight in weights.items()}
+        accuracy.append(sum(share[arm] * run.record.last_accuracy for arm in weights for run in found[arm]))
+        right.append(sum(share[arm] * run.right for arm in weights for run in found[arm]))
+        surprise.append(sum(share[arm] * run.surprise for arm in weights for run in found[arm]))
+    return Contrast(accuracy, np.array(right), np.array(surprise), runs, dead) if accuracy else None
+
+
+def _arm(suite: Suite, cells: str, arm: str, seed: int) -> list[Measured] | None:
+    """The runs of an arm and seed, one a bit-width; None if one is missing."""
+    runs = [_measured(suite, config) for (name, _), config in suite.study_runs(cells, seed).items() if name == arm]
+    return runs if runs and all(runs) else None
+
+
+def _measured(suite: Suite, config: RunConfig) -> Measured | None:
+    record = suite.store.record(config)
+    if record is None:
+        return None
+    kept = suite.store.predictions(record)
+    right = (kept["predicted"] == kept["label"]).numpy().astype(np.float32)
+    return Measured(record, right, -kept["log_probability"].float().numpy(), int(kept["label"].max()) + 1)
+
+
+def judge(suite: Suite, found: Mapping[str, tuple[Contrast | None, Contrast | None]]) -> dict[str, Ruling]:
+    """Judge all claims of the design, family by family.
+
+    Args:
+        suite: of the study.
+        found: by claim, its contrast and that of its assay.
+    """
+    study, rulings = suite.profile.study, {}
+    for family in dict.fromkeys(claim.family for claim in study.claims.values()):
+        claims = {name: claim for name, claim in study.claims.items() if claim.family == family}
+        hypotheses = [
+            Hypothesis(name, assay=ASSAY.format(name))
+            if claim.assay
+            else Hypothesis(name, claim.margin, claim.equivalence)
+            for name, claim in claims.items()
+        ]
+        looks = [_at_look(claims, found, seeds) for seeds in study.looks]
+        while looks and not looks[-1]:
+            looks.pop()
+        rulings |= verdicts.judge(hypotheses, looks, study.looks)
+    return rulings
+
+
+def _at_look(claims: Mapping[str, PlannedClaim], found: Mapping, seeds: int) -> dict[str, Estimate]:
+    """Estimates of the claims that have so many complete seeds, none of them with a run that learned nothing."""
+    estimates = {}
+    for name in claims:
+        for key, measured in zip((name, ASSAY.format(name)), found[name], strict=True):
+            if measured is not None and len(measured.accuracy) >= seeds and not measured.dead:
+                estimates[key] = measured.estimate(seeds)
+    return estimates
+
+
+def table(suite: Suite) -> Table:
+    """One row a claim of the study: contrast, estimate, interval, look, level, verdict and second endpoint."""
+    study = suite.profile.study
+    found = {
+        name: (contrast(suite, claim, claim.contrast), contrast(suite, claim, claim.assay) if claim.assay else None)
+        for name, claim in study.claims.items()
+    }
+    rulings = judge(suite, found)
+    rows, dead = [], set()
+    for name, claim in study.claims.items():
+        measured, assay = found[name]
+        row = {
+            "claim": claim.statement,
+            "contrast": _words(claim.contrast),
+            "margin": "half of FA's effect" if claim.assay else f"{claim.margin:g}",
+            "n (seeds)": f"{len(measured.accuracy) if measured else 0} of {study.looks[-1]}",
+        }
+        if measured is None:
+            rows.append({**row, "difference": NOT_RUN, "verdict": NOT_RUN, "family": claim.family, RUNS: ""})
+            continue
+        dead |= {*measured.dead, *(assay.dead if assay else ())}
+        shown = suite.profile.shows_results
+        numbers = _numbers(measured, assay, rulings[name]) if shown else dict.fromkeys(_NUMBERS, NOT_A_RESULT)
+        behind = dict.fromkeys([*measured.runs, *(assay.runs if assay else ())])
+        rows.append({**row, **numbers, "family": claim.family, RUNS: " ".join(behind)})
+    looks = " and ".join(map(str, study.looks))
+    caption = (
+        f"Claims of the study {suite.profile.name} (design {suite.profile.design_digest}) on {suite.caption}. "
+        "Contrasts of last-epoch test accuracy in percentage points, on complete seeds, each with its own teacher. "
+        f"95 % interval for other seeds and other test images. Looks at {looks} seeds, Holm's procedure over each "
+        "family. The level is that of one side."
+        + (f" Learned nothing: {', '.join(sorted(dead))}; their claims get no verdict." if dead else "")
+    )
+    return with_origin(suite, Table("claims", f"Claims, {suite.dataset}", caption, pd.DataFrame(rows).fillna("")))
+
+
+_NUMBERS = (
+    "difference", "95 % interval", "FA − KD", "cross-entropy (nats)", "look", "level", "p", "seeds for 0.3, 0.5, 1",
+    "verdict",
+)  # fmt: skip
+
+
+def _numbers(measured: Contrast, assay: Contrast | None, ruling: Ruling) -> dict[str, str]:
+    estimate, entropy = measured.estimate(), measured.cross_entropy()
+    needed = [
+        verdicts.seeds_for(effect, estimate.seed_variance, estimate.image_variance, ruling.level)
+        if estimate.seeds > 1
+        else None
+        for effect in STATED_EFFECTS
+    ]
+    return {
+        "difference": f"{estimate.mean:+.2f}",
+        "95 % interval": _interval(estimate, 2),
+        "FA − KD": "" if assay is None else f"{assay.estimate().mean:+.2f} ({_interval(assay.estimate(), 2)})",
+        "cross-entropy (nats)": f"{entropy.mean:+.4f} ({_interval(entropy, 4)})",
+        "look": str(ruling.look) if ruling.look else "before the first",
+        "level": f"{ruling.level:.2g}",
+        "p": f"{ruling.p:.2g}" if ruling.look else "",
+        "seeds for 0.3, 0.5, 1": ", ".join("–" if n is None else str(n) for n in needed) if estimate.seeds > 1 else "",
+        "verdict": ruling.verdict,
+    }
+
+
+def _interval(estimate: Estimate, digits: int) -> str:
+    if estimate.seeds < 2:
+        return "needs 2 seeds"
+    low, high = estimate.interval()
+    return f"{low:+.{digits}f} to {high:+.{digits}f}"
+
+
+def _words(weights: Mapping[str, float]) -> str:
+    """``fa − kd``, ``ffa − 0.5 fa − 0.5 kd``."""
+    parts = [
+        f"{'−' if weight < 0 else '+'} {'' if abs(weight) == 1 else f'{abs(weight):g} '}{arm}"
+        for arm, weight in weights.items()
+    ]
+    return " ".join(parts).removeprefix("+ ")
+
+
+def forest_frame(made: Table) -> pd.DataFrame:
+    """What :func:`faqd_lib.reporting.charts.forest` draws: claims with an interval.
+
+    Returns:
+        Columns ``claim``, ``mean``, ``low``, ``high``, ``margin`` (NaN where it is half of an effect) and ``verdict``.
+    """
+    frame = made.frame
+    shown = frame[frame.reindex(columns=["95 % interval"], fill_value="")["95 % interval"].str.contains(" to ")]
+    ends = [tuple(map(float, text.split(" to "))) for text in shown.get("95 % interval", ())]
+    return pd.DataFrame(
+        {
+            "claim": shown["claim"],
+            "mean": shown["difference"].astype(float),
+            "low": [low for low, _ in ends],
+            "high": [high for _, high in ends],
+            "margin": pd.to_numeric(shown["margin"], errors="coerce"),
+            "verdict": shown["verdict"],
+        }
+    )

@@ -1,0 +1,61 @@
+"""The command that runs a study: its options, what it writes, and the hours that it names."""
+
+import pytest
+
+from faqd_lib.cli import run_all
+from faqd_lib.cli.study import hours_left, report_study, run_study, seed_runs
+
+STUDY = {
+    "looks": [2],
+    "arms": {"kd": {"method": "KD"}, "fa": {"method": "FAQD"}},
+    "cells": {"main": {"arms": ["kd", "fa"], "weight_bits": [1]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["claims", "--only", "05"], "--only is not for a study"),
+        (["claims", "--seeds", "3"], "--seeds is not for a study"),
+        (["claims", "--hours", "0"], "--hours must be a number above 0, got 0"),
+        (["claims", "--hours", "nan"], "--hours must be a number above 0, got nan"),
+        (["smoke", "--hours", "1"], "--hours is for a study, and the profile smoke has none"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(options, message, capsys):
+    assert run_all.main(options) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_study_of_tuning_is_trained_and_reported(tiny_suite, capsys):
+    suite = tiny_suite(study=STUDY, shows_results=True, validation_images=12)
+    suite.state.__dict__["data"] = suite.state.data.model_copy(update={"validation_images": 12})
+    assert hours_left(suite) is None
+    assert run_study(suite)
+    (table,) = report_study(suite)
+    assert list(table.frame["arm"]) == ["kd", "fa"]
+    assert list(table.frame["n"]) == [2, 2]
+    runs = [suite.store.record(run) for seed in (2, 3) for run in seed_runs(suite, seed)]
+    kd = [run.history[-1]["validation_accuracy"] for run in runs if run.configuration.method == "KD"]
+    assert float(table.frame.iloc[0]["validation accuracy (%)"]) == pytest.approx(sum(kd) / 2, abs=0.005)
+    assert (suite.folder / "tables" / "tuning.csv").is_file()
+    assert "left: about 0.0 on this machine" in capsys.readouterr().out
+
+
+def test_hours_left_follow_from_the_finished_epochs(tiny_suite):
+    """One of two seeds is done, and the teacher that both share."""
+    suite = tiny_suite(study=STUDY)
+    records = [*suite.run(seed_runs(suite, 2)), suite.store.record(suite.teacher())]
+    seconds = sum(record.cost["training_seconds"] for record in records)
+    done = 2 + 2 + 1  # epochs of two students and of the teacher
+    assert hours_left(suite) == pytest.approx(4 * seconds / done / 3600)
+
+
+def test_the_claims_of_a_study_are_reported(tiny_suite, capsys):
+    claim = {"statement": "It helps", "contrast": {"fa": 1.0, "kd": -1.0}, "cells": "main"}
+    suite = tiny_suite(study=STUDY | {"looks": [5], "claims": {"helps": claim}}, shows_results=True)
+    suite.run([*seed_runs(suite, 2), *seed_runs(suite, 3)])
+    (table,) = report_study(suite)
+    assert table.frame.iloc[0]["n (seeds)"] == "2 of 5"
+    assert (suite.folder / "figures" / "claims.png").is_file()
+    assert "It helps" in capsys.readouterr().out

@@ -6,7 +6,8 @@ Two ways lead to the same numbers:
 - in one pass: one function for values and one for gradients. A compiled or traced network takes these functions in.
   For training on a CPU they can be compiled by themselves; see :func:`kernels`.
 
-Values and gradients to the input agree, except for the sign of zeros. The step's gradient agrees to rounding.
+Values and gradients to the input agree, except for the sign of zeros. The step's gradient agrees to rounding. What
+``torch.export`` makes of either has the values only.
 """
 
 import math

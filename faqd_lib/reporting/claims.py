@@ -1,48 +1,35 @@
-"""The paper's claims, each compared on paired runs, with a verdict from a rule that was written down before.
+"""The paper's claims, each compared on paired runs of a profile.
 
-Rule. The runs of both sides are paired: same bits, regime, teacher and seed (so the same batches). Pairs of one seed
-share their batches, their teacher and the test images, so they are not independent: their differences of last-epoch
-test accuracy (percentage points) are averaged, and each seed counts once. d is the mean over n seeds.
+A profile with a study is judged by its design: see :mod:`faqd_lib.reporting.study_claims`. Without a design there is no
+verdict, because which runs are averaged was not written down before. Such a comparison is exploratory:
 
-Its 95 % confidence interval is for other seeds and other test images of the same kind. The variance of d is
-s²/n + v²/N: s² the variance of the seeds' differences, v² the part of the variance between images that all seeds share
-(an image's difference: right on one side, wrong on the other, averaged over pairs; both sides saw the same N images).
-v² is estimated as in a two-way analysis of variance, seeds × images, from the mean squares of images less that of the
-interaction, which s² holds already; Student's t has the degrees of freedom of Welch and Satterthwaite. Runs of a
-version that did not keep its predictions are compared without the second term, and the caption says so. With a single
-seed there is nothing to estimate s² from: the interval is then for other test images alone, says so, and is too narrow
-for a verdict. With the claim's margin m (0 for "better", 0.5 for "as good as"):
+The runs of both sides are paired: same bits, regime, teacher and seed, so the same batches. Pairs of one seed share
+their batches, their teacher and the test images, so they are not independent. Their differences of last-epoch test
+accuracy, in percentage points, are averaged, and each seed counts once. Estimate and interval are those of
+:class:`faqd_lib.reporting.verdicts.Estimate`: for other seeds and other test images. With a single seed, the interval
+is for other test images alone, says so, and is too narrow. Runs of a version that did not keep its predictions are
+compared by seeds alone, and the caption says so.
 
-    reproduced       if the whole interval lies above −m
-    not reproduced   if the whole interval lies below −m
-    inconclusive     otherwise, and always with fewer than 3 seeds, or if a run behind it takes all test images for
-                     one class: it has learned nothing, and two such runs agree whatever they were taught
-
-"Seeds to settle" is asked of inconclusive claims: the fewest seeds with which, if d and the variances are as measured,
-the interval would lie on one side of −m with a probability of 80 %; "never" if the test images alone leave it open.
-It is itself an estimate from n seeds, and a rough one.
-
-How many of the pairs lie above −m is shown beside it. Only the profile's own runs are looked at. A profile whose
-numbers mean nothing (smoke) gets no verdict.
+How many of the pairs lie above −margin is shown beside it. Only the profile's own runs are looked at. A profile whose
+numbers mean nothing (smoke) shows none.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from scipy import stats
 
 from ..quantization.weights import FLOAT_BITS
 from ..runs.store import RunRecord
 from ..runs.suite import Suite
-from . import grids
+from . import grids, study_claims
 from .tables import NOT_A_RESULT, NOT_RUN, RUNS, Table, runs_frame, with_origin
+from .verdicts import Estimate
 
-REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not reproduced", "inconclusive at this scale"
+EXPLORATORY = "exploratory"
 MARGIN_AS_GOOD = 0.5
-FEWEST_SEEDS = 3
-MEASURED = ("difference", "95 % interval", "pairs above −margin", "seeds to settle", "verdict")
+MEASURED = ("difference", "95 % interval", "pairs above −margin", "verdict")
 PAIRING = ["model", "weight_bits", "activation_bits", "regime", "seed"]
 
 
@@ -141,96 +128,6 @@ CLAIMS = (
 )
 
 
-@dataclass(frozen=True)
-class Effect:
-    """A mean difference in percentage points over n seeds and N images, and the two parts of its variance.
-
-    Args:
-        mean: d.
-        seeds: n.
-        seed_variance: s², NaN with one seed.
-        image_variance: v²/N, the variance that other test images add; 0 if unknown. With one seed, it includes the
-            interaction of seed and images.
-        images: N; 0 if unknown.
-    """
-
-    mean: float
-    seeds: int
-    seed_variance: float
-    image_variance: float = 0.0
-    images: int = 0
-
-    @classmethod
-    def of(cls, by_seed: Sequence[float], by_image: torch.Tensor | None = None) -> "Effect":
-        """Estimate an effect.
-
-        Args:
-            by_seed: n differences in percentage points, one a seed.
-            by_image: (n, N) differences between −1 and 1, one a seed and image; None if unknown.
-        """
-        series = pd.Series(by_seed, dtype=float)
-        mean, variance = float(series.mean()), float(series.var(ddof=1))
-        if by_image is None:
-            return cls(mean, len(series), variance)
-        cells, (n, count) = 100 * by_image.double(), by_image.shape
-        if n == 1:
-            return cls(mean, 1, variance, float(cells.var()) / count, count)
-        of_images = cells.mean(0)
-        rest = cells - cells.mean(1, keepdim=True) - of_images + cells.mean()
-        interaction = rest.square().sum() / ((n - 1) * (count - 1))
-        shared = float((of_images.var() - interaction / n).clamp_min(0))
-        return cls(mean, n, variance, shared / count, count)
-
-    def _error(self, seeds: int) -> tuple[float, float]:
-        """Standard error and degrees of freedom for that many seeds."""
-        of_seeds = self.seed_variance / seeds
-        total = of_seeds + self.image_variance
-        parts = of_seeds**2 / (seeds - 1)
-        if self.images > 1:
-            parts += self.image_variance**2 / (self.images - 1)
-        return total**0.5, total**2 / parts if parts else float(seeds - 1)
-
-    def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval (low, high) in percentage points.
-
-        With one seed it covers other test images only, and is (NaN, NaN) if the images are unknown.
-        """
-        if self.seeds < 2 and not self.images:
-            return float("nan"), float("nan")
-        error, freedom = self._error(self.seeds) if self.seeds > 1 else (self.image_variance**0.5, self.images - 1)
-        half = float(stats.t.ppf(0.975, freedom)) * error
-        return self.mean - half, self.mean + half
-
-    def verdict(self, margin: float = 0.0) -> str:
-        """The verdict of the rule at the head of this module."""
-        low, high = self.interval()
-        if self.seeds >= FEWEST_SEEDS and low > -margin:
-            return REPRODUCED
-        if self.seeds >= FEWEST_SEEDS and high < -margin:
-            return NOT_REPRODUCED
-        return INCONCLUSIVE
-
-    def seeds_to_settle(self, margin: float = 0.0, power: float = 0.8, most: int = 1000) -> str:
-        """Number of seeds with which an inconclusive claim would be settled; empty with one seed.
-
-        Args:
-            margin: of the claim, in percentage points.
-            power: probability with which the interval then lies on one side of −margin.
-            most: largest number that is tried.
-        """
-        if self.seeds < 2:
-            return ""
-        distance = abs(self.mean + margin)
-        for seeds in range(FEWEST_SEEDS, most + 1):
-            error, freedom = self._error(seeds)
-            if error == 0:
-                return str(FEWEST_SEEDS) if distance else "never"
-            reach = stats.nct.sf(stats.t.ppf(0.975, freedom), freedom, distance / error)
-            if reach >= power:
-                return str(seeds)
-        return f"more than {most}" if distance > 2.8 * self.image_variance**0.5 else "never"
-
-
 def paired(frame: pd.DataFrame, claim: Claim) -> pd.DataFrame:
     """The pairs of a claim. Runs without a partner are left out.
 
@@ -254,8 +151,8 @@ def paired(frame: pd.DataFrame, claim: Claim) -> pd.DataFrame:
     )
 
 
-def effect(pairs: pd.DataFrame, right: Mapping[str, torch.Tensor | None]) -> Effect:
-    """The effect over pairs.
+def effect(pairs: pd.DataFrame, right: Mapping[str, torch.Tensor | None]) -> Estimate:
+    """The effect over pairs, in percentage points.
 
     Args:
         pairs: of :func:`paired`.
@@ -263,16 +160,18 @@ def effect(pairs: pd.DataFrame, right: Mapping[str, torch.Tensor | None]) -> Eff
     """
     by_seed = pairs.groupby("seed")["difference"].mean().tolist()
     if any(right[run] is None for run in {*pairs["run"], *pairs["other"]}):
-        return Effect.of(by_seed)
+        return Estimate.of(by_seed)
     of_seed = [
         torch.stack([right[row.run].double() - right[row.other].double() for row in group.itertuples()]).mean(0)
         for _, group in pairs.groupby("seed")
     ]
-    return Effect.of(by_seed, torch.stack(of_seed))
+    return Estimate.of(by_seed, torch.stack(of_seed))
 
 
 def table(suite: Suite) -> Table:
     """One row a claim: what was compared, measured difference, interval, pairs, seeds, verdict."""
+    if suite.profile.study is not None:
+        return study_claims.table(suite)
     records = [record for record in map(suite.store.record, grids.everything(suite)) if record is not None]
     frame = runs_frame(records)
     if len(frame):
@@ -293,13 +192,11 @@ def table(suite: Suite) -> Table:
             measured = effect(pairs, right)
             untaught = dead & {*pairs["run"], *pairs["other"]}
             spoiled |= untaught
-            word = INCONCLUSIVE if untaught else measured.verdict(claim.margin)
             found = {
                 "difference": f"{measured.mean:+.2f}",
                 "95 % interval": _interval(measured),
                 "pairs above −margin": f"{int((pairs['difference'] > -claim.margin).sum())} of {len(pairs)}",
-                "seeds to settle": _seeds_to_settle(measured, claim.margin, word, bool(untaught)),
-                "verdict": word,
+                "verdict": EXPLORATORY,
             }
         behind = " ".join(sorted({*pairs["run"], *pairs["other"]}))
         rows.append({**row, **found, "n (seeds)": str(pairs["seed"].nunique()), RUNS: behind})
@@ -308,9 +205,9 @@ def table(suite: Suite) -> Table:
         f"Claims of the paper on {suite.caption}; {suite.profile.seeds} seed(s). Difference of last-epoch test "
         "accuracy in percentage points over pairs of runs (same bits, regime, teacher, seed), averaged within a seed; "
         f"95 % interval for other seeds and other test images (n seeds, {suite.state.test_count:,} images). "
-        "Reproduced: interval above −margin; not reproduced: below; else, or with n < "
-        f"{FEWEST_SEEDS}, inconclusive. All runs share one teacher of each kind: the interval speaks of these."
-        + (f" Learned nothing, one class for all test images: {_runs(len(spoiled))}; no verdict." if spoiled else "")
+        "Exploratory: no design was written before the runs, so there is no verdict. All runs share one teacher of "
+        "each kind: the interval speaks of these."
+        + (f" Learned nothing, one class for all test images: {_runs(len(spoiled))}." if spoiled else "")
         + (f" Kept no predictions: {_runs(unknown)}; such intervals are for other seeds only." if unknown else "")
     )
     return with_origin(suite, Table("claims", f"Claims, {suite.dataset}", caption, pd.DataFrame(rows)))
@@ -320,15 +217,7 @@ def _runs(count: int) -> str:
     return f"{count} run{'s' * (count != 1)}"
 
 
-def _seeds_to_settle(measured: Effect, margin: float, verdict: str, untaught: bool) -> str:
-    if verdict != INCONCLUSIVE:
-        return ""
-    if untaught:  # more seeds do not help students that learn nothing
-        return "longer training first"
-    return measured.seeds_to_settle(margin) or "unknown with 1 seed"
-
-
-def _interval(measured: Effect) -> str:
+def _interval(measured: Estimate) -> str:
     if measured.seeds < 2 and not measured.images:
         return "needs 2 seeds"
     low, high = measured.interval()

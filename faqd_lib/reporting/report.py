@@ -30,6 +30,7 @@ from ..runs.suite import Suite
 from ..utils.files import atomic_write_text, require_writable
 from ..utils.progress import clock
 from . import claims, tables
+from . import verdicts as verdict_rule
 from .charts import NOTE_KEY, RUNS_KEY
 
 # The exceptions of latex2mathml have no common base class.
@@ -110,7 +111,7 @@ def write_report(suite: Suite) -> Path:
         finished=tables.span(record.finished[:10] for record in records),
         claims=_shown(verdicts),
         verdicts=verdicts.frame.to_dict("records"),
-        rule=claims.__doc__.partition("\n\n")[2],
+        rule=(claims if suite.profile.study is None else verdict_rule).__doc__.partition("\n\n")[2],
         tables=shown,
         pictures=[Picture.read(path) for path in sorted((suite.folder / "figures").glob("*.png"))],
         environments=_environments(records),

@@ -60,7 +60,7 @@ def test_everything_is_on_one_page_that_fetches_nothing(suite):
     assert not re.search(r"url\(|@import", path.read_text())
     expected = ["81.25", "T1 Weight quantization, digits", "Notebook 05: accuracy by bits", "2 run records", "not run"]
     torch_version = suite.store.records()[0].environment["torch"]
-    for text in [*expected, student.run_id, suite.caption, "seeds to settle", "1 seed", torch_version]:
+    for text in [*expected, student.run_id, suite.caption, "1 seed", torch_version]:
         assert text in page.text, text
     inside = [link for link in page.links if not link.startswith(("#", "https://arxiv.org/"))]
     assert inside == ["notebooks/02_fast_feature_affinity.html"]

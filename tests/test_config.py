@@ -124,11 +124,11 @@ def test_frozen(run_config):
 # Another valid value for every setting of a run.
 OTHERS = {
     "data": {"name": "other", "fingerprint": "1" * 64, "train_images": 7, "test_images": 8, "validation_images": 9,
-             "subset_seed": 1},
+             "held_out_images": 3, "subset_seed": 1},
     "model": "resnet20",
     "optimization": {"epochs": 3, "batch_size": 8, "learning_rate": 0.3, "momentum": 0.5, "weight_decay": 0.0,
                      "warmup_epochs": 0.5, "clip_norm": 1.0, "precision": "bf16", "batch_norm_batches": 4,
-                     "compiled": True},
+                     "compiled": True, "updates": 5},
     "objective": {"logit_loss": "kl", "logit_weight": 2.0, "temperature": 1.0, "affinity": "fa",
                   "affinity_weight": 10.0, "k": 1, "distribution": "rademacher", "label_weight": 0.3, "adapters": True,
                   "affinity_recipe": 99},

@@ -1,1 +1,1 @@
-"""The affinity losses: exact, fast, their statistics, and rival estimators."""
+"""Exact and fast affinity losses, their statistics, and rival estimators."""

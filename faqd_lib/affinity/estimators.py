@@ -1,15 +1,17 @@
-"""Other ways to estimate the affinity loss, to compare with: nothing in training uses them.
+"""Rivals of the fast affinity loss, for comparisons. Training does not use them.
 
-Each takes (student, teacher, budget, generator) with maps as :func:`faqd_lib.feature_affinity_loss` takes them and a
-CPU generator (None for torch's global one), and returns a scalar that can be differentiated with respect to the
-student. All images of a batch share the random choice. L is the exact loss, mean over images of ‖D‖²_F / N².
+Every estimator takes (student, teacher, budget, generator). The maps are those of
+:func:`faqd_lib.feature_affinity_loss`; the generator is on the CPU, None for torch's global one. The result is a
+scalar with a gradient for the student. All images of a batch share the random choice.
+
+The quantity to estimate is the exact loss L, the mean over images of ‖D‖²_F / N².
 """
 
 import torch
 import torch.nn.functional as F
 
 from .kernels import EPS, accumulation_dtype, affinity_difference
-from .loss import check_pair, draw_projections, feature_affinity_loss
+from .loss import check_pair, draw_projections, feature_affinity_loss, unit_pixels
 
 
 def orthogonal_probes(
@@ -17,17 +19,17 @@ def orthogonal_probes(
 ) -> torch.Tensor:
     """Mean of ‖D z_j‖²/N² over k projections of length √N, orthogonal to each other. Unbiased; exact at k = N.
 
-    (Yu et al. 2016, "Orthogonal random features", for kernels.) The QR decomposition costs O(N k²).
+    Yu et al. (2016, "Orthogonal random features") use such projections for kernels. The QR decomposition costs O(N k²).
 
     Raises:
-        ValueError: k below 1 or above the number of pixels N.
+        ValueError: k is below 1 or above the number of pixels N.
     """
     teacher = check_pair(student, teacher)
     pixels = student.shape[2] * student.shape[3]
     if not 1 <= k <= pixels:
         raise ValueError(f"k must be from 1 to the number of pixels, {pixels}, got {k}")
     q, r = torch.linalg.qr(draw_projections(pixels, k, generator=generator).double())
-    # The signs make the system uniformly distributed (Mezzadri 2007); squares do not see them, but cost nothing.
+    # Mezzadri (2007): with these signs the orthonormal system is uniformly distributed. Squares do not depend on them.
     z = (q * r.diagonal().sign() * pixels**0.5).to(student.device, accumulation_dtype(student))
     with_gradient = torch.is_grad_enabled() and student.requires_grad
     total, _ = affinity_difference(student, teacher, "projection", "l2", z, with_gradient)
@@ -37,14 +39,14 @@ def orthogonal_probes(
 def hutch_plus_plus(
     student: torch.Tensor, teacher: torch.Tensor, products: int, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Hutch++ (Meyer et al. 2021) for tr D²: the trace on a sketched range exactly, the rest by projections. Unbiased.
+    """Hutch++ (Meyer et al. 2021) for tr D²: exact on a sketched range, by random projections outside it. Unbiased.
 
-    With m = ⌊products/4⌋ columns: an orthonormal basis V of D²S costs 2m products with D, ‖DV‖²_F another m, and m
-    projections g, made orthogonal to V, estimate the rest by their ‖Dg‖². The basis counts as constant in the
-    gradient, which stays unbiased, because the estimate is so for every V.
+    The sketch S has m = ⌊products/4⌋ random columns. An orthonormal basis V of D²S costs 2m products with D, ‖DV‖²_F
+    costs m, and ‖Dg‖² of m projections g orthogonal to V costs m. These ‖Dg‖² estimate the trace outside V.
+    The gradient treats V as constant. It is unbiased because the estimate is unbiased for every V.
 
     Args:
-        products: number of products D·vector that may be spent, at least 4.
+        products: budget of products D·vector, at least 4.
 
     Raises:
         ValueError: fewer than 4 products.
@@ -57,7 +59,7 @@ def hutch_plus_plus(
     dtype, device = accumulation_dtype(student), student.device
     s, g = (draw_projections(pixels, m, generator=generator).to(device, dtype) for _ in range(2))
     with torch.autocast(device.type, enabled=False):
-        x, y = _unit_pixels(student.to(dtype)), _unit_pixels(teacher.to(dtype))
+        x, y = unit_pixels(student.to(dtype)), unit_pixels(teacher.to(dtype))
 
         def times_d(v: torch.Tensor) -> torch.Tensor:
             return x @ (x.transpose(1, 2) @ v) - y @ (y.transpose(1, 2) @ v)
@@ -74,11 +76,11 @@ def pixel_subset(
 ) -> torch.Tensor:
     """The exact loss of ``count`` randomly chosen pixels, scaled so that it is unbiased.
 
-    Pairs of different pixels are weighted N(N−1)/(count(count−1)), the diagonal (which is 0 but for pixels without
-    direction) N/count.
+    Pairs of different pixels have the weight N(N−1)/(count(count−1)). Entries of the diagonal have the weight N/count;
+    only pixels without direction have an entry other than 0.
 
     Raises:
-        ValueError: ``count`` below 2 or above the number of pixels N.
+        ValueError: ``count`` is below 2 or above the number of pixels N.
     """
     teacher = check_pair(student, teacher)
     pixels = student.shape[2] * student.shape[3]
@@ -97,18 +99,13 @@ def pixel_subset(
 def average_pooling(
     student: torch.Tensor, teacher: torch.Tensor, size: int, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """The exact loss of both maps, average-pooled to at most size × size pixels. Not random, and not unbiased.
+    """The exact loss of both maps after average pooling to at most size × size pixels: deterministic and biased.
 
     Raises:
-        ValueError: ``size`` below 1.
+        ValueError: ``size`` is below 1.
     """
     teacher = check_pair(student, teacher)
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
     target = [min(size, length) for length in student.shape[2:]]
     return feature_affinity_loss(F.adaptive_avg_pool2d(student, target), F.adaptive_avg_pool2d(teacher, target))
-
-
-def _unit_pixels(features: torch.Tensor) -> torch.Tensor:
-    vectors = features.flatten(2).transpose(1, 2)
-    return vectors / vectors.norm(dim=2, keepdim=True).clamp_min(EPS)

@@ -1,7 +1,6 @@
-"""The affinity losses' computation: value and gradient in one pass, a few images at a time, as one operator.
+"""Computation of the affinity losses: value and gradient in one pass, a few images at a time, as one operator.
 
-The operator is opaque to ``torch.compile``, which takes it as it is; the mathematics is in
-:mod:`faqd_lib.affinity.loss`.
+``torch.compile`` calls the operator without looking into it. The mathematics is in :mod:`faqd_lib.affinity.loss`.
 """
 
 from collections.abc import Iterator
@@ -12,21 +11,23 @@ from torch.utils.flop_counter import register_flop_formula
 
 EPS = 1e-6  # a pixel vector shorter than this has no direction
 
-_CPU_CHUNK = 2**20  # numbers in a work buffer: 4 MiB of float32, which fewer calls and a processor's cache both like
-_GPU_CHUNK = 2**26  # there the only limit is memory
-_ROWS = 64  # rows of D at a time, at least: fewer make slow matrix products
+_CPU_CHUNK = 2**20  # numbers in a work buffer: 4 MiB of float32, small enough for the cache, large enough for few calls
+_GPU_CHUNK = 2**26  # limited by memory alone
+_ROWS = 64  # smallest number of rows of D at a time: matrix products of fewer rows are slow
 
 
 def accumulation_dtype(features: torch.Tensor) -> torch.dtype:
-    """In which the losses compute: float64 for float64 maps, else float32."""
+    """The dtype in which the losses compute: float64 for float64 maps, else float32."""
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 class MapPair:
-    """A student's and a teacher's map, as factors of D = Q K Qᵀ for a few images at a time.
+    """Factors of D = Q K Qᵀ for a student's and a teacher's map, made for a few images at a time.
 
     Attributes:
-        images, pixels, channels: of the student's map: batch, N = height·width, C_s.
+        images: batch.
+        pixels: N = height·width.
+        channels: C_s.
         width: w = C_s + C_t.
         shared: m, the number of channels that both maps have.
         core: K (w, w).
@@ -42,7 +43,7 @@ class MapPair:
         self.width = self.channels + teacher_channels
         self.shared = m = min(self.channels, teacher_channels)
         self.rest = self.width - 2 * m
-        self.sign = 1 if self.channels > teacher_channels else -1  # of the further channels' part of D
+        self.sign = 1 if self.channels > teacher_channels else -1  # sign in D of the further channels
         one = torch.eye(m, dtype=self.dtype, device=student.device)
         self.core = student.new_zeros((self.width, self.width), dtype=self.dtype)
         self.to_student = student.new_zeros((self.width, self.channels), dtype=self.dtype)
@@ -57,9 +58,9 @@ class MapPair:
                 self.to_student[2 * m :, m:] = rest
 
     def chunks(self, numbers_an_image: int) -> "Iterator[Chunk]":
-        """A few images at a time, so few that a buffer of ``numbers_an_image`` for each of them stays in the cache.
+        """Chunks of images, so small that a buffer of ``numbers_an_image`` for each image stays in the cache.
 
-        All chunks share one memory: a chunk is valid until the next one is made.
+        All chunks share one buffer: a chunk is valid until the next one is made.
         """
         limit = _CPU_CHUNK if self.student.device.type == "cpu" else _GPU_CHUNK
         size = min(self.images, max(1, limit // numbers_an_image))
@@ -72,7 +73,7 @@ class MapPair:
             yield self._chunk(images, q[:count], scratch[:count])
 
     def _chunk(self, images: slice, q: torch.Tensor, scratch: torch.Tensor) -> "Chunk":
-        """Fill ``q`` and describe the images; ``scratch`` is overwritten."""
+        """The chunk of these images: fill ``q``, overwrite ``scratch``."""
         m = self.shared
         f, g = (
             features[images].reshape(-1, self.pixels, features.shape[3]).to(self.dtype)
@@ -85,9 +86,9 @@ class MapPair:
         e, y = q[..., :m], q[..., m : 2 * m]
         torch.mul(g[..., :m], inverse_g, out=y)
         torch.mul(f[..., :m], inverse, out=e)
-        torch.sub(y, e, out=e)  # not fused with the line above: equal maps have E = 0 to the bit
-        # |X|² − |Y|² is 0 but for the rounding of the two lengths. All channels of a pixel share that error. Where the
-        # maps are close, D would hold nothing else. So X = Y − E is made as long as Y again.
+        torch.sub(y, e, out=e)  # not fused with the line above: equal maps must give E = 0 to the bit
+        # |X|² − |Y|² is 0 except for the rounding of the two lengths, an error that all channels of a pixel share. If
+        # the maps are close, this error would dominate D. The correction gives X = Y − E the length of Y again.
         radial = torch.sub(e, y, alpha=2, out=scratch[..., :m]).mul_(e).sum(2, keepdim=True)
         if self.rest:
             wider, inverse_of_wider = (f, inverse) if self.sign > 0 else (g, inverse_g)
@@ -103,11 +104,11 @@ class Chunk(NamedTuple):
 
     Attributes:
         images: which images of the batch.
-        q: Q (b, N, w): columns [E, Y, rest], E = Y − X over the shared channels; rest: the wider map's further ones.
+        q: Q (b, N, w) with the columns [E, Y, rest]: E = Y − X over the shared channels, rest from the wider map.
         f: the student's map (b, N, C_s), not normalised.
         inverse: 1/‖F‖ of the student's pixels (b, N, 1).
         alive: whether a pixel has a direction (b, N, 1).
-        scratch: memory to overwrite.
+        scratch: a buffer to overwrite.
     """
 
     images: slice
@@ -118,7 +119,7 @@ class Chunk(NamedTuple):
     scratch: torch.Tensor
 
     def through_normalisation(self, gradient: torch.Tensor, factor: float) -> None:
-        """Turn the gradient with respect to X, in place, into ``factor`` times the gradient with respect to F."""
+        """Turn a gradient with respect to X in place into ``factor`` times the gradient with respect to F."""
         along = torch.mul(self.f, gradient, out=self.scratch[..., : self.f.shape[2]]).sum(2, keepdim=True)
         along.mul_(self.inverse).mul_(self.inverse)
         gradient.addcmul_(self.f, along, value=-1)
@@ -126,9 +127,9 @@ class Chunk(NamedTuple):
 
 
 def _length(f: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-    # Twice as fast as vector_norm along few, adjacent numbers.
+    # Faster than vector_norm for short vectors in adjacent memory.
     length = torch.mul(f, f, out=scratch[..., : f.shape[2]]).sum(2, keepdim=True).sqrt_()
-    return length.add_(0 * length)  # finite numbers whose squares overflow become NaN, not a wrong direction
+    return length.add_(0 * length)  # a vector whose squares overflow becomes NaN instead of a wrong direction
 
 
 def _gram(pair: MapPair, gradient: torch.Tensor | None) -> torch.Tensor:
@@ -139,13 +140,13 @@ def _gram(pair: MapPair, gradient: torch.Tensor | None) -> torch.Tensor:
         if gradient is not None:
             torch.bmm(chunk.q, core_g @ pair.to_student, out=gradient[chunk.images])
             chunk.through_normalisation(gradient[chunk.images], 4)
-    # Where the maps agree this is a difference of rounded sums. A squared norm is not negative.
+    # If the maps agree, this difference of rounded sums can be negative; a squared norm cannot.
     return total.clamp_min_(0)
 
 
 def _projection(pair: MapPair, gradient: torch.Tensor | None, z: torch.Tensor) -> torch.Tensor:
     total, k = pair.student.new_zeros((), dtype=pair.dtype), z.shape[1]
-    zt = z.T.contiguous()  # products with few long rows are twice as fast as with few long columns
+    zt = z.T.contiguous()  # products with few long rows are faster than with few long columns
     for chunk in pair.chunks(pair.pixels * (pair.width + k)):
         images = len(chunk.q)
         zq = torch.bmm(zt.expand(images, -1, -1), chunk.q)
@@ -167,7 +168,7 @@ def _pairwise(pair: MapPair, gradient: torch.Tensor | None, norm: str) -> torch.
     rows = min(n, max(_ROWS, limit // n))
     for chunk in pair.chunks(max(n * pair.width, rows * n)):
         q, x = chunk.q, chunk.f * chunk.inverse
-        q_core = torch.cat((-x[..., :m], -q[..., :m], q[..., 2 * m :] * pair.sign), dim=2)  # without a product
+        q_core = torch.cat((-x[..., :m], -q[..., :m], q[..., 2 * m :] * pair.sign), dim=2)  # Q K without a product
         for start in range(0, n, rows):
             d = q_core[:, start : start + rows] @ q.transpose(1, 2)
             total += (d.square() if norm == "l2" else d.abs()).sum()
@@ -188,8 +189,11 @@ def affinity_difference(
     projections: torch.Tensor | None,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(Σ over images of ‖D‖²_F, of its estimate, or of ‖D‖₁; its gradient, as large as the student's map or empty)."""
-    # Inside autocast the products must still be computed and summed in float32.
+    """(sum over images, gradient). The sum is of ‖D‖²_F, of its estimate, or of ‖D‖₁.
+
+    The gradient has the shape of the student's map; it is empty unless ``with_gradient``.
+    """
+    # Autocast would compute the products in a lower precision.
     with torch.autocast(student.device.type, enabled=False):
         pair = MapPair(student, teacher)
         gradient = _empty_gradient(student, with_gradient)
@@ -204,7 +208,7 @@ def affinity_difference(
 
 
 def _empty_gradient(student: torch.Tensor, with_gradient: bool) -> torch.Tensor:
-    """Channels-last, whatever the student's own layout: pixel vectors are what everything here reads and writes."""
+    """Empty memory for a gradient, channels-last in any case, because pixel vectors are read and written whole."""
     b, c, h, w = student.shape
     dtype = accumulation_dtype(student)
     if not with_gradient:
@@ -219,17 +223,17 @@ def _(student, teacher, method, norm, projections, with_gradient):
 
 def _keep_gradient(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[1])
-    ctx.set_materialize_grads(False)  # nobody differentiates the gradient: zeros as large as a map would be made for it
+    ctx.set_materialize_grads(False)  # else autograd would make zeros, as large as a map, for the unused second output
     ctx.student_dtype = inputs[0].dtype
 
 
 def _scaled_gradient(ctx, of_total: torch.Tensor, of_gradient: torch.Tensor | None):
-    if torch.is_grad_enabled():  # only under create_graph: the saved gradient would silently count as constant
+    if torch.is_grad_enabled():  # create_graph is on: autograd would silently treat the saved gradient as constant
         raise RuntimeError("the affinity loss has no second derivative: call backward without create_graph=True")
     if of_total is None:
         return (None,) * 6
     (gradient,) = ctx.saved_tensors
-    # Multiplied before the cast: the scale of float16 training does not fit into float16 by itself.
+    # Multiplied before the cast: the loss scale of float16 training alone would overflow float16.
     return (gradient * of_total).to(ctx.student_dtype), None, None, None, None, None
 
 
@@ -238,7 +242,7 @@ affinity_difference.register_autograd(_scaled_gradient, setup_context=_keep_grad
 
 @register_flop_formula(torch.ops.faqd.affinity_difference)
 def _flops(student, teacher, method, norm, projections, with_gradient, *_, **__) -> int:
-    """Of the matrix products, for torch's own counter, which cannot see into the operator. Arguments are shapes."""
+    """Operations of the matrix products, for torch's own counter. The first arguments are shapes."""
     images, channels, pixels = student[0], student[1], student[2] * student[3]
     w = channels + teacher[1]
     if method == "gram":

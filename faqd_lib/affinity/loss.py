@@ -7,23 +7,25 @@ student, Y from the teacher and D = X Xᵀ − Y Yᵀ,
     exact loss (FA, arXiv 2302.10899, eq. for L_fa)     mean over images of ‖D‖²_F / N²
     fast loss (FFA, section IV)                         mean over images of (1/k) Σ_j ‖D z_j‖² / N²
 
-where the z_j are random with mean 0 and identity covariance, so that E ‖D z‖² = ‖D‖²_F.
+The random vectors z_j have mean 0 and identity covariance, so that E ‖D z‖² = ‖D‖²_F.
 
-No N×N matrix is needed, not even for the exact loss. With E = Y − X, Q = [E, Y] (N×2C) and G = QᵀQ,
+Neither loss needs an N×N matrix. With E = Y − X, Q = [E, Y] (N×2C) and G = QᵀQ,
 
     D = X Xᵀ − Y Yᵀ = E Eᵀ − E Yᵀ − Y Eᵀ = Q K Qᵀ,   K = [[I, −I], [−I, 0]],
     ‖D‖²_F = tr(K G K G),        ∂‖D‖²_F/∂X = 4 D X = 4 Q K G T,   where X = Q T, T = [−I; I].
 
-(The same identity gives linear CKA its feature-space form, Kornblith et al. 2019.) E is used instead of X because
-‖XᵀX‖² + ‖YᵀY‖² − 2‖YᵀX‖² cancels in float32 when the student is close to the teacher: every term of D above is as
-small as E. (Where the affinities agree though the maps do not, as after a rotation of the channels, E is large and D
-is not: there G's rounding leaves an absolute error of some 1e-8 in the loss, which the N×N form does not have.)
-Where one map has more channels than the other, its further channels are further columns of Q.
+The same identity gives linear CKA its feature-space form (Kornblith et al. 2019). If one map has more channels than
+the other, the further channels are further columns of Q.
 
-Gradients are computed by hand in the forward pass, a few images at a time so that the work stays in the processor's
-cache, reach the student only, and go through the normalisation by dF = (dX − X⟨X, dX⟩) / ‖F‖. A pixel shorter than
-``EPS`` has no direction: it counts as F/EPS in the value and receives no gradient (the derivative of that formula,
-1/EPS, would be millions of times larger than any other).
+E stands in Q instead of X for precision. The form ‖XᵀX‖² + ‖YᵀY‖² − 2‖YᵀX‖² cancels in float32 when the student is
+close to the teacher, whereas every term of D above is as small as E. One case remains: after a rotation of the channels
+E is large while D is 0. The rounding of G then leaves an absolute error of some 1e-8 in the loss. The pairwise form,
+which computes D itself, does not have this error.
+
+The forward pass computes gradients by hand, a few images at a time, so that the work stays in the processor's cache.
+Only the student receives a gradient. The normalisation turns dX into dF = (dX − X⟨X, dX⟩) / ‖F‖. A pixel vector shorter
+than ``EPS`` has no direction. It counts as F/EPS in the value and receives no gradient: the derivative 1/EPS would be
+millions of times larger than all others.
 """
 
 import math
@@ -34,6 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
+from ..utils.messages import check_choice
 from .kernels import EPS, accumulation_dtype, affinity_difference
 
 METHODS = ("auto", "gram", "pairwise", "projection")
@@ -49,13 +52,18 @@ def affinity_matrix(features: torch.Tensor) -> torch.Tensor:
         features: (batch, channels, height, width), floating point.
 
     Returns:
-        (batch, N, N) with N = height·width, values in [−1, 1], the dtype of ``features``, differentiable. It takes
-        N² numbers an image: made for looking at small maps. The losses never form it.
+        (batch, N, N) with N = height·width, values in [−1, 1], dtype of ``features``, differentiable. N² numbers an
+        image suit small maps only. The losses never form this matrix.
     """
     _check_map("features", features)
-    pixels = features.flatten(2).transpose(1, 2)
-    pixels = pixels / pixels.norm(dim=2, keepdim=True).clamp_min(EPS)
+    pixels = unit_pixels(features)
     return pixels @ pixels.transpose(1, 2)
+
+
+def unit_pixels(features: torch.Tensor) -> torch.Tensor:
+    """Pixel vectors divided by their lengths: (batch, channels, height, width) → (batch, N, channels)."""
+    vectors = features.flatten(2).transpose(1, 2)
+    return vectors / vectors.norm(dim=2, keepdim=True).clamp_min(EPS)
 
 
 def feature_affinity_loss(
@@ -73,32 +81,32 @@ def feature_affinity_loss(
 
     Args:
         student: (batch, C_s, H, W), floating point; receives the gradient.
-        teacher: (batch, C_t, H_t, W_t); detached. If its height or width differ, it is resized to the student's
-            (bilinear, antialiased), as the paper does. C_t may differ from C_s.
-        method: ``"auto"``: the exact form with fewer multiplications, see :func:`cheaper_exact`; ``"gram"``: exact,
-            from (C_s+C_t)² products, linear in N; ``"pairwise"``: exact, from the N×N matrix in blocks of rows, never
-            whole; ``"projection"``: the paper's fast estimate (FFA).
-        norm: ``"l2"``: squared, the paper's; ``"l1"``: Σ|D_ij|, the released code's. L1 has no linear-cost form and
-            no unbiased estimate by projections: it is pairwise only.
-        reduction: ``"mean"``: over images, as above; ``"released"``: as the released code scales, for comparison:
-            with L1 (its default) the sum over images of ‖D‖₁/N², with L2 (its ``order=2``) the root of the sum over
-            images, √(Σ‖D‖²_F)/N; with projections the root of that sum's estimate, which is not unbiased.
-        k: number of projections, at least 1; 6 if left out (the paper's). For the projection method only: refused
-            elsewhere. The relative errors of estimate and gradient fall like 1/√k; the gradient's is larger.
+        teacher: (batch, C_t, H_t, W_t); detached. C_t may differ from C_s. A map of another height or width is resized
+            to the student's (bilinear, antialiased), as in the paper.
+        method: ``"gram"``: exact, from (C_s+C_t)² products, linear in N. ``"pairwise"``: exact, from the N×N matrix in
+            blocks of rows. ``"auto"``: whichever of these takes fewer multiplications, see :func:`cheaper_exact`.
+            ``"projection"``: the paper's fast estimate (FFA).
+        norm: ``"l2"``: the paper's squared norm. ``"l1"``: Σ|D_ij|, as in the released code. L1 works with the pairwise
+            method only. It has no form of linear cost, and projections give no unbiased estimate of it.
+        reduction: ``"mean"``: mean over images, as above. ``"released"``: the scale of the released code, for
+            comparisons. With L1, the code's default, that is the sum over images of ‖D‖₁/N². With L2, its ``order=2``,
+            it is √(Σ‖D‖²_F)/N over all images. With projections it is the root of the estimate of Σ‖D‖²_F: biased.
+        k: number of projections, at least 1; None for the paper's 6. Only the projection method takes it. The relative
+            errors of estimate and gradient fall like 1/√k; that of the gradient is larger.
         distribution: of the projections, ``"gaussian"`` (the paper) or ``"rademacher"`` (±1, smaller variance).
-        generator: a CPU generator for the projections; None for torch's global one (a training that must repeat
-            gives its own, or uses :class:`FastFeatureAffinityLoss`). Every call draws anew; all images of a batch
-            share the projections.
+        generator: a CPU generator for the projections; None for torch's global one. Every call draws new projections,
+            shared by all images of the batch. For a training that can be repeated give a seeded generator, or use
+            :class:`FastFeatureAffinityLoss`.
 
     Returns:
-        A scalar (float64 if the student is, else float32), never negative; NaN if an input holds NaN, an infinity, or
-        numbers whose squares overflow.
+        A scalar, never negative: float64 if the student is float64, else float32. It is NaN if an input holds NaN, an
+        infinity, or numbers whose squares overflow.
 
     Raises:
-        TypeError: an argument is no floating-point tensor, ``k`` no integer, or ``generator`` no generator.
+        TypeError: a map is not a floating-point tensor, ``k`` not an integer, or ``generator`` not a generator.
         ValueError: shapes that are not (batch, channels, height, width), unequal or empty batches, ``k`` below 1,
             an unknown method, norm, reduction or distribution, or L1 with another method than pairwise.
-        RuntimeError: a second derivative or a forward-mode derivative is asked for; neither exists.
+        RuntimeError: a second or a forward-mode derivative is asked for; neither exists.
     """
     method = _check_method(method, norm, reduction)
     if k is not None and method != "projection":
@@ -115,10 +123,10 @@ def feature_affinity_loss(
 
 
 def cheaper_exact(pixels: int, student_channels: int, teacher_channels: int) -> str:
-    """Which exact form needs fewer multiplications an image: ``"gram"`` or ``"pairwise"``.
+    """The exact form with fewer multiplications an image: ``"gram"`` or ``"pairwise"``.
 
-    With w = C_s + C_t, gram costs N·w² for G, w³ + w²·C_s for K G K and K G T, and N·w·C_s for the gradient;
-    pairwise N²·w for D and N²·C_s for the gradient. So gram is cheaper where w·(N + w) ≤ N²: from N ≈ 1.62·w on.
+    Let w = C_s + C_t. Gram costs N·w² for G, w³ + w²·C_s for K G K and K G T, and N·w·C_s for the gradient. Pairwise
+    costs N²·w for D and N²·C_s for the gradient. Gram is cheaper if w·(N + w) ≤ N², that is from N ≈ 1.62·w on.
     """
     width = student_channels + teacher_channels
     return "gram" if width * (pixels + width) <= pixels**2 else "pairwise"
@@ -157,11 +165,12 @@ class FeatureAffinityLoss(nn.Module):
 class FastFeatureAffinityLoss(nn.Module):
     """Fast feature-affinity loss (FFA) as a module: an unbiased estimate of FA from ``k`` random projections.
 
-    The projections come from a generator of this module's own, seeded with ``seed``: anew at every call, or, with
-    ``frozen``, the same at every call for maps of one size, as in the released code (which turns the loss into a fixed
-    quadratic form of rank k; for study only). The generator's state is part of ``state_dict()``, so that a training
-    that was interrupted can go on with the projections that come next. (Replicas of ``DataParallel`` share one state:
-    compute the loss outside of them.)
+    The module has a generator of its own, seeded with ``seed``. Every call draws new projections. The generator's state
+    is part of ``state_dict()``, so that an interrupted training goes on with the projections that come next. Replicas
+    of ``DataParallel`` share one state: compute the loss outside of them.
+
+    With ``frozen`` every call uses the same projections for maps of one size, as the released code does. The loss is
+    then a fixed quadratic form of rank k: for study only.
     """
 
     def __init__(
@@ -177,8 +186,8 @@ class FastFeatureAffinityLoss(nn.Module):
         _check_projection(k, distribution)
         _check_method("projection", "l2", reduction)
         self.k, self.distribution, self.frozen, self.reduction = k, distribution, frozen, reduction
-        # The state of a torch.Generator as a tensor: the compiler cannot follow a generator, but it can a tensor.
-        with torch.inference_mode(False):  # a tensor that was made inside could not move on outside
+        # The state of a torch.Generator is kept as a tensor, which the compiler can follow, unlike a generator.
+        with torch.inference_mode(False):  # a tensor made in inference mode cannot be changed outside it
             self.generator_state = torch.Generator().manual_seed(seed).get_state()
         self._ahead: list[torch.Tensor] = []
         self._ahead_used = 0
@@ -200,19 +209,18 @@ class FastFeatureAffinityLoss(nn.Module):
         return _draw_and_advance(state, pixels, self.k, self.distribution)
 
     def predraw(self, pixels: Sequence[int], device: torch.device) -> None:
-        """Draw now what the next calls need, one for maps of each of these sizes in turn (height times width).
+        """Draw now the projections of the next calls, one call for maps of each size in ``pixels`` (height·width).
 
-        They are put where those of the ``predraw`` before lay, in float32: a CUDA graph of these calls can draw
-        nothing itself, but finds new projections there at each replay. With no ``pixels``, what was drawn ahead is
-        forgotten, and calls draw for themselves again. Between ``predraw`` and these calls ``state_dict()`` holds
-        the state after them.
+        A CUDA graph cannot draw. Each ``predraw`` therefore writes float32 projections to the place of the former ones,
+        where a replay of the calls reads them. With no ``pixels`` the module drops the projections drawn ahead, and
+        calls draw for themselves again. Between ``predraw`` and the calls, ``state_dict()`` holds the state after them.
         """
         drawn = [self._draw(number) for number in pixels]
         places = [(z.shape, z.device.type) for z in self._ahead]
         if places != [(z.shape, device.type) for z in drawn]:
             self._ahead = [torch.empty_like(z, device=device) for z in drawn]
         for buffer, z in zip(self._ahead, drawn, strict=True):
-            # From ordinary memory the host would wait for the copy.
+            # The host would wait for a copy from memory that is not pinned.
             buffer.copy_(z.pin_memory() if device.type == "cuda" else z, non_blocking=True)
         self._ahead_used = 0
 
@@ -221,14 +229,14 @@ class FastFeatureAffinityLoss(nn.Module):
         return self.generator_state.clone()
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Go on from a state that ``state_dict()`` held.
+        """Go on from a state of ``state_dict()``.
 
         Raises:
-            RuntimeError: it is no generator's state.
+            RuntimeError: ``state`` is not the state of a generator.
         """
         with torch.inference_mode(False):
             copy = state.detach().cpu().clone()
-            torch.Generator().set_state(copy)  # raises for anything else
+            torch.Generator().set_state(copy)  # raises if it is not a state
             self.generator_state = copy
             self._ahead, self._ahead_used = [], 0
 
@@ -238,23 +246,20 @@ class FastFeatureAffinityLoss(nn.Module):
 
 
 def projections_needed(relative_error: float, confidence: float) -> int:
-    """A number of projections k that meets a wanted relative error for any pair of maps (Gaussian projections).
+    """Number of Gaussian projections k that meets a relative error for any pair of maps.
 
-    From Chebyshev's inequality and Var‖Dz‖² = 2‖D²‖²_F ≤ 2‖D‖⁴_F: P(|L_k − L| > εL) ≤ 2 / (k ε²). The bound holds
-    for the worst spectrum of D (rank one); real maps need fewer: :func:`faqd_lib.affinity_statistics` has their own.
+    Chebyshev's inequality and Var‖Dz‖² = 2‖D²‖²_F ≤ 2‖D‖⁴_F give P(|L_k − L| > εL) ≤ 2 / (k ε²). This bound covers the
+    worst spectrum of D, rank one. Real maps need fewer; :func:`faqd_lib.affinity_statistics` computes how many.
 
     Raises:
-        ValueError: ``relative_error`` not above 0, or ``confidence`` not inside (0, 1).
+        ValueError: ``relative_error`` is not above 0, or ``confidence`` not inside (0, 1).
     """
     check_error_and_confidence(relative_error, confidence)
     return math.ceil(2 / (relative_error**2 * (1 - confidence)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def check_error_and_confidence(relative_error: float, confidence: float) -> None:
-    """Raise ValueError where either is out of its range."""
+    """Raise ValueError if one of them is out of range."""
     if not relative_error > 0 or not 0 < confidence < 1:
         raise ValueError(f"need relative_error > 0 and 0 < confidence < 1, got {relative_error!r} and {confidence!r}")
 
@@ -271,33 +276,36 @@ def _check_map(name: str, features: torch.Tensor) -> None:
         )
 
 
-def _check_projection(k: int, distribution: str) -> None:
+def check_count(k: int) -> None:
+    """Raise TypeError or ValueError unless ``k`` is an integer of at least 1."""
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k must be an integer, got {k!r}")
     if k < 1:
         raise ValueError(f"k must be at least 1 projection, got {k}")
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"unknown distribution {distribution!r}: choose one of {', '.join(DISTRIBUTIONS)}")
+
+
+def _check_projection(k: int, distribution: str) -> None:
+    check_count(k)
+    check_choice("distribution", distribution, DISTRIBUTIONS)
 
 
 def _check_method(method: str, norm: str, reduction: str) -> str:
-    """The method, with L1's only one in the place of "auto"."""
-    for name, value, known in (
-        ("method", method, METHODS), ("norm", norm, NORMS), ("reduction", reduction, REDUCTIONS)
-    ):  # fmt: skip
-        if value not in known:
-            hint = " (the paper's FFA is 'projection')" if value in ("ffa", "fast") else ""
-            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}{hint}")
+    """Check the choices; return the method, "pairwise" for L1."""
+    if method in ("ffa", "fast"):
+        raise ValueError(f"method {method!r} is unknown: the paper's FFA is 'projection'")
+    check_choice("method", method, METHODS)
+    check_choice("norm", norm, NORMS)
+    check_choice("reduction", reduction, REDUCTIONS)
     if norm == "l1" and method not in ("auto", "pairwise"):
         raise ValueError(
-            f"norm 'l1' has no {method} form, for the sum of |D_ij| needs every entry of D: use method 'pairwise' (its "
-            "cost is quadratic in the number of pixels), or norm 'l2'"
+            f"norm 'l1' has no {method} form, because the sum of |D_ij| needs every entry of D: use method 'pairwise', "
+            "whose cost is quadratic in the number of pixels, or norm 'l2'"
         )
     return "pairwise" if norm == "l1" else method
 
 
 def check_pair(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Check two maps; the teacher's, detached, on the student's device and of its height and width."""
+    """Check both maps; return the teacher's, detached, with the device, height and width of the student's."""
     _check_map("student", student)
     _check_map("teacher", teacher)
     if student.shape[0] != teacher.shape[0]:
@@ -337,13 +345,13 @@ def _loss(
         return total / (len(student) * pixels**2)
     if norm == "l1":
         return total / pixels**2
-    # The root has no derivative at 0, where that of the square is 0: `tiny` keeps 0/0 away.
+    # The root has no derivative at 0, and there the derivative of the total is 0: `tiny` avoids 0/0.
     return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt() / pixels
 
 
 @torch.library.custom_op("faqd::draw_projections", mutates_args=("state",))
 def _draw_and_advance(state: torch.Tensor, pixels: int, k: int, distribution: str) -> torch.Tensor:
-    """Projections from a generator's state (uint8, of a CPU generator), which moves on."""
+    """Draw projections from the state (uint8) of a CPU generator, and advance the state."""
     generator = torch.Generator()
     generator.set_state(state)
     projections = draw_projections(pixels, k, distribution, generator)

@@ -1,27 +1,25 @@
-"""How well random projections estimate the affinity loss of a given pair of maps, without the N×N matrix.
+"""Variance of the fast affinity loss for a given pair of maps, without the N×N matrix.
 
-For D = X Xᵀ − Y Yᵀ = Q K Qᵀ (see :mod:`faqd_lib.affinity.loss`) and M = K QᵀQ, all that is needed comes from w×w
-products, w = C_s + C_t:
+Let D = X Xᵀ − Y Yᵀ = Q K Qᵀ as in :mod:`faqd_lib.affinity.loss`, and M = K QᵀQ. Products of w×w matrices, with
+w = C_s + C_t, give everything needed:
 
     tr D² = tr M²,    tr D⁴ = tr M⁴,    (D²)_ii = q_iᵀ (M K) q_i.
 
-The estimate L_k = (1/k) Σ_j ‖D z_j‖² / N² has mean L = tr D² / N² and, times N⁴, the variance
+The estimate L_k = (1/k) Σ_j ‖D z_j‖² / N² has the mean L = tr D² / N². Its variance, times N⁴, is
 
     Gaussian z          2 tr D⁴ / k
     Rademacher z (±1)   2 (tr D⁴ − Σ_i (D²)_ii²) / k
     orthogonal z        2 N (N − k) / (k (N − 1) (N + 2)) · (tr D⁴ − (tr D²)² / N)
 
-(orthogonal: z_j = √N u_j with u_1…u_k a uniformly random orthonormal system; at k = N it is exact). Chebyshev's
-inequality turns a variance into Proposition 4.2: P(|L_k − L| > εL) ≤ Var L_k / (εL)².
+Orthogonal projections are z_j = √N u_j with a uniformly random orthonormal system u_1…u_k; they are exact at k = N.
+Chebyshev's inequality turns a variance into Proposition 4.2: P(|L_k − L| > εL) ≤ Var L_k / (εL)².
 
-(Hutch++, a subset of the pixels and pooling have no variance that C×C products could tell: see
-:mod:`faqd_lib.affinity.estimators`.)
+The images of a batch share their projections. For the loss of the batch, the mean of D² over the images therefore takes
+the place of D². The variance is larger than that of a mean of independent estimates.
 
-The images of a batch share their projections, so that the batch's loss is estimated with D² replaced by its mean over
-the images, and its variance is larger than that of a mean of independent estimates.
-
-All this is about the loss's *value*. The gradient that training follows is estimated without bias, too, but far
-less accurately (notebook 02 measures it).
+These formulas are about the *value* of the loss. The estimate of its gradient is unbiased, too, but far less accurate:
+see notebook 02. The rivals in :mod:`faqd_lib.affinity.estimators` other than orthogonal projections have no variance
+formula in C×C products.
 """
 
 import math
@@ -29,16 +27,17 @@ from dataclasses import dataclass
 
 import torch
 
+from ..utils.messages import check_choice
 from .kernels import MapPair
-from .loss import check_error_and_confidence, check_pair
+from .loss import check_count, check_error_and_confidence, check_pair
 
 PROBES = ("gaussian", "rademacher", "orthogonal")
-AGREEMENT = 1e-14  # a smaller loss is what float64 may leave of cosines that are equal
+AGREEMENT = 1e-14  # a loss up to this may be the rounding of float64 where all cosines agree
 
 
 @dataclass(frozen=True)
 class Traces:
-    """Of A = D² (or of its mean over a batch): tr A, tr A², Σ A_ii²; float64 tensors of any one shape."""
+    """tr A, tr A² and Σ A_ii² of A = D² or of its mean over a batch: float64 tensors of one shape."""
 
     trace: torch.Tensor
     square: torch.Tensor
@@ -47,11 +46,11 @@ class Traces:
 
 @dataclass(frozen=True)
 class AffinityStatistics:
-    """Exact loss and the variance of its estimates, for each image and for the batch. See :func:`affinity_statistics`.
+    """Exact loss and variance of its estimates, for each image and for the batch; from :func:`affinity_statistics`.
 
     Attributes:
         pixels: N.
-        images: traces of D² of each image, shape (batch).
+        images: traces of D² of each image, shape (batch,).
         batch: traces of the mean of D² over the batch, scalars.
     """
 
@@ -66,14 +65,14 @@ class AffinityStatistics:
 
     @property
     def loss_of_images(self) -> torch.Tensor:
-        """(batch) exact losses, float64."""
+        """Exact loss of each image: (batch,) float64."""
         return self.images.trace / self.pixels**2
 
     @property
     def directions(self) -> float:
-        """(tr A)² / tr A² with A the mean of D²: over how many directions its energy is spread, from 1 to N.
+        """Effective number of directions of A, the mean of D²: (tr A)² / tr A², from 1 to N.
 
-        The relative variance of a single Gaussian projection is 2 divided by it. Of no meaning if the maps agree.
+        A single Gaussian projection has the relative variance 2/directions. The number is meaningless if the maps agree.
         """
         return float(self.batch.trace**2 / self.batch.square)
 
@@ -82,16 +81,16 @@ class AffinityStatistics:
 
         Raises:
             TypeError: k is not an integer.
-            ValueError: unknown probes, k below 1, or more orthogonal probes than pixels.
+            ValueError: probes are unknown, k is below 1, or there are more orthogonal probes than pixels.
         """
         return float(_variance(self.batch, self.pixels, k, probes))
 
     def variance_of_images(self, k: int, probes: str = "gaussian") -> torch.Tensor:
-        """(batch) variances of the images' own estimates, float64."""
+        """Variance of each image's own estimate: (batch,) float64."""
         return _variance(self.images, self.pixels, k, probes)
 
     def relative_error(self, k: int, probes: str = "gaussian") -> float:
-        """Root-mean-square error of the batch's estimate, divided by the loss; 0 if that is below 1e-14."""
+        """Root-mean-square error of the batch's estimate, divided by the loss; 0 if the loss is at most 1e-14."""
         deviation = math.sqrt(self.variance(k, probes))
         return deviation / self.loss if self.loss > AGREEMENT else 0.0
 
@@ -101,15 +100,15 @@ class AffinityStatistics:
         return min(1.0, (self.relative_error(k, probes) / relative_error) ** 2)
 
     def projections_needed(self, relative_error: float, confidence: float, probes: str = "gaussian") -> int:
-        """The fewest projections for which Chebyshev's inequality promises ``relative_error`` with ``confidence``.
+        """The fewest projections, at least 1, for which Chebyshev's inequality gives this error with this confidence.
 
-        Never fewer than 1; orthogonal probes never need more than N.
+        Orthogonal probes need at most N.
 
         Raises:
-            ValueError: ``relative_error`` not above 0, ``confidence`` not inside (0, 1), unknown probes.
+            ValueError: ``relative_error`` is not above 0, ``confidence`` not inside (0, 1), or probes are unknown.
         """
         check_error_and_confidence(relative_error, confidence)
-        target = relative_error**2 * (1 - confidence)  # of the relative variance
+        target = relative_error**2 * (1 - confidence)  # the relative variance allowed
         one = self.relative_error(1, probes) ** 2
         if probes == "orthogonal" and self.pixels > 1:
             # Var(k) = Var(1) · (N − k) / (k (N − 1)) ≤ target
@@ -119,9 +118,9 @@ class AffinityStatistics:
 
 
 def affinity_statistics(student: torch.Tensor, teacher: torch.Tensor) -> AffinityStatistics:
-    """Exact affinity loss of a pair of maps, and how many projections would estimate it how well.
+    """Exact affinity loss of a pair of maps, and the accuracy of its estimates by projections.
 
-    Time is linear in N for each image; memory is a few float64 copies of the two maps. No gradient.
+    Time is linear in N. Memory is a few float64 copies of the two maps. There is no gradient.
 
     Args:
         student, teacher: maps as :func:`faqd_lib.feature_affinity_loss` takes them.
@@ -132,7 +131,8 @@ def affinity_statistics(student: torch.Tensor, teacher: torch.Tensor) -> Affinit
         >>> statistics.projections_needed(relative_error=0.1, confidence=0.9)
 
     Raises:
-        TypeError, ValueError: as the loss; also ValueError where a map holds NaN or an infinity.
+        TypeError: a map is not a floating-point tensor.
+        ValueError: the maps do not fit the loss, or hold NaN or an infinity.
     """
     teacher = check_pair(student, teacher)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
@@ -163,26 +163,21 @@ def _trace_of_square(m: torch.Tensor) -> torch.Tensor:
 
 
 def _square_of_mean(q: torch.Tensor, mk: torch.Tensor) -> torch.Tensor:
-    """‖mean over images of Q (M K) Qᵀ‖²_F, through the smaller of the two Gram matrices, a block of rows at a time."""
+    """‖mean over images of Q (M K) Qᵀ‖²_F, from the smaller Gram matrix; the N×N one in blocks of rows."""
     images, pixels, width = q.shape
-    left = (q @ mk).transpose(0, 1).reshape(pixels, images * width)  # the images' factors side by side
+    left = (q @ mk).transpose(0, 1).reshape(pixels, images * width)  # factors of all images side by side
     right = q.transpose(0, 1).reshape(pixels, images * width)
-    total = q.new_zeros(())
-    if images * width < pixels:
-        # ‖L Rᵀ‖² = ⟨LᵀL, RᵀR⟩
+    if images * width < pixels:  # ‖L Rᵀ‖² = ⟨LᵀL, RᵀR⟩
         return ((left.T @ left) * (right.T @ right)).sum() / images**2
-    for rows in left.split(max(1, 2**22 // pixels)):
-        total += (rows @ right.T).square().sum()
-    return total / images**2
+    blocks = left.split(max(1, 2**22 // pixels))
+    return sum((rows @ right.T).square().sum() for rows in blocks) / images**2
 
 
 def _variance(traces: Traces, pixels: int, k: int, probes: str) -> torch.Tensor:
-    if probes not in PROBES:
-        raise ValueError(f"unknown probes {probes!r}: choose one of {', '.join(PROBES)}")
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k must be an integer, got {k!r}")
-    if k < 1 or (probes == "orthogonal" and k > pixels):
-        raise ValueError(f"k must be at least 1, and at most N = {pixels} for orthogonal probes; got {k}")
+    check_choice("probes", probes, PROBES)
+    check_count(k)
+    if probes == "orthogonal" and k > pixels:
+        raise ValueError(f"k must be at most the number of pixels, {pixels}, for orthogonal probes, got {k}")
     if probes == "gaussian":
         spread = traces.square
     elif probes == "rademacher":
@@ -192,5 +187,5 @@ def _variance(traces: Traces, pixels: int, k: int, probes: str) -> torch.Tensor:
     else:
         finite = pixels * (pixels - k) / ((pixels - 1) * (pixels + 2))
         spread = finite * (traces.square - traces.trace**2 / pixels)
-    # Rounded sums may differ by a little less than nothing.
+    # Rounding can make a difference of sums slightly negative.
     return (2 * spread / k).clamp_min(0) / pixels**4

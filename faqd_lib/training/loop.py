@@ -42,7 +42,7 @@ def evaluate(model: nn.Module, images: Images, normalizer: Normalizer, batch_siz
     model.eval()
     # In float32, cuDNN computes convolutions several times faster without channels-last weights.
     weights = {name: tensor.contiguous() for name, tensor in model.named_parameters()} if device.type == "cuda" else {}
-    predictions, log_probabilities = [], []
+    loss, predictions, log_probabilities = torch.zeros((), dtype=torch.float64, device=device), [], []
     for start in range(0, len(images), batch_size):
         pixels = images.pixels[start : start + batch_size].to(device)
         labels = images.labels[start : start + batch_size].to(device)
@@ -50,11 +50,11 @@ def evaluate(model: nn.Module, images: Images, normalizer: Normalizer, batch_siz
         logits = (functional_call(model, weights, batch.contiguous()) if weights else model(batch)).float()
         predictions.append(logits.argmax(1))
         log_probabilities.append(-F.cross_entropy(logits, labels, reduction="none"))
+        loss += F.cross_entropy(logits, labels, reduction="sum")
     model.train(was_training)
     predicted, log_probability = torch.cat(predictions).cpu(), torch.cat(log_probabilities).cpu()
     correct = int((predicted == images.labels.cpu()).sum())
-    cross_entropy = -float(log_probability.double().mean())
-    return Evaluation(100 * correct / len(images), cross_entropy, predicted, log_probability)
+    return Evaluation(100 * correct / len(images), float(loss) / len(images), predicted, log_probability)
 
 
 class OutOfTimeError(RuntimeError):

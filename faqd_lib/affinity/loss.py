@@ -19,7 +19,7 @@ the other, the further channels are further columns of Q.
 
 E stands in Q instead of X for precision. The form ‖XᵀX‖² + ‖YᵀY‖² − 2‖YᵀX‖² cancels in float32 when the student is
 close to the teacher, whereas every term of D above is as small as E. One case remains: after a rotation of the channels
-E is large while D is 0. The rounding of G then leaves an absolute error of some 1e-8 in the loss. The pairwise form,
+E is large while D is 0. The rounding of G then leaves an absolute error of up to 5e-8 in the loss. The pairwise form,
 which computes D itself, does not have this error.
 
 The forward pass computes gradients by hand, a few images at a time, so that the work stays in the processor's cache.

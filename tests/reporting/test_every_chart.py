@@ -85,6 +85,11 @@ def affinity_frontier() -> Figure:
     return charts.affinity_frontier(pd.DataFrame(rows, columns=["loss", "accuracy", "step_milliseconds"]))
 
 
+def forest() -> Figure:
+    rows = [("one", 0.4, 0.1, 0.7, 0.0, "reproduced"), ("two", -0.2, -0.4, 0.0, 0.5, "inconclusive")]
+    return charts.forest(pd.DataFrame(rows, columns=["claim", "mean", "low", "high", "margin", "verdict"]))
+
+
 def image_grid() -> Figure:
     return pictures.image_grid([torch.rand(3, 3, 8, 8), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)], ["real", "black"])
 
@@ -118,6 +123,7 @@ MARKS: dict[Callable[[], Figure], list[tuple[int, int, int, int]]] = {
     accuracy_by_bits: [(3 + 2 + 1, 3, 0, 0)],  # seeds of three cells, two references, a separator; three means
     accuracy_and_size: [(1, 3 * 2, 0, 0)],  # a separator; the size and the seeds of three cells
     affinity_frontier: [(3 + 1, 0, 0, 0)],  # means of three losses; the seeds of one
+    forest: [(1 + 2 * 2, 0, 1, 0)],  # zero; an interval and a point for each claim; one margin
     image_grid: [(0, 0, 0, 1)],
     classified: [(0, 0, 0, 1)] * 6 + [(0, 0, 0, 0)] * 4,
     affinity_matrices: [(0, 0, 0, 1)] * 3,

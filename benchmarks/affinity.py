@@ -1,18 +1,20 @@
-"""Time and memory of the affinity losses, forward and backward, as ratios within one run.
+"""Measure time and memory of the affinity losses, forward and backward, as ratios within one run.
 
     python benchmarks/affinity.py                     # everything: about 20 minutes on 2 cores
     python benchmarks/affinity.py --parts targets     # the ratios in docs/benchmarks.md
     python benchmarks/affinity.py --parts sweep --device cuda
 
-Everything is float32, channels-last, value and gradient. Parts: ``targets`` (the shapes of a ResNet's maps, against
-direct and plain FFA; 5 minutes on two slow cores), ``ffa`` (FFA's forward and backward apart; seconds), ``memory``
-(extra memory at 224×224; seconds), ``step`` (a ResNet-20's training step with and without FA; minutes) and ``sweep``
-(all sizes; 10 minutes).
+Every call computes value and gradient in float32, channels-last. The parts are
 
-"direct" is the N×N loss as one would write it with autograd; "plain FFA" is the paper's fast loss written with
-autograd. The floor is what it takes to read both maps and write one gradient at this machine's measured copy
-bandwidth. Prints tables; writes ``affinity.json`` and ``affinity.png`` to ``--out`` (``results/benchmarks`` if left
-out).
+- ``targets``: shapes of a ResNet's maps, against "direct" and "plain FFA"; 5 minutes on two slow cores.
+- ``ffa``: forward and backward of FFA apart; seconds.
+- ``memory``: extra memory at 224×224; seconds.
+- ``step``: a training step of a ResNet-20 with and without FA; minutes.
+- ``sweep``: all sizes; 10 minutes.
+
+"direct" is the N×N loss and "plain FFA" the paper's fast loss, both written with autograd. The floor is the time to
+read both maps and write one gradient at the measured copy bandwidth of this machine. Prints tables; writes
+``affinity.json`` and ``affinity.png`` to ``--out``, by default ``results/benchmarks``.
 """
 
 import statistics

@@ -2,11 +2,12 @@
 
     python benchmarks/cluster.py                # two machines, one is lost; a minute or two
 
-A cluster of several nodes is started on this machine (each with its own scheduler and room for one worker, as separate
-machines have; they share the file system, which stands for the shared folder of a real cluster). A student for each
-node and their teacher are trained on it, one node is killed as soon as every student has a checkpoint, and the others
-finish its work. Weights and histories are compared with those of one process. Prints a verdict; exits with 1 if bits
-differ or nothing was taken up from a checkpoint. Needs the extra ``ray``.
+Several nodes of a cluster start on this machine. Each has its own scheduler and room for one worker, like a separate
+machine. The file system stands for the shared folder of a real cluster. The cluster trains a teacher and one student a
+node. One node is killed as soon as every student has a checkpoint, and the other nodes finish its work. Weights and
+histories are compared with those of one process.
+
+Prints a verdict; exits with 1 if bits differ or no run went on from a checkpoint. Needs the extra ``ray``.
 """
 
 import argparse
@@ -42,14 +43,14 @@ def suite_in(folder: Path, epochs: int, engine: Engine = train_here) -> Suite:
 
 
 def students(suite: Suite, machines: int) -> list[RunConfig]:
-    """One for each machine: other seeds see other images, and cannot share a cohort."""
+    """One student a machine: students of different seeds see different images and cannot share a cohort."""
     return [
         suite.student(("FAQD", "FFAQD")[n % 2], weight_bits=1, activation_bits=4, seed=n + 1) for n in range(machines)
     ]
 
 
 def outcome(suite: Suite, configs: list[RunConfig]) -> list[tuple]:
-    """What must be the same."""
+    """Names, weights and histories, which must be the same."""
     return [(record.run_id, record.weights_digest, record.history) for record in map(suite.store.record, configs)]
 
 

@@ -1,18 +1,21 @@
-"""What each table costs: measured on this machine a step at a time, projected for many workers by a stated model.
+"""Project the hours that each table takes on several workers, from steps measured on this machine.
 
     python benchmarks/cost.py cpu --images 50000                 # minutes; then hours for 1, 2, 8 and 32 workers
     python benchmarks/cost.py paper --images 50000 --device cuda
 
-Measured: seconds a batch of the data, of each teacher's pass, of each kind of student's step (median of ``--rounds``,
-all in turns, with the threads of one worker). The model: a cohort takes epochs × batches × (data + its teacher's pass +
-the steps of its students), evaluation left out; the notebooks ask for their runs one after the other, and what they
-ask for is trained in waves (teachers, students, fine-tuned students), each of which waits for the whole one before; the
-cohorts of a wave are as large as the engine would make them and go to the next free worker, in order; workers are all
-as fast as this one, and do not slow each other. Shared files, start-up and failures cost nothing. (On a GPU, where
-students of a cohort compute side by side, it counts too much: their steps are added up as if they did not.)
+Measured, as medians of ``--rounds`` calls in turns with the threads of one worker: seconds to make a batch, of each
+teacher's pass, and of each kind of student's step. Weights are random, images are enlarged digits.
 
-Times of steps are those of random weights and enlarged digits. Prints tables; writes ``cost-PROFILE.json`` to ``--out``
-(``results/benchmarks`` if left out).
+The model of the projection:
+
+- A cohort takes epochs × batches × (data + its teacher's pass + the steps of its students). Evaluation is left out.
+- The notebooks ask for their runs one after the other. What they ask for is trained in waves: teachers, students,
+  fine-tuned students. Each wave waits for the end of the wave before.
+- The cohorts of a wave are as large as the engine makes them, and go to the next free worker, in order.
+- Workers are as fast as this machine and do not slow each other. Shared files, start-up and failures cost nothing.
+- The steps of a cohort are added up. A GPU, on which students compute side by side, takes less.
+
+Prints tables; writes ``cost-PROFILE.json`` to ``--out``, by default ``results/benchmarks``.
 """
 
 import heapq
@@ -48,7 +51,7 @@ TABLES = {
     "T4": [grids.affinity_losses],
 }
 SERIES = [lambda suite: [suite.teacher(), suite.student("KD", weight_bits=1)], *itertools.chain(*TABLES.values())]
-# What of a run decides how long its step takes: without labels or with them, whatever its seed.
+# The settings of a run on which the time of a step depends. Its seed and its labels do not matter.
 Kind = tuple[str, int, bool, bool, str, int]
 
 
@@ -62,7 +65,7 @@ def kind_of(config: RunConfig) -> Kind:
 
 
 def alone(config: RunConfig) -> RunConfig:
-    """The run, as far as the time of a step goes: from random weights, without the one that it would start from."""
+    """The run from random weights: the time of a step does not depend on the run that it would start from."""
     return config.model_copy(update={"initial": None})
 
 
@@ -74,7 +77,7 @@ def measured(suite: Suite, runs: Iterable[RunConfig], rounds: int) -> tuple[dict
     }
     shared = {(_teacher(config), config.optimization.batch_size): config for config in kinds.values()}
     whole |= {key: cohort_step(suite, [], key[0], like=config) for key, config in shared.items()}
-    peaks(whole, suite.device)  # the third call is recorded, where steps are
+    peaks(whole, suite.device)  # warms up: the third call of a recorded step records it
     seconds = {name: statistics.median(times) for name, times in take_turns(whole, rounds, suite.device).items()}
     common = {key: seconds[key] for key in shared}
     own = {
@@ -88,7 +91,7 @@ def _teacher(config: RunConfig) -> str | None:
 
 
 def needed(calls: Iterable[list[RunConfig]]) -> Iterator[list[RunConfig]]:
-    """Waves of what is trained when a series of calls asks for runs: nothing twice."""
+    """Waves of runs that a series of calls trains, each run once."""
     done: set[RunConfig] = set()
     for configs in calls:
         for wave in planning.waves(configs):
@@ -106,7 +109,7 @@ def projected(
     own: Mapping[Kind, float],
     common: Mapping[tuple, float],
 ) -> float:
-    """Seconds until the last run is done; ``largest``: of cohorts."""
+    """Seconds until the last run is done; ``largest`` is the greatest size of a cohort."""
     total = 0.0
     for wave in waves:
         free = [0.0] * workers

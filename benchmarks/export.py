@@ -1,12 +1,17 @@
-"""What a trained student loses on its way into a packed file and into ONNX, on the whole test split.
+"""Compare trained students with their packed and ONNX files: size, outputs and speed, on the whole test split.
 
     python benchmarks/export.py results/reference/five-epochs-cifar10-jpeg '*-4w4a-*seed2*'
 
-For every run of a results folder whose name matches one of the patterns: bytes of the float32 file, the packed file and
-the ONNX file; whether the packed file gives the same logits to the bit; top-1 of PyTorch and of ONNX Runtime and how
-often they name the same class; milliseconds for a batch, all three in turns. Runs without weights are left out, and
-said so. Prints a table; writes ``export-PROFILE.json`` to ``--out`` (``results/benchmarks`` if left out). Needs onnx
-and onnxruntime, and the images of the folder's dataset.
+Takes every run of a results folder whose name matches one of the patterns; names runs left out for lack of weights.
+Measures, for each run,
+
+- the bytes of the float32 file, the packed file and the ONNX file,
+- whether the packed file gives the same logits to the bit,
+- top-1 of PyTorch and of ONNX Runtime, and how often both name the same class,
+- milliseconds for a batch, all three in turns.
+
+Prints a table; writes ``export-PROFILE.json`` to ``--out``, by default ``results/benchmarks``. Needs onnx, onnxruntime
+and the images of the folder's dataset.
 """
 
 import fnmatch
@@ -28,7 +33,7 @@ from faqd_lib.runs.store import RunRecord
 from faqd_lib.runs.suite import Suite
 from faqd_lib.utils.measure import environment, take_turns
 
-LEAST_AGREEMENT = {True: 99.9, False: 99.0}  # percent of images; by whether activations are float
+LEAST_AGREEMENT = {True: 99.9, False: 99.0}  # percent of images; the key: are activations float?
 
 
 def exported(suite: Suite, record: RunRecord, folder: Path, batch: int, rounds: int) -> dict:
@@ -96,11 +101,8 @@ def main() -> None:
         )
     with tempfile.TemporaryDirectory() as scratch:
         rows = [exported(suite, record, Path(scratch), arguments.batch, arguments.rounds) for record in chosen]
-    write(
-        arguments.out,
-        f"export-{suite.profile.name}",
-        {"environment": machine, "export": show("export", pd.DataFrame(rows))},
-    )
+    result = {"environment": machine, "export": show("export", pd.DataFrame(rows))}
+    write(arguments.out, f"export-{suite.profile.name}", result)
 
 
 if __name__ == "__main__":

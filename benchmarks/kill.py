@@ -2,10 +2,10 @@
 
     python benchmarks/kill.py --kills 20
 
-A teacher, an FAQD and an FFAQD student are trained in a process of their own, with a checkpoint after every step; the
-process is killed (SIGKILL) at random moments, half of them while a checkpoint is being written, and started again until
-it gets through. Weights, histories and the moment of every kill are compared with a run that nobody killed. Prints each
-moment and its verdict; exits with 1 if one differs.
+A process trains a teacher, an FAQD and an FFAQD student, with a checkpoint after every step. SIGKILL ends the process
+at random moments, half of them during the writing of a checkpoint. The process is started again until it finishes.
+Weights and histories are compared with those of a process that was not killed. Prints the moment and the verdict of
+every kill; exits with 1 if a verdict is bad.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def unfinished_writes(folder: Path) -> set[Path]:
 
 
 def killed_once(folder: Path, seconds: float, mid_write: bool) -> tuple[str | None, str, float]:
-    """Train in a process that is killed after so long, or in the first write after that.
+    """Train in a process that is killed after ``seconds``, or, with ``mid_write``, in the first write after these.
 
     Returns:
         (when it was killed, or None if it got through; what it printed; seconds of training).
@@ -65,7 +65,7 @@ def killed_once(folder: Path, seconds: float, mid_write: bool) -> tuple[str | No
     command = [sys.executable, str(Path(__file__).resolve()), "--train", str(folder)]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-        # The clock starts when training does: nothing is to be learned from killing an import.
+        # The clock starts with training, because a kill during an import tests nothing.
         said = process.stdout.readline()
         begun, moment = time.monotonic(), None
         while process.poll() is None and moment is None:
@@ -110,7 +110,7 @@ def main() -> int:
                 if moment is None:
                     break
                 lines.append(moment)
-            # From the beginning it would end with the same bits, too: it must also have read what was there.
+            # A training begun anew ends with the same bits, too. The process must also have read its checkpoint.
             verdict = "the same bits" if outcome(folder) == expected else "OTHER BITS"
             if lines and had_one:
                 verdict += ", from a checkpoint" if RESUMED in said else ", BUT NOT FROM ITS CHECKPOINT"

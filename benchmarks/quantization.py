@@ -1,12 +1,12 @@
-"""What quantization adds to a training step: ratios to the float network's step within one run.
+"""Measure what quantization adds to a training step: ratios to the float network's step within one run.
 
     python benchmarks/quantization.py                  # a few minutes on 2 cores
     pip install brevitas && python benchmarks/quantization.py
 
-A ResNet-20's step on random images: forward, cross-entropy, backward, SGD; channels-last. Float; with 1-bit
-weights (1W32A); with 4-bit activations, too (1W4A), as the suite trains them and without compiled kernels; and, where
-Brevitas is installed, the same by it: 1-bit weights with a fixed scale, 4-bit activations with a learned one. Prints a
-table; writes ``quantization.json`` to ``--out`` (``results/benchmarks`` if left out).
+A step of a ResNet-20 on random images, channels-last, is forward, cross-entropy, backward and SGD. The networks are
+float, 1-bit weights (1W32A), and 1-bit weights with 4-bit activations (1W4A). The last is measured as the suite trains
+it, without compiled kernels, and by Brevitas, if installed: 1-bit weights of fixed scale, 4-bit activations of learned
+scale. Prints a table; writes ``quantization.json`` to ``--out``, by default ``results/benchmarks``.
 """
 
 import importlib.util
@@ -62,7 +62,7 @@ def networks(device: str, images: torch.Tensor, precision: str) -> dict[str, nn.
         made["1W4A, Brevitas"] = brevitas_network(fresh())
     for name, model in made.items():
         model.to(device, memory_format=torch.channels_last)
-        if "Brevitas" not in name:  # which calibrates itself in its first steps
+        if "Brevitas" not in name:  # Brevitas calibrates in the first steps
             calibrate(model, images)
         if name in ("1W4A", "1W4A, coarse") and torch.device(device).type == "cpu":
             compile_activations(model, torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -95,7 +95,7 @@ def training_steps(device: str, batch: int, precision: str) -> Calls:
 def table(device: str, batch: int, precision: str, calls: Calls, times: dict[str, list[float]]) -> pd.DataFrame:
     rows = []
     for name, call in calls.items():
-        # Of each round's pair: what slows the machine for a while slows both.
+        # Ratios are taken within a round, because a machine that slows down for a while slows both of a pair.
         ratio = statistics.median(own / base for own, base in zip(times[name], times["float"], strict=True))
         wanted, limit = WANTED.get(name, ("", None))
         rows.append(
@@ -120,7 +120,7 @@ def main() -> None:
     machine["brevitas"] = version("brevitas") if importlib.util.find_spec("brevitas") else "not installed"
     announce(machine)
     device, batch = arguments.device, arguments.batch
-    # Emulated bf16 takes ten times as long, and everything else nothing beside it.
+    # Emulated bf16 is so slow that nothing else would show beside it.
     precisions = arguments.precisions or dict.fromkeys(("float32", precision_that_pays(device)))
     calls = {precision: training_steps(device, batch, precision) for precision in precisions}
     times = {precision: take_turns(calls[precision], arguments.rounds, device) for precision in precisions}

@@ -1,4 +1,4 @@
-"""What the benchmarks share: their options, the spread of times, tables on the terminal and as JSON."""
+"""Shared by the benchmarks: options, the spread of times, tables on the terminal and as JSON."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ def options(description: str, rounds: int) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments; rounds and batches of less than two are refused (a spread and a batch statistic need two)."""
+    """The arguments. Rounds and batches must be at least 2, for a spread and for batch statistics."""
     arguments = parser.parse_args()
     for name in ("rounds", "batch"):
         if getattr(arguments, name, 2) < 2:
@@ -34,7 +34,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """How many times there are, their median and their interquartile range in milliseconds."""
+    """Number of times, and their median and interquartile range in milliseconds."""
     low, _, high = statistics.quantiles(seconds, n=4)
     return {"n": len(seconds), "median_ms": 1e3 * statistics.median(seconds), "iqr_ms": 1e3 * (high - low)}
 

@@ -1,16 +1,19 @@
-"""Steps and images a second of training, alone and side by side, and against a plain implementation, in one run.
+"""Measure training steps and images a second: alone, side by side, and against a plain implementation.
 
     python benchmarks/training.py                          # about 20 minutes on 2 slow cores
     python benchmarks/training.py --parts steps cohorts --teachers resnet20
     python benchmarks/training.py --device cuda --batch 128
 
-Parts: ``steps`` (what a ResNet-20 student's step is made of: float; + quantization; + KD; + FA; + FFA; and what share
-of it data takes), ``cohorts`` (1, 2, 4, 8 students with one teacher's pass) and ``plain``: one FAQD student against an
-implementation that follows the authors' released code: NCHW float32, transforms image by image through a DataLoader,
-N×N affinity matrices with the L1 norm, weights swapped for quantized ones at every step, batches of 100.
+The parts are
 
-Images are scikit-learn's digits, enlarged; networks have random weights: time does not depend on what they know. Prints
-tables; writes ``training.json`` and ``training.png`` to ``--out`` (``results/benchmarks`` if left out).
+- ``steps``: a ResNet-20 student's step as parts are added (float, quantization, KD, FA or FFA), and the share of data.
+- ``cohorts``: 1, 2, 4 and 8 students with one teacher's pass.
+- ``plain``: one FAQD student and eight against an implementation that follows the authors' released code. That one
+  uses NCHW float32, transforms image by image through a DataLoader, N×N affinity matrices with the L1 norm, weights
+  swapped for quantized ones at every step, and batches of 100.
+
+Images are scikit-learn's digits, enlarged. Weights are random, because time does not depend on them. Prints tables;
+writes ``training.json`` and ``training.png`` to ``--out``, by default ``results/benchmarks``.
 """
 
 import itertools
@@ -41,7 +44,7 @@ from faqd_lib.utils.torchvision_import import torchvision
 
 STAGES = ("layer1", "layer2", "layer3")
 COHORTS = (1, 2, 4, 8)
-# Of one FAQD student's images a second with a ResNet-110 teacher, of eight students' together.
+# Wanted images a second with a ResNet-110 teacher, in multiples of the plain implementation's, by number of students.
 LEAST_AGAINST_PLAIN = {1: 9, 8: 18}
 MOST_OF_SEPARATE = {"resnet110": 0.58, "resnet20": 0.9}
 MOST_FOR_DATA = 0.05
@@ -78,7 +81,7 @@ def cohort_step(
 ) -> Callable[[], None]:
     """One step of the suite's own training loop for these students: data, the teacher's pass, every student's step.
 
-    Without students: what they have in common, for one such as ``like``.
+    Without students the step is data and the teacher's pass, for a student such as ``like``.
     """
     training, like = suite.splits[0], like or configs[0]
     # An epoch longer than any benchmark: a learner has room for the terms of one.
@@ -100,7 +103,7 @@ def cohort_step(
 
 
 def peaks(calls: Mapping[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
-    """Peak memory of each call in MiB. The calls after this one are recorded, on CUDA: their memory is set aside."""
+    """Peak memory of each call in MiB, measured before CUDA graphs are recorded, which keep their memory."""
     found = {}
     for name, call in calls.items():
         call()
@@ -114,7 +117,7 @@ def row(times: list[float], images: int, **labels) -> dict:
 
 
 def steps(suite: Suite, batch: int, rounds: int, teacher: str, compiling: bool) -> pd.DataFrame:
-    """What a student's step is made of."""
+    """A student's step as parts are added, and data alone."""
     faqd = {"weight_bits": 1, "activation_bits": 4}
     variants = {"": (suite, True)}
     if suite.device.type == "cuda":

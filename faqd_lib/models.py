@@ -13,7 +13,7 @@ CIFAR_DEPTHS = (8, 20, 32, 44, 56, 110)
 
 
 class SubsampleAndPad(nn.Module):
-    """Option-A shortcut of He et al. (2016): every ``stride``-th pixel, and new channels of zeros; no parameters.
+    """Option-A shortcut of He et al. (2016): takes every ``stride``-th pixel and appends channels of zeros.
 
     (batch, C, height, width) → (batch, C + new_channels, ⌈height/stride⌉, ⌈width/stride⌉).
     """
@@ -168,7 +168,7 @@ class FeatureTap:
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"each module can be tapped once, got a name twice in {list(self.names)}")
         self._caught: OrderedDict[str, torch.Tensor] = OrderedDict()
-        # All keys from the start: compiled code guards on them and would be compiled again for new ones.
+        # All keys exist from the start: compiled code guards on the keys, and new ones would compile it again.
         self._versions: dict[str, int | None] = dict.fromkeys(self.names)
         self._copies = any(getattr(module, "inplace", False) for module in model.modules())
         self._handles = [modules[name].register_forward_hook(self._catcher(name)) for name in self.names]
@@ -203,9 +203,7 @@ class FeatureTap:
 
     def close(self) -> None:
         """Remove the hooks and drop the maps."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self.__exit__()
         self.clear()
 
     def __enter__(self) -> "FeatureTap":

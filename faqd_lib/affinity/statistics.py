@@ -72,7 +72,7 @@ class AffinityStatistics:
     def directions(self) -> float:
         """Effective number of directions of A, the mean of D²: (tr A)² / tr A², from 1 to N.
 
-        A single Gaussian projection has the relative variance 2/directions. Maps that agree make it meaningless.
+        A single Gaussian projection has the relative variance 2/directions. Meaningless if the maps agree.
         """
         return float(self.batch.trace**2 / self.batch.square)
 

@@ -1,7 +1,7 @@
 """Training batches in seeded order: random crop, random flip and normalisation of a whole batch on the device.
 
-Order and augmentation have separate random streams, each derived from (seed, purpose, epoch). Any epoch can be drawn
-without the epochs before it, and no random number drawn elsewhere changes it.
+Order and augmentation have separate random streams, derived from (seed, purpose, epoch). An epoch therefore depends
+neither on earlier epochs nor on random numbers drawn elsewhere.
 """
 
 import hashlib
@@ -104,7 +104,7 @@ class Batches:
             )
         self.batch_size, self.seed, self.flip, self.normalizer = batch_size, seed, flip, normalizer
         self.device = normalizer.device if device is None else torch.device(device)
-        self._pixels = images.pixels.permute(0, 2, 3, 1).contiguous().to(self.device)  # as batches are built
+        self._pixels = images.pixels.permute(0, 2, 3, 1).contiguous().to(self.device)  # NHWC, as batches are built
         self._labels = None if images.labels is None else images.labels.to(self.device)
 
     def __len__(self) -> int:

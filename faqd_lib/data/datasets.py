@@ -20,17 +20,9 @@ from .images import DatasetError, ImageData, Images, balanced_indices, split_val
 from .sources import BUILT_IN, SOURCES, Decoded, Source, is_tree, read_tree
 
 __all__ = [
-    "DatasetError",
-    "ImageData",
-    "Images",
-    "balanced_indices",
-    "data_roots",
-    "load",
-    "on_disk",
-    "resolve",
-    "split_validation",
-    "subset",
-]
+    "DatasetError", "ImageData", "Images", "balanced_indices", "data_roots", "load", "on_disk", "resolve",
+    "split_validation", "subset",
+]  # fmt: skip
 
 
 def data_roots(data_root: str | os.PathLike | None = None) -> list[Path]:
@@ -57,7 +49,7 @@ def _find(source: Source, roots: list[Path]) -> Path | None:
 
 
 def _signature(path: Path) -> str:
-    """A digest of the names, sizes and times of all files in ``path``, cheaper than their content."""
+    """A digest of names, sizes and times of all files in ``path``, which costs less than one of their content."""
     digest = hashlib.sha256(str(path.resolve()).encode())
     files = [path.as_posix()] if path.is_file() else []
     for folder, _, names in os.walk(path, followlinks=True):
@@ -107,8 +99,8 @@ def resolve(
 ) -> tuple[str, str]:
     """Resolve ``"auto"`` to a dataset; returns (name, reason in one line).
 
-    The choice is CIFAR-10 if it is on disk, the original before JPEGs. Otherwise it is the original CIFAR-10 if
-    ``allow_download``, else the digits if ``allow_digits``. Any other name is checked and returned unchanged.
+    ``"auto"`` means the first of these: the original CIFAR-10 on disk; CIFAR-10 as JPEGs on disk; a download of the
+    original, if ``allow_download``; the digits, if ``allow_digits``. Any other name is checked and returned unchanged.
 
     Raises:
         DatasetError: unknown name, a data root that does not exist, or nothing to choose for ``"auto"``.
@@ -129,11 +121,7 @@ def resolve(
 
 
 def load(
-    name: str,
-    data_root: str | os.PathLike | None = None,
-    *,
-    image_size: int | None = None,
-    download: bool = False,
+    name: str, data_root: str | os.PathLike | None = None, *, image_size: int | None = None, download: bool = False
 ) -> ImageData:
     """Load a dataset by name. Decoded datasets are cached in :func:`faqd_lib.utils.files.cache_dir`.
 
@@ -229,21 +217,13 @@ def _cached(name: str, source: Source, path: Path, image_size: int | None) -> tu
 
 def _assemble(name: str, source: Source, decoded: Decoded, fingerprint: str, origin: str) -> ImageData:
     pixels = decoded.train.pixels
-    # Integer counts are exact: mean and deviation do not depend on the order of a float sum.
+    # Counts are integers, hence exact: mean and deviation do not depend on the order of summation.
     levels = torch.stack([torch.bincount(pixels[:, c].flatten(), minlength=256) for c in range(3)]).double()
     values = torch.arange(256, dtype=torch.float64) / 255
     share = levels / levels.sum(1, keepdim=True)
     mean = (share * values).sum(1)
     std = ((share * values**2).sum(1) - mean**2).clamp_min(1e-12).sqrt()
     return ImageData(
-        name,
-        decoded.classes,
-        decoded.train,
-        decoded.test,
-        tuple(mean.tolist()),
-        tuple(std.tolist()),
-        fingerprint,
-        source.flip,
-        source.note,
-        origin,
-    )
+        name, decoded.classes, decoded.train, decoded.test, tuple(mean.tolist()), tuple(std.tolist()), fingerprint,
+        source.flip, source.note, origin,
+    )  # fmt: skip

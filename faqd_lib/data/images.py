@@ -8,7 +8,7 @@ from ..utils.messages import kind_of
 
 
 class DatasetError(RuntimeError):
-    """A dataset is missing, damaged or not the one it is named after; the message names file, fault and remedy."""
+    """A dataset is missing, damaged or another than its name says; the message names file, fault and remedy."""
 
 
 def check_pixels(pixels: object) -> None:
@@ -98,7 +98,7 @@ def balanced_indices(labels: torch.Tensor, count: int, seed: int) -> torch.Tenso
     if not 1 <= count <= len(labels):
         raise ValueError(f"cannot take {count} images from {len(labels)}: choose 1 to {len(labels)}")
     generator = torch.Generator().manual_seed(seed)
-    # Sorted by rank within its class, any prefix is balanced: every class's n-th image comes before any (n+1)-th.
+    # Images are sorted by rank within their class: all n-th images come before all (n+1)-th. Any prefix is balanced.
     shuffled = torch.randperm(len(labels), generator=generator)
     rank = torch.empty_like(labels)
     for label in labels.unique():

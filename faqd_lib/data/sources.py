@@ -58,7 +58,7 @@ class Source:
 
 
 def _decode(jobs: list[tuple[str, Callable[[], bytes]]], image_size: int | None) -> torch.Tensor:
-    """Decode (name, read) jobs in threads into uint8 (count, 3, size, size); Pillow releases the interpreter lock."""
+    """Decode (name, read) jobs into uint8 (count, 3, size, size), in threads: Pillow releases the interpreter lock."""
 
     def one(job: tuple[str, Callable[[], bytes]]) -> np.ndarray:
         name, read = job

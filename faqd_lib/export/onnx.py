@@ -9,10 +9,12 @@ Needs the packages onnx and ml_dtypes.
 - A quantized ReLU becomes ``Min``, ``QuantizeLinear`` to UINT8 and ``DequantizeLinear``. UINT8 holds all levels of up
   to 8 bits.
 
-``torch.fx`` traces the network. It can consist of the modules in :data:`faqd_lib.export.onnx_operators.MODULES` and
-the functions in :data:`faqd_lib.export.onnx_operators.FUNCTIONS`, as this project's networks and most of torchvision's
-convolutional ones do. Any other part raises an error that names it. A trace does not show hooks, nor values that are
-overwritten and read again; comparing outputs detects them, and the export is refused.
+``torch.fx`` traces the network. The modules in :data:`faqd_lib.export.onnx_operators.MODULES` and the functions in
+:data:`faqd_lib.export.onnx_operators.FUNCTIONS` can be exported. These cover this project's networks and most
+convolutional networks of torchvision. Any other part raises an error that names it.
+
+A trace shows neither hooks nor values that are overwritten and read again. The export therefore compares outputs of
+network and trace, and refuses a network for which they differ.
 """
 
 import copy
@@ -159,7 +161,7 @@ def _write_graph(writer: Writer, graph: fx.Graph) -> fx.Node:
             if result not in writer.shapes:
                 raise OnnxExportError(_ONE_TENSOR)
             writer.add("Identity", [writer.names[result]], output="logits")
-        # A folded batch normalisation has its name already. Pieces are written one by one, sizes are constants.
+        # Skipped: batch normalisations folded before, tuples whose pieces are written one by one, constant sizes.
         elif node not in writer.names and node not in writer.pieces and node not in writer.sizes:
             writer.names[node] = _write_call(writer, node)
     return result

@@ -67,7 +67,7 @@ def _layer(w: Writer, node: fx.Node, module: nn.Module) -> str:
 
 def _pads(module: nn.Conv2d) -> list[int]:
     """Rows and columns of zeros before the map, then those after it."""
-    if module.padding == "same":  # an odd number has more behind the map
+    if module.padding == "same":  # the larger half of an odd number comes after the map
         total = [dilation * (size - 1) for dilation, size in zip(module.dilation, module.kernel_size, strict=True)]
         return [part // 2 for part in total] + [part - part // 2 for part in total]
     return [0] * 4 if module.padding == "valid" else [*module.padding, *module.padding]
@@ -83,8 +83,8 @@ def _norm(w: Writer, node: fx.Node, module: nn.Module) -> str:
 
 def _quantized_relu(w: Writer, node: fx.Node, module: QuantizedReLU) -> str:
     step = np.float32(module.step.detach().clamp_min(SMALLEST_STEP))
-    # Min, not Clip: ONNX Runtime fuses DequantizeLinear, Conv, Clip, QuantizeLinear into one quantized convolution and
-    # rounds its bias to multiples of the product of both scales, which is too coarse at few bits.
+    # Min, not Clip: ONNX Runtime fuses DequantizeLinear, Conv, Clip and QuantizeLinear into one quantized convolution.
+    # That convolution rounds its bias to multiples of the product of both scales, which is too coarse at few bits.
     clipped = w.add("Min", [w.name_of(node.args[0]), w.constant(step * module.highest)])
     scale, zero = w.constant(step), w.constant(np.uint8(0))
     levels = w.add("QuantizeLinear", [clipped, scale, zero])

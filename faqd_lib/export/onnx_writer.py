@@ -63,7 +63,7 @@ class Writer:
     Args:
         modules: the modules of the network by name.
         quantized: its low-bit weights by the name of their layer.
-        two, three: the values of the graph for two and for three images. Whatever differs depends on their number.
+        two, three: the values of the graph for two and for three images. Values that differ depend on that number.
 
     Attributes:
         names: names of the values that have one, by node.

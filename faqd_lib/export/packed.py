@@ -1,4 +1,4 @@
-"""Packed files of quantized networks: each weight takes its bits. Reading one needs torch and safetensors only.
+"""Packed files of quantized networks: a weight of n bits takes n bits. Reading needs torch and safetensors only.
 
 A packed file is a safetensors file with these parts:
 
@@ -141,13 +141,13 @@ def save_packed(
 
 
 def _tied(model: nn.Module, layers: Mapping[str, LowBitWeight]) -> dict[str, str]:
-    """Further names of shared parameters, as they are called after loading, by the name that is stored."""
+    """Map each further name of a shared parameter to the name under which it is stored; names as after loading."""
     first: dict[object, str] = {}
     tied = {}
     for key, parameter in model.named_parameters(remove_duplicate=False):
         name = key.replace("parametrizations.weight.original", "weight")
         low = layers.get(name.removesuffix("weight").removesuffix("."))
-        # One latent weight can be quantized in two ways: two weights after loading.
+        # A latent weight that two layers quantize differently becomes two weights after loading.
         how = (low.bits, low.scale.shape) if low is not None and name.split(".")[-1] == "weight" else None
         if (owner := first.setdefault((id(parameter), how), name)) != name:
             tied[name] = owner
@@ -155,7 +155,7 @@ def _tied(model: nn.Module, layers: Mapping[str, LowBitWeight]) -> dict[str, str
 
 
 def _check_architecture(model: nn.Module, architecture: Mapping[str, Any]) -> None:
-    """Raise ValueError unless ``architecture`` builds this network: it may be gone when the file is loaded."""
+    """Raise ValueError unless ``architecture`` builds this network: loading may have nothing else to build it from."""
     if not isinstance(architecture, Mapping):
         raise ValueError(f"architecture must be a dictionary of build_model's arguments, got {architecture!r}")
     check_json("architecture", architecture)
@@ -191,7 +191,7 @@ def check_json(what: str, value: Mapping[str, Any] | None) -> None:
 
 
 def warn_of_uncalibrated(model: nn.Module) -> None:
-    """Warn if activation steps still have their initial values, which fit no image."""
+    """Warn if activation steps still have their initial values, which fit no images."""
     if names := uncalibrated(model):
         warnings.warn(
             f"{len(names)} activation step(s) were neither calibrated nor trained ({', '.join(names[:3])}"
@@ -324,7 +324,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             header = json.loads((file.metadata() or {}).get("faqd", "{}"))
             if not isinstance(header, dict) or (header.get("format") == FORMAT and not header.keys() >= _HEADER):
                 raise PackedFileError(f"{path} is damaged: its header is incomplete")
-            # Copies are aligned; tensors in the file are not, and the last bits of a product depend on the alignment.
+            # A copy is aligned, unlike a tensor in the file. The last bits of a product depend on the alignment.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise PackedFileError(f"{path} is damaged or not a safetensors file: {error}") from error

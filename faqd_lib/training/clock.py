@@ -1,4 +1,4 @@
-"""What a run costs: the time of its steps, and its share of the time that its cohort spends for all."""
+"""Costs of a run: the time of its own steps, and its share of the time for batches and teacher."""
 
 import math
 import statistics
@@ -16,14 +16,14 @@ class StepClock:
     def __init__(self, device: torch.device) -> None:
         self.step, self.loss = Stopwatch(device), Stopwatch(device)
         self.data_seconds = self.teacher_seconds = 0.0
-        self._settled = [0, 0]  # how many seconds of each are final
+        self._settled = [0, 0]  # number of final entries of each watch
 
     def unsettled(self) -> float:
-        """Seconds of the steps since the last :meth:`settle`; steps that do not count are left out."""
+        """Sum of the steps since the last :meth:`settle`, in seconds, without steps that do not count."""
         return sum(counted(self.step.read()[self._settled[0] :]))
 
     def settle(self, share: float) -> None:
-        """Count only a share of these seconds: during the rest other students computed."""
+        """Scale the unsettled seconds by ``share``: during the rest other students computed."""
         for index, watch in enumerate((self.step, self.loss)):
             settled = self._settled[index]
             watch.seconds[settled:] = [share * seconds for seconds in watch.read()[settled:]]
@@ -36,9 +36,9 @@ class StepClock:
         self._settled = [len(step), len(loss)]
 
     def cost(self, batch_size: int) -> dict[str, float]:
-        """The entries of a run record's ``cost`` that are times; steps that do not count are taken as average ones.
+        """The times among the entries of ``cost`` in a run record. A step that does not count enters as an average one.
 
-        ``loss_seconds`` leaves out steps that are replayed as CUDA graphs: no clock runs within a graph.
+        ``loss_seconds`` leaves out steps replayed as CUDA graphs, because no clock runs within a graph.
         """
         all_steps = self.step.read()
         measured = counted(all_steps)
@@ -57,17 +57,17 @@ class StepClock:
 class CohortClock:
     """Times of batches and teacher, shared evenly by the students who use them.
 
-    On CUDA students compute at the same time, and each takes longer than alone. Each is then charged its part, by the
-    sum of all, of the time that they take together.
+    On CUDA students compute at the same time, and each takes longer than alone. The time that all take together is then
+    divided among the students in proportion to their own times.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.data, self.teacher, self.students = Stopwatch(device), Stopwatch(device), Stopwatch(device)
-        self._sharers: list[Sequence[StepClock]] = []  # of each batch
+        self._sharers: list[Sequence[StepClock]] = []  # for each batch, the students who used it
         self._overlapping = device.type == "cuda"
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches; the time to make each is taken."""
+        """Pass the batches on, and time the making of each."""
         self.data.start()
         for batch in batches:
             self.data.stop()
@@ -79,7 +79,7 @@ class CohortClock:
         self._sharers.append(list(clocks))
 
     def settle(self) -> None:
-        """Charge everything since the last call."""
+        """Charge the students for everything since the last call."""
         teacher = counted(self.teacher.read())
         usual = statistics.median(teacher) if teacher else 0.0  # charged for a pass that compiled
         for data, seconds, sharers in zip(self.data.read(), self.teacher.seconds, self._sharers, strict=True):

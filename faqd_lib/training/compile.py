@@ -1,7 +1,7 @@
-"""Passes through a network by ``torch.compile``: normalisation, ReLU and sum of a layer in one pass over memory.
+"""Networks compiled by ``torch.compile``: normalisation, ReLU and sum of a layer in one pass over memory.
 
-Compiled passes differ from ordinary ones in the last digits: a fused pass does not round in between. They still repeat
-to the bit, alone and in a cohort.
+Results differ from those of an ordinary network in the last digits, because fused operations do not round in between.
+They still repeat to the bit, alone and in a cohort.
 """
 
 import types
@@ -40,8 +40,8 @@ def compile_network(model: nn.Module, training: bool) -> Callable[[torch.Tensor]
     from torch._inductor import config as inductor
     from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 
-    # Deterministic: a choice by timing may change from run to run. Sums depend on the number of threads, which only
-    # some versions of torch look up in their cache; as a setting, all do.
+    # Deterministic, because a choice of kernels by timing may change from run to run. Sums depend on the number of
+    # threads. As a setting that number is part of the key of every torch version's cache.
     options = {"deterministic": True, "freezing": not training, "cpp.threads": torch.get_num_threads()}
 
     def whole(x: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,7 @@ def compile_network(model: nn.Module, training: bool) -> Callable[[torch.Tensor]
 
     def call(x: torch.Tensor) -> torch.Tensor:
         try:
-            # The options reach the backward pass, which is compiled later, but come too late for freezing.
+            # The options come too late for freezing, hence the patch. They do reach the backward pass, compiled later.
             with inductor.patch(freezing=not training), nullcontext() if training else torch.no_grad():
                 return compiled(x)
         except (torch._dynamo.exc.BackendCompilerFailed, TritonMissing, GPUTooOldForTriton) as error:

@@ -1,8 +1,8 @@
 """CUDA graphs and streams: the kernels of a step launched together, and several students side by side.
 
-A small network's kernels take less time than the host needs to launch each of them. A step is therefore recorded once
-and replayed from then on. Its kernels also leave most of a GPU idle. Each student of a cohort therefore has a stream.
-Kernels and numbers stay the same, hence the bits do.
+A kernel of a small network runs in less time than the host needs to launch it. A step is therefore recorded once and
+replayed from then on. Such kernels also leave most of a GPU idle. Each student of a cohort therefore has its own
+stream. The kernels are the same in any case, and so are the bits of the results.
 """
 
 import gc
@@ -14,7 +14,7 @@ import torch
 
 from ..data.batches import Batch
 
-WARMUP_CALLS = 2  # ordinary calls before the recording: libraries, momentum and workspaces settle meanwhile
+WARMUP_CALLS = 2  # ordinary calls before the recording, in which libraries, momentum and workspaces are set up
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def own_stream(device: torch.device) -> Iterator[None]:
 
 
 class StudentStreams:
-    """A stream for each of several students, who read what was made on the stream around them."""
+    """One stream a student, for work that reads what the surrounding stream made."""
 
     def __init__(self, device: torch.device, count: int) -> None:
         self._device = device
@@ -41,7 +41,7 @@ class StudentStreams:
 
     @contextmanager
     def of(self, index: int) -> Iterator[None]:
-        """Queue the work of a context on one student's stream, after the work around it so far."""
+        """Queue the work of a context on one student's stream, after all work queued so far on the surrounding one."""
         if not self._streams:
             yield
             return
@@ -50,7 +50,7 @@ class StudentStreams:
             yield
 
     def join(self) -> None:
-        """Let the work around wait for the students' work so far."""
+        """Let the surrounding stream wait for the students' work so far."""
         for stream in self._streams:
             torch.cuda.current_stream(self._device).wait_stream(stream)
 
@@ -63,10 +63,10 @@ class Recorder:
         self._batch: Batch | None = None
 
     def placed(self, batch: Batch) -> Batch:
-        """The batch, copied to where all batches lie.
+        """The batch, copied to the place that the graphs read.
 
         Raises:
-            ValueError: its size is not the first batch's.
+            ValueError: the size differs from that of the first batch.
         """
         if self._batch is None:
             labels = None if batch.labels is None else torch.empty_like(batch.labels)
@@ -122,7 +122,7 @@ class RecordedStep:
         """Call the function, or replay it.
 
         Raises:
-            ValueError: a recorded function is given inputs at another place than those that it was recorded with.
+            ValueError: inputs of a replay lie at another place in memory than those of the recording.
         """
         if not self.replays_next:
             result = self._function(*inputs)
@@ -145,7 +145,7 @@ class RecordedStep:
 
     @property
     def is_preparing(self) -> bool:
-        """Whether the last call was one of the first, which libraries, compilers and recordings make long."""
+        """Whether the last call was one of the first, which take long because of compilation and recording."""
         return self._calls <= (WARMUP_CALLS + 1 if self.recorder is not None else 1)
 
     def release(self) -> None:

@@ -19,8 +19,8 @@ from .cuda_graphs import RecordedStep, Recorder
 from .loss_log import LossLog, NonFiniteLossError
 from .objective import DistillationObjective
 
-CHECK_EVERY = {"cpu": 1}  # steps between checks of the loss; on other devices a check waits for the device
-CHECK_EVERY_ELSEWHERE = 50
+CHECK_EVERY = {"cpu": 1}  # steps between checks of the loss
+CHECK_EVERY_ELSEWHERE = 50  # on other devices, where a check makes the host wait
 
 
 def learning_rate(optimization: OptimizationConfig, step: int, steps_per_epoch: int) -> float:
@@ -36,7 +36,7 @@ def precision_that_pays(device: torch.device | str) -> str:
     """``"bf16"`` where the hardware computes in it, else ``"float32"`` (emulated bf16 is many times slower)."""
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    # Builds without oneDNN lack the question about bf16.
+    # Builds without oneDNN cannot be asked about bf16.
     return (
         "bf16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
     )
@@ -91,7 +91,7 @@ class Learner:
         self.parameters = [*weights, *activation_steps, *objective.parameters()]
         optimization = config.optimization
         on_cuda = self.device.type == "cuda"
-        # A recorded step reads its rate from the device's memory, and of torch's updates only the fused one can.
+        # A recorded step must read its rate from the device's memory. Of torch's updates only the fused one does so.
         self._rate = torch.full((), optimization.learning_rate, device=self.device) if on_cuda else None
         self.optimizer = torch.optim.SGD(
             [
@@ -118,7 +118,7 @@ class Learner:
         self.record_with(None)
 
     def record_with(self, recorder: Recorder | None) -> None:
-        """Record the steps to come as CUDA graphs, or (None) call them; batches must then be ``recorder.placed``."""
+        """Record the steps to come as CUDA graphs, of batches that are ``recorder.placed``; None calls them instead."""
         self._recorded_step = RecordedStep(self.step, recorder)
         self._map_sizes: list[int] = []  # pixels of each tapped map: a replay draws no projections itself
         if self._rate is not None:
@@ -127,7 +127,7 @@ class Learner:
     def step(self, batch: Batch, teacher: TeacherOutput) -> dict[str, torch.Tensor]:
         """Forward, compare, backward, clip, blend, update.
 
-        Nothing here may draw random numbers on the host, look at values or copy from the host: the step is recorded.
+        The step can be recorded. Hence it must not draw random numbers on the host, read values or copy from the host.
 
         Returns:
             The terms of the objective and ``gradient_norm`` (before clipping), scalars without gradient.
@@ -149,7 +149,7 @@ class Learner:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def advance(self, epoch: int, batch: Batch, teacher: TeacherOutput) -> None:
-        """Take one step, with the rate of its place in the schedule; time it, log its terms, check them.
+        """Take one step at the rate of the schedule; time the step, log and check its terms.
 
         Raises:
             NonFiniteLossError: a term is not finite (found within ``CHECK_EVERY`` steps).
@@ -215,7 +215,7 @@ class Learner:
         self.log.clear()
 
     def position(self, epoch: int) -> int | None:
-        """The next batch of ``epoch`` that it has not seen; the number of batches after all; None after the epoch."""
+        """Number of the next batch of ``epoch``, the count of batches if all are done, None if the epoch has ended."""
         return None if len(self.history) > max(0, epoch) else self.steps - epoch * self.steps_per_epoch
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -251,6 +251,6 @@ class Learner:
         self.log.load(rows, info["checked"])
         seconds = {name: tensor.tolist() for name, tensor in parts["seconds"].items()}
         self.clock.load(seconds["step"], seconds["loss"], info["data_seconds"], info["teacher_seconds"])
-        self.record_with(self._recorded_step.recorder)  # a recording knows the momentum at its former place
+        self.record_with(self._recorded_step.recorder)  # a former recording reads the momentum at its old place
         self.steps, self.peak_bytes = info["steps"], info["peak_bytes"]
         self.history = [dict(row) for row in info["history"]]

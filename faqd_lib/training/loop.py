@@ -1,9 +1,9 @@
 """The training loop, for teachers and students alike.
 
 Networks that share data, seed, batch size, epochs and teacher train side by side as a cohort. One augmentation and one
-teacher pass serve all, and comparisons are paired on the same batches. A network's weights are the same bits alone and
-in a cohort: initial weights, optimizer and random projections belong to the network. The same
-holds for a network that goes on from a checkpoint, whichever step the checkpoint and the rest of the cohort are at.
+teacher pass serve all, and comparisons are paired on the same batches. Initial weights, optimizer and random
+projections belong to each network. Its weights therefore are the same bits alone and in a cohort. They are also the
+same after a checkpoint, at whichever step the checkpoint and the rest of the cohort are.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ from .cuda_graphs import RecordedStep, Recorder, StudentStreams, own_stream
 from .learner import Evaluation, Learner, TeacherOutput
 from .loss_log import NonFiniteLossError
 
-EVALUATED_PIXELS = 2500 * 32**2  # a batch on a GPU: large, because each launch of a kernel costs time
+EVALUATED_PIXELS = 2500 * 32**2  # pixels of a batch on a GPU: many, because each launch of a kernel costs time
 
 
 @exact_kernels()
@@ -82,7 +82,7 @@ class Trained:
 
 @dataclass
 class CohortResult:
-    """Finished runs, and by run the error that stopped each of the others."""
+    """Finished runs, and the errors of the others by the name of the run."""
 
     trained: list[Trained] = field(default_factory=list)
     failed: dict[str, NonFiniteLossError] = field(default_factory=dict)
@@ -114,7 +114,7 @@ def train(
         splits: labelled images to evaluate, by name. One name is ``"test"``.
         on_epoch: called after every epoch with its number (from 0) and the learners that have just finished it.
         checkpoint_due: asked after every batch whether to call ``checkpoint`` for each learner in training.
-        on_batch: called after every batch with the epoch (from 0) and the number of its batches that are done.
+        on_batch: called after every batch with the epoch (from 0) and the number of batches done in it.
         cuda_graphs: whether steps on CUDA are recorded and replayed, with the same bits
             (:mod:`faqd_lib.training.cuda_graphs`).
         evaluate_every: epochs from one evaluation to the next. The last epoch is always evaluated.
@@ -124,7 +124,7 @@ def train(
         OutOfTimeError: time was up. ``checkpoint`` was called for each learner in training.
 
     Returns:
-        Finished runs, and those whose loss stopped being finite. One that stops does not disturb the others.
+        Finished runs, and those whose loss stopped being finite, which do not disturb the others.
     """
     with (
         own_stream(batches.device),

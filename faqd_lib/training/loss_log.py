@@ -11,9 +11,9 @@ class NonFiniteLossError(ArithmeticError):
 
 
 class LossLog:
-    """Loss terms of the current epoch: a row a term, a column a step.
+    """Loss terms of the current epoch: one row a term, one column a step.
 
-    One tensor holds all of them. Small tensors kept at every step would fragment the heap between the large ones.
+    One tensor holds all terms, because many small tensors, kept for an epoch, would fragment the heap.
     """
 
     def __init__(self, steps_per_epoch: int, device: torch.device) -> None:
@@ -33,7 +33,7 @@ class LossLog:
         self.steps += 1
 
     def check(self, run: str, epoch: int) -> None:
-        """Look at the steps that were not looked at before; on a GPU the host waits for them.
+        """Check the steps since the last check; on a GPU the host waits for these steps.
 
         Args:
             run: name of the run, for the message.

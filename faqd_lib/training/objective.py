@@ -1,4 +1,4 @@
-"""The distillation objective: logits, feature affinity and, where there are any, labels.
+"""The distillation objective: logits, feature affinity and, optionally, labels.
 
 logit_weight · (MSE or T²·KL)  +  affinity_weight · Σ_stages (FA or FFA)  +  label_weight · cross-entropy
 """
@@ -31,9 +31,9 @@ def logit_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -
 
 
 class Adapter(nn.Sequential):
-    """1×1 convolution and ReLU between a student's map and the comparison (the released code's variant).
+    """1×1 convolution and ReLU between a student's map and the comparison, a variant of the released code.
 
-    It starts as the identity. Its parameters are trained and belong to the objective.
+    The convolution starts as the identity. Its parameters are trained and belong to the objective.
     """
 
     def __init__(self, channels: int) -> None:
@@ -96,7 +96,7 @@ class DistillationObjective(nn.Module):
         self.adapters = nn.ModuleList(Adapter(channels) for channels in adapter_channels)
 
     def predraw(self, pixels: Sequence[int], device: torch.device) -> None:
-        """Draw the projections of the next call now, for student's maps of these sizes (height times width).
+        """Draw the projections of the next call now; ``pixels`` has height·width of each student's map.
 
         See :meth:`faqd_lib.affinity.loss.FastFeatureAffinityLoss.predraw`. Other losses draw nothing.
         """

@@ -20,7 +20,7 @@ def project_root() -> Path:
 
 
 def cache_dir() -> Path:
-    """Folder of decoded datasets: ``$FAQD_CACHE`` if set, else ``data/cache`` in the project."""
+    """Folder for decoded datasets: ``$FAQD_CACHE`` if set, else ``data/cache`` in the project."""
     return Path(os.environ.get("FAQD_CACHE") or project_root() / "data" / "cache")
 
 
@@ -110,6 +110,6 @@ def tensors_digest(tensors: dict[str, torch.Tensor], salt: str = "") -> str:
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         if tensor.numel():
-            # Without NumPy: reading a packed network needs torch and safetensors only.
+            # Hashed without NumPy, because a packed network can be read with torch and safetensors alone.
             digest.update((ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr()))
     return digest.hexdigest()

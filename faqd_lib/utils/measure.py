@@ -59,8 +59,8 @@ def _native_stderr_silenced():
 class Stopwatch:
     """Durations of repeated pieces of work on a device, in seconds.
 
-    On CUDA the times are those between events in the stream. :meth:`read` reads them all at once, so that starting and
-    stopping never make the host wait.
+    On CUDA a duration is the time between two events in the stream. Only :meth:`read` makes the host wait, not
+    :meth:`start` or :meth:`stop`.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -105,7 +105,7 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Seconds of ``rounds`` calls of each candidate, after one warm-up call of each.
 
-    Candidates take turns: a machine that slows down for a while slows all of them, and ratios of medians hold.
+    The candidates take turns. A machine that slows down for a while then slows all of them, and ratios of medians hold.
     """
     device = torch.device(device)
     watches = {name: Stopwatch(device) for name in calls}

@@ -13,7 +13,7 @@ def did_you_mean(value: object, known: Iterable[object]) -> str:
 
 
 def check_choice(name: str, value: object, known: Iterable[object], error: type[Exception] = ValueError) -> None:
-    """Check that the setting ``name`` has one of its known values, which are text or whole numbers.
+    """Check that the setting ``name`` has one of its known values: text or integers.
 
     Raises:
         ValueError: the value is not known. ``error`` names another exception type to raise.
@@ -30,5 +30,5 @@ def first_line(error: BaseException) -> str:
 
 
 def kind_of(value: object) -> str:
-    """The kind of a value, for "got …": dtype and shape of a tensor, the type's name of anything else."""
+    """What a message says after "got": dtype and shape of a tensor, the name of the type of anything else."""
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__

@@ -10,7 +10,7 @@ _FIRST_LINE, _BETWEEN_LINES = 20.0, 600.0  # seconds, for lines of text within a
 
 
 def headless() -> bool:
-    """Whether nobody watches: output goes neither to JupyterLab nor to a terminal."""
+    """Whether output goes neither to JupyterLab nor to a terminal."""
     return not ("ipykernel" in sys.modules or sys.stderr.isatty())
 
 
@@ -31,7 +31,7 @@ class ProgressReporter(Protocol):
         """Count finished units; one unit is one epoch of one network."""
 
     def within(self, label: str, units: float, text: str = "") -> None:
-        """Set the unfinished work of the runs called ``label``, in units; 0 once :meth:`advance` counts it."""
+        """Set the units done of the unfinished epoch of the runs ``label``; 0 once :meth:`advance` counts them."""
 
     def skip(self, units: float) -> None:
         """Take units off the total: they were finished earlier."""

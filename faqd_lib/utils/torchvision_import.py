@@ -1,17 +1,12 @@
 """Import torchvision with any build of torch.
 
-A torchvision wheel built for CUDA registers kernels for ``torchvision::nms`` on import. With a CPU-only torch its
-compiled extension cannot be loaded, the schemas are missing, and ``import torchvision`` raises ``RuntimeError: operator
-torchvision::nms does not exist``. Defining the two schemas first is enough: this project uses torchvision's datasets
-and models, which are pure Python, and none of its compiled operators.
+A torchvision wheel built for CUDA registers kernels for ``torchvision::nms`` on import. A CPU-only torch cannot load
+the compiled extension that defines the schemas, and ``import torchvision`` raises ``RuntimeError: operator
+torchvision::nms does not exist``. Defining two schemas first is enough for the datasets and models, which are pure
+Python.
 """
 
 import torch
-
-_SCHEMAS = {
-    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-}
 
 
 def _import_torchvision():
@@ -26,8 +21,8 @@ def _import_torchvision():
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
         library = torch.library.Library("torchvision", "FRAGMENT")
-        for schema in _SCHEMAS.values():
-            library.define(schema)
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision
 
         return torchvision, library  # the library object keeps the schemas alive

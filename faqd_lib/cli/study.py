@@ -22,14 +22,14 @@ from ..utils.progress import clock
 
 
 def run_study(suite: Suite, hours: float | None = None) -> bool:
-    """Train the runs of a suite's study, seed by seed; the time left goes to the runs of the next seed.
+    """Train the runs of a suite's study, seed by seed.
 
     Args:
         suite: of a profile with a study.
         hours: stop after so much time, with checkpoints; None to train all planned seeds.
 
     Returns:
-        Whether every run that this call could take is finished.
+        False if time was up; True if no seed is left but those that other processes train.
     """
     deadline = None if hours is None else time.monotonic() + 3600 * hours
     study, started = suite.profile.study, time.monotonic()

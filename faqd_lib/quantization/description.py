@@ -1,4 +1,4 @@
-"""What a network computes with, layer by layer: bits, levels in use, scale and size, and what stays float."""
+"""A table of a network's layers: bits, levels in use, scale, size, and which layers stay float."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -21,7 +21,7 @@ _NOT_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, param
 
 @dataclass(frozen=True)
 class LayerBits:
-    """One line of :func:`describe`: what a layer computes with."""
+    """One row of :func:`describe`, for one layer."""
 
     layer: str
     kind: str
@@ -29,16 +29,16 @@ class LayerBits:
     bits: int
     levels: int  # in use by the weights; offered by a quantized ReLU; 0 for float
     scale: float  # the step, or the mean of the channels' steps; NaN for float
-    size: float  # bytes of weights and scales in storage; 0 for activations and for weights that are listed already
+    size: float  # bytes of weights and scales in storage; 0 for activations and for weights of an earlier row
     note: str = ""
 
 
 class Description(list[LayerBits]):
-    """Rows of :func:`describe`; printed, a table and the bytes of all."""
+    """Rows of :func:`describe`. Printed, they are a table with the total of the bytes."""
 
     def frame(self) -> "pd.DataFrame":
-        """The same as a DataFrame, a row a layer; with the column ``note`` if there is any."""
-        import pandas as pd  # here, so that a packed network can be read where there is no pandas
+        """One row per layer as a DataFrame; the column ``note`` is left out if all notes are empty."""
+        import pandas as pd  # imported here: packed networks are read without pandas, too
 
         frame = pd.DataFrame([asdict(row) for row in self]).set_index("layer")
         return frame if frame["note"].any() else frame.drop(columns="note")
@@ -53,18 +53,17 @@ class Description(list[LayerBits]):
 
 
 def describe(model: nn.Module, images: torch.Tensor | None = None) -> Description:
-    """Every layer with weights but normalisations, and every activation: bits, levels in use, scale, size.
+    """List every layer with weights except normalisations, and every activation: bits, levels in use, scale, size.
 
-    What :func:`faqd_lib.quantize` has no quantizer for (Conv1d, Embedding, SiLU, attention, …) is listed with 32 bits,
-    so that nothing of the kind stays float unnoticed. Steps that are still what they were made with are noted.
+    Layers without a quantizer in :func:`faqd_lib.quantize` (Conv1d, Embedding, SiLU, …) are listed with 32 bits, so
+    that none stays float unnoticed. A step that was neither fitted nor trained is noted as not calibrated.
 
     Args:
         model: quantized, read from a packed file, or float.
-        images: (batch, …) input of the network, to run it once, in evaluation mode. Only then can be seen, and is
-            listed, what is no module: activations that are function calls (``F.relu``), as ``relu()`` under the name
-            of the module that calls them (not what only amounts to one, like ``clamp`` or ``maximum``). And it is noted
-            whose forward runs more than once, or not at all: a quantized ReLU that is called in two places has one
-            step for both.
+        images: (batch, …) input of the network. The network runs once on it, in evaluation mode. The table then also
+            lists activations that are function calls: ``F.relu`` becomes ``relu()``, under the name of the calling
+            module. Equivalents such as ``clamp`` or ``maximum`` are not found. Modules that run more than once, or
+            never, get a note. A quantized ReLU that is called in two places has one step for both.
     """
     model = unwrapped(model)
     notes, functions = _run(model, images)
@@ -102,7 +101,7 @@ def describe(model: nn.Module, images: torch.Tensor | None = None) -> Descriptio
 
 
 def weight_bytes(model: nn.Module) -> float:
-    """Bytes that the parameters need when each low-bit weight is stored in its bits, the rest in 32."""
+    """Bytes of all parameters: low-bit weights in their bits, with their scales in 32, all others in 32."""
     bits = sum(parameter.numel() * FLOAT_BITS for parameter in model.parameters())
     modules = dict(model.named_modules(remove_duplicate=False))
     once = {_stored(modules[name]): low for name, low in low_bit_weights(model).items()}
@@ -112,7 +111,7 @@ def weight_bytes(model: nn.Module) -> float:
 
 
 def _stored(layer: nn.Module) -> int:
-    """The same for all layers that share one weight."""
+    """Identity of a layer's stored weight; layers that share a weight have the same."""
     if parametrize.is_parametrized(layer, "weight"):
         return id(next(layer.parametrizations.weight.parameters(recurse=False)))
     return id(layer.weight)
@@ -120,7 +119,7 @@ def _stored(layer: nn.Module) -> int:
 
 @torch.no_grad()
 def _run(model: nn.Module, images: torch.Tensor | None) -> tuple[dict[str, list[str]], dict[str, dict[str, int]]]:
-    """Notes on how often modules run, and calls of functions, both by module; nothing without images."""
+    """(notes on how often modules run, counts of function calls), both by module name; empty without images."""
     notes: dict[str, list[str]] = {}
     functions: dict[str, dict[str, int]] = {}
     if images is None:

@@ -1,4 +1,4 @@
-"""What a network is made of and calls when it runs: its modules, and activations that are no modules."""
+"""Which modules a network calls when it runs, and which activations that are no modules."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from .relu import QuantizedReLU
 
 WEIGHTED = (nn.Conv2d, nn.Linear)
 RECTIFIERS = (nn.ReLU, nn.ReLU6)
-_FUNCTIONS = {  # names under which torch offers activations that a network can call without a module
+_FUNCTIONS = {  # torch's names of activations that can be called as functions
     "relu", "relu6", "hardtanh", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish",
     "hardswish", "hardsigmoid", "sigmoid", "logsigmoid", "tanh", "softplus", "softsign",
     "threshold", "glu", "hardshrink", "softshrink", "tanhshrink",
@@ -19,10 +19,10 @@ _FUNCTIONS = {  # names under which torch offers activations that a network can 
 
 
 class ActivationCalls(TorchFunctionMode):
-    """While it is entered, counts what a network calls: its modules, and activations that are functions (``F.relu``).
+    """Counts a network's calls of its modules, and of activations that are functions (``F.relu``), while entered.
 
-    ``modules``: calls of each module; ``functions``: calls by (name of the module that calls, name of the function),
-    but for those that the modules of activations make themselves.
+    ``modules``: number of calls of each module. ``functions``: number of calls by (name of the calling module, name of
+    the function). Calls from inside an activation module are left out.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -58,7 +58,7 @@ class ActivationCalls(TorchFunctionMode):
 
 @contextmanager
 def kept_modes(model: nn.Module) -> Iterator[None]:
-    """Training or evaluation mode of every module as before, whatever happens inside."""
+    """Restore the training or evaluation mode of every module at the end, even after an error."""
     modes = {module: module.training for module in model.modules()}
     try:
         yield
@@ -68,5 +68,5 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether a module is an activation: one of torch's, one of theirs with another class, or a quantized one."""
+    """Whether a module is an activation: from ``torch.nn.modules.activation``, a subclass of a ReLU, or quantized."""
     return isinstance(module, (*RECTIFIERS, QuantizedReLU)) or type(module).__module__ == nn.ReLU.__module__

@@ -1,9 +1,9 @@
-"""Put quantizers into a network, take them out again, and find what they hold.
+"""Put quantizers into a network, take them out again, and read low-bit weights.
 
-Weights go through ``torch.nn.utils.parametrize``: the float (latent) weight stays the learned parameter, the layer
-computes with the quantized one, and the gradient passes straight through. Activations: every ``nn.ReLU`` and
-``nn.ReLU6`` becomes a :class:`~faqd_lib.quantization.relu.QuantizedReLU` with a learned step. Everything happens in
-place and :func:`dequantize` undoes it. A float network's ``state_dict`` loads into the quantized network unchanged.
+Weights are quantized by ``torch.nn.utils.parametrize``. The float (latent) weight stays the learned parameter, the
+layer computes with the quantized weight, and the gradient passes straight through. Each ``nn.ReLU`` and ``nn.ReLU6``
+becomes a :class:`~faqd_lib.quantization.relu.QuantizedReLU` with a learned step. :func:`quantize` works in place, and
+:func:`dequantize` undoes it. A float network's ``state_dict`` loads into the quantized network unchanged.
 """
 
 import fnmatch
@@ -53,11 +53,12 @@ def quantize(
         weight_bits: 1, 2 (ternary), 3 to 8; 32 leaves all weights float.
         activation_bits: 1 to 8; 32 leaves all activations float.
         first_layer: ``"quantize"`` or ``"float"``: the first Conv2d or Linear in module order (the stem).
-        last_layer: the same for the last one (the classifier). These two defaults follow the authors' released code.
-        shortcuts: the same for layers whose name has a part "shortcut" or "downsample".
-        overrides: bits by module name or shell pattern: ``{"layer1.*": 8, "fc": 32}``. Patterns reach weights where
-            ``weight_bits`` is below 32, and activations where ``activation_bits`` is. A whole name reaches any of them.
-            Overrides go before the policies above, and later overrides before earlier ones.
+        last_layer: the same for the last layer (the classifier). The defaults of ``first_layer`` and ``last_layer``
+            follow the authors' released code.
+        shortcuts: the same for layers with "shortcut" or "downsample" in a part of their name.
+        overrides: bits by module name or shell pattern: ``{"layer1.*": 8, "fc": 32}``. A pattern reaches weights only
+            if ``weight_bits`` is below 32, and activations only if ``activation_bits`` is. A whole name reaches both.
+            Overrides take precedence over the policies above, and later overrides over earlier ones.
         per_channel: one weight scale for each output channel instead of one for the tensor (the paper).
         step_gradient: how activation steps learn: ``"lsq"``, ``"coarse"``, or ``"frozen"`` for not at all.
 
@@ -66,9 +67,9 @@ def quantize(
         out-of-place: a network that reads such a ReLU's input again now sees the value before the ReLU.
 
     Raises:
-        ValueError: bits or policy that are not offered, a pattern that matches nothing, a network that is quantized
-            already, layers whose weight is no plain parameter (lazy, weight norm, another parametrization), or nothing
-            to quantize. The network is then as it was.
+        ValueError: unknown bits or policy, a pattern that matches nothing, a network that is quantized already, a
+            weight that is no plain parameter (lazy, weight norm, another parametrization), or nothing to quantize. The
+            network is left unchanged.
     """
     check_choice("weight_bits", weight_bits, (*WEIGHT_BITS, FLOAT_BITS))
     check_choice("activation_bits", activation_bits, (*ACTIVATION_BITS, FLOAT_BITS))
@@ -114,7 +115,7 @@ def _hook_once(module: nn.Module, hook: Callable) -> None:
 def _check_quantizable(
     layers: Mapping[str, nn.Module], relus: Mapping[str, nn.Module], bits: Mapping[str, int], weights: int, acts: int
 ) -> None:
-    """Raise ValueError before anything has been changed."""
+    """Raise the ValueErrors of :func:`quantize` that depend on the bits of each module."""
     for kind, modules, asked in (("Conv2d or Linear", layers, weights), ("ReLU", relus, acts)):
         if asked != FLOAT_BITS and all(bits[name] == FLOAT_BITS for name in modules):
             raise ValueError(f"every {kind} is kept float by policy: nothing would be quantized to {asked} bits")
@@ -168,8 +169,8 @@ def dequantize(model: nn.Module) -> nn.Module:
     """Put the float (latent) weights and the former ReLUs back, in place. Returns ``model``."""
     for module in model.modules():
         if quantizer_of(module) is not None:
-            # A deep copy shares its class with the original, and torch takes the property `weight` off that class. The
-            # original would lose its weight, so the copy gets a separate class first.
+            # torch removes the property `weight` from the class, which a deep copy shares with the original. The
+            # module gets a separate class first, so that the other one keeps its weight.
             shared = type(module)
             own = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
             module.__class__ = type(shared.__name__, shared.__bases__, own)
@@ -181,15 +182,15 @@ def dequantize(model: nn.Module) -> nn.Module:
 
 
 def join(name: str, key: str) -> str:
-    """``name.key``; the root's name is empty."""
+    """``name.key``, or ``key`` for the root, whose name is empty."""
     return f"{name}.{key}" if name else key
 
 
 def _accept_float_network(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
-    """Load a float network's ``weight`` as the latent one; steps stay, since a float network has none."""
+    """Load a float network's ``weight`` as the latent weight. Steps keep their values: a float network has none."""
     latent = [prefix + join(name, "parametrizations.weight.original") for name in quantized_weights(model)]
     if any(name in state_dict for name in latent):
-        return  # the state of a quantized network: what it lacks is missing
+        return  # the state of a quantized network: load_state_dict reports missing names
     for name in quantized_weights(model):
         weight = prefix + join(name, "weight")
         if weight in state_dict:
@@ -204,7 +205,7 @@ def _accept_float_network(model: nn.Module, state_dict: dict, prefix: str, *_) -
 
 
 def _accept_float_part(part: nn.Module, state_dict: dict, prefix: str, *_) -> None:
-    """Do the same for a part of the network that is loaded alone."""
+    """Call :func:`_accept_float_network` for a part of the network that is loaded alone."""
     if not prefix:
         _accept_float_network(part, state_dict, prefix)
 
@@ -217,11 +218,11 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
     else, such as dropout, is in evaluation mode. Running statistics and modes are left as they were.
 
     Args:
-        model: a network; without quantized activations nothing happens.
+        model: a network; left unchanged if it has no quantized activations.
         images: float (batch, …) input of the network, normalised as in training, at least 2 images.
 
     Raises:
-        ValueError: ``images`` is something else; an activation holds NaN or an infinity.
+        ValueError: ``images`` is no such tensor, or an activation holds NaN or an infinity.
 
     Warns:
         UserWarning: the network calls ``F.relu`` or ``torch.relu``. Such calls stay float.
@@ -231,11 +232,11 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
         return model
     _check_images("images", images)
     seen: dict[nn.Module, list[torch.Tensor]] = {relu: [] for relu in relus}
-    network = unwrapped(model)  # hooks and a compiled forward do not go together
+    network = unwrapped(model)  # hooks need a forward that is not compiled
     calls = ActivationCalls(network)
 
     def fit(relu: QuantizedReLU, inputs: tuple) -> None:
-        seen[relu].append(sample(inputs[0]))  # a ReLU that is called in several places fits all of its inputs
+        seen[relu].append(sample(inputs[0]))  # a ReLU called in several places fits all its inputs
         relu.fit(torch.cat(seen[relu]))
 
     handles = [relu.register_forward_pre_hook(fit) for relu in relus]
@@ -261,24 +262,25 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
 
 
 def compile_activations(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
-    """Train quantized activations by kernels that ``torch.compile`` makes: faster on CPUs.
+    """Compile the quantized activations' kernels by ``torch.compile``, for faster training on a CPU.
 
-    For training in a loop of one's own, outside ``torch.compile``; in evaluation mode, on other devices, for small
-    tensors, and in traces nothing changes. A second derivative is refused. Numbers are the same but for the last
-    digits of the steps' gradients. Takes some fifteen seconds the first time on a machine, two or three later on.
+    Call it before a training loop of your own, for a network that is not compiled as a whole. Large tensors in training
+    mode then use the kernels. Nothing changes in evaluation mode, for small tensors, in traces and on other devices. A
+    second derivative is refused. The steps' gradients differ in the last digits, and no other number does. Compiling
+    takes seconds, the first time on a machine longer.
 
     Args:
         model: a network with quantized activations.
-        dtype: of the activations in training: ``torch.bfloat16`` under autocast.
+        dtype: dtype of the activations in training, ``torch.bfloat16`` under autocast.
 
     Returns:
-        Whether there are such kernels: not on other devices, nor under ``TORCH_COMPILE_DISABLE=1``.
+        Whether kernels were compiled. False on other devices, under ``TORCH_COMPILE_DISABLE=1``, or after the warning.
 
     Raises:
-        ValueError: nothing in the network is a quantized activation, or ``dtype`` is not a floating-point type.
+        ValueError: the network has no quantized activation, or ``dtype`` is not a floating-point type.
 
     Warns:
-        UserWarning: compiling fails, as it does without a C++ compiler; training then goes on as before.
+        UserWarning: compiling fails, as it does without a C++ compiler. Training works without the kernels.
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype must be that of activations, torch.float32 or torch.bfloat16, got {dtype!r}")
@@ -291,14 +293,13 @@ def compile_activations(model: nn.Module, dtype: torch.dtype = torch.float32) ->
 
 
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> nn.Module:
-    """Estimate mean and variance of every batch normalisation again, over some batches of images.
+    """Estimate mean and variance of every batch normalisation again, as plain averages over some batches of images.
 
-    Needed for a network that is quantized and not trained any further: its statistics are those of the float network,
-    which at few bits can cost all accuracy. The plain average over the batches is taken
-    (:func:`torch.optim.swa_utils.update_bn`); modes and momenta are left as they were.
+    A network that is quantized and not trained any further needs new statistics. Those of the float network can cost
+    all accuracy at few bits. Modes and momenta are left as they were (:func:`torch.optim.swa_utils.update_bn`).
 
     Raises:
-        ValueError: there is no batch, or one is no float tensor of images; the statistics are then as they were.
+        ValueError: there is no batch, or a batch is no float tensor of images. The statistics are left unchanged.
     """
     if isinstance(batches, torch.Tensor):
         raise ValueError(
@@ -322,7 +323,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> 
             raise ValueError("batches held nothing: give a list of image tensors, or an iterator not used up yet")
         done = True
     finally:
-        if not done:  # update_bn has wiped the statistics first
+        if not done:  # update_bn begins by wiping the statistics
             for norm, momentum, buffers in before:
                 norm.momentum = momentum
                 for key, value in buffers.items():
@@ -346,7 +347,7 @@ def quantized_weights(model: nn.Module) -> dict[str, tuple[WeightQuantizer, nn.P
 
 
 def quantizer_of(module: nn.Module) -> WeightQuantizer | None:
-    """The quantizer of a layer's weight; None without one, whatever other parametrizations there are."""
+    """The quantizer of a layer's weight, among all its parametrizations; None if there is none."""
     if not parametrize.is_parametrized(module, "weight"):
         return None
     return next((part for part in module.parametrizations.weight if isinstance(part, WeightQuantizer)), None)
@@ -356,7 +357,8 @@ def quantizer_of(module: nn.Module) -> WeightQuantizer | None:
 class LowBitWeight:
     """The weight that a layer computes with, as scale and levels; see :func:`low_bit_values`.
 
-    ``scale`` () or (C_out, 1, …) and the integer ``levels``, of the weight's shape, are float32 (float64 for float64).
+    ``scale`` has the shape () or (C_out, 1, …), ``levels`` the shape of the weight. Both are float32, or float64 for a
+    float64 weight. Levels are whole numbers.
     """
 
     bits: int
@@ -366,10 +368,10 @@ class LowBitWeight:
 
 
 def low_bit_weights(model: nn.Module) -> dict[str, LowBitWeight]:
-    """Every layer with quantized weights, by name: those that are quantized, and those from a packed file.
+    """The weight of every layer with a quantizer or from a packed file, by name.
 
     Raises:
-        ValueError: the weight of a layer from a packed file has been changed since.
+        ValueError: the weight of a layer from a packed file was changed after reading.
     """
     found = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -380,7 +382,7 @@ def low_bit_weights(model: nn.Module) -> dict[str, LowBitWeight]:
             bits, scale = module.__dict__[_UNPACKED]
             weight = module.weight.detach()
             scale = scale.to(weight.device)
-            # At 1 bit the sign tells the level even if the scale is 0: the two values are then 0 and −0.
+            # At 1 bit the sign tells the level. A scale of 0 leaves the signs, too: the values are 0 and −0.
             levels = torch.where(weight.signbit(), -1.0, 1.0).to(scale.dtype) if bits == 1 else (
                 (weight.to(scale.dtype) / torch.where(scale > 0, scale, 1)).round()
             )  # fmt: skip
@@ -412,7 +414,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
-        elif "_orig_mod" in model._modules:  # torch.compile's; its class has no public name
+        elif "_orig_mod" in model._modules:  # torch.compile's wrapper, whose class is private
             model = model._orig_mod
         else:
             return model
@@ -429,7 +431,7 @@ def _once(
 def blend(model: nn.Module, share: float) -> None:
     """w ← (1 − share)·w + share·Q(w) for every quantized weight, in place.
 
-    Called between ``backward()`` and ``optimizer.step()``, this makes SGD the blended coarse gradient descent of Yin
+    Between ``backward()`` and ``optimizer.step()``, blending turns SGD into the blended coarse gradient descent of Yin
     et al. 2019: w ← (1 − ρ)·w + ρ·Q(w) − lr·gradient, with the gradient taken at Q(w).
 
     Raises:
@@ -443,7 +445,7 @@ def blend(model: nn.Module, share: float) -> None:
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(ordinary parameters, activation steps): weight decay belongs on the first group only."""
+    """(ordinary parameters, activation steps). Weight decay belongs on the ordinary parameters only."""
     steps = [relu.step for relu in _quantized_relus(model)]
     known = {id(step) for step in steps}
     return [parameter for parameter in model.parameters() if id(parameter) not in known], steps

@@ -27,21 +27,21 @@ def gaussian_step(highest: int) -> float:
 class QuantizedReLU(nn.Module):
     """A ReLU with 2^bits output values {0..Q}·α, Q = 2^bits − 1, and a learned step α.
 
-    Forward: ``α·round(clip(x/α, 0, Q))`` (nearest, not up: rounding up would add half a step on average).
-    Backward to x: straight through inside (0, Qα), 0 outside. Backward to α, summed over all elements:
+    Forward: ``α·round(clip(x/α, 0, Q))``. Rounding is to the nearest level; rounding up would add half a step on
+    average. Backward to x: straight through inside (0, Qα), 0 outside. Backward to α, summed over all elements:
 
-    - ``"lsq"`` (Esser et al. 2020): 0 below the range, round(x/α) − x/α inside, Q above; times 1/√(F·Q), F the number
-      of features (elements of one image: all dimensions but the first), so that the step learns at the pace of a
-      weight. The images of a batch do not count in F: a loss is their mean, its gradient does not grow with them;
-    - ``"coarse"`` (Yin et al. 2019, blended coarse gradient descent; the paper's line of work): three values,
-      0 below, 2^(bits−1) inside, Q above; with the same scale;
-    - ``"frozen"``: none. The step stays what :meth:`fit` made it, as it does in the released code.
+    - ``"lsq"`` (Esser et al. 2020): 0 below the range, round(x/α) − x/α inside, Q above. The sum is scaled by
+      1/√(F·Q), so that the step learns at the pace of a weight. F is the number of elements of one image. The batch
+      size is left out, since the gradient of a mean over images does not grow with it.
+    - ``"coarse"`` (Yin et al. 2019): 0 below the range, 2^(bits−1) inside, Q above, with the same scale. Blended coarse
+      gradient descent, the paper's line of work, uses these three values.
+    - ``"frozen"``: no gradient. The step keeps the value from :meth:`fit`, as in the released code.
 
-    Example, 4 bits, α = 0.1, one image: (−1, 0.26, 9) → (0, 0.3, 1.5); LSQ's gradients to α (0, 0.4, 15), coarse
-    (0, 8, 15), each times 1/√45.
+    Example for 4 bits, α = 0.1 and one image: (−1, 0.26, 9) → (0, 0.3, 1.5). The gradients to α are (0, 0.4, 15) for
+    LSQ and (0, 8, 15) for coarse, each times 1/√45.
 
-    ``step`` starts at the least-squares optimum for standard normal input; :meth:`fit` sets it from data. In a network
-    the quantized ReLU replaces the module ``replaces``, which comes back when the network is dequantized.
+    ``step`` starts at the least-squares optimum for standard normal input, and :meth:`fit` sets it from data. In a
+    network the quantized ReLU replaces the module ``replaces``. Dequantizing the network puts that module back.
 
     Raises:
         ValueError: ``bits`` outside 1 to 8, or an unknown ``step_gradient``.
@@ -57,7 +57,7 @@ class QuantizedReLU(nn.Module):
         self.highest = 2**bits - 1
         self.compiled = False  # see faqd_lib.quantization.network.compile_activations
         self.step = nn.Parameter(torch.tensor(gaussian_step(self.highest), dtype=torch.float32))
-        self.__dict__["replaces"] = nn.ReLU() if replaces is None else replaces  # not a submodule: it is not in use
+        self.__dict__["replaces"] = nn.ReLU() if replaces is None else replaces  # no submodule: not in use
 
     @property
     def is_coarse(self) -> bool:
@@ -66,7 +66,7 @@ class QuantizedReLU(nn.Module):
 
     @property
     def is_initial(self) -> bool:
-        """Whether the step was neither fitted nor trained."""
+        """Whether the step still has its first value: neither fitted nor trained."""
         return bool(self.step.detach().cpu() == torch.tensor(gaussian_step(self.highest), dtype=self.step.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -75,9 +75,9 @@ class QuantizedReLU(nn.Module):
 
     @torch.no_grad()
     def fit(self, x: torch.Tensor) -> None:
-        """Set the step to the least-squares optimum for ``x``; left as it is if nothing in ``x`` is positive.
+        """Set the step to the least-squares optimum for ``x``, or keep it if nothing in ``x`` is positive.
 
-        Only a sample of many values is used; see :func:`sample`.
+        A large ``x`` is sampled; see :func:`sample`.
 
         Raises:
             ValueError: ``x`` holds NaN or an infinity.
@@ -94,9 +94,9 @@ class QuantizedReLU(nn.Module):
 
 
 def sample(x: torch.Tensor, most: int = 65536) -> torch.Tensor:
-    """All values of ``x`` or a seeded random sample of ``most``, flat, float32 at least.
+    """All values of ``x``, or a seeded random sample of ``most`` values; flat, float32 at least.
 
-    A regular pattern would meet the same image columns again and again.
+    The sample is random because a regular pattern would meet the same image columns again and again.
     """
     values = x.detach().flatten()
     if values.numel() > most:

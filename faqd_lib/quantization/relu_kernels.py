@@ -1,13 +1,13 @@
 """Values and gradients of the quantized ReLU; :class:`faqd_lib.quantization.relu.QuantizedReLU` has the mathematics.
 
-Two ways lead to the same numbers:
+Two implementations give the same numbers:
 
-- in chunks, the eager way: a few passes over memory, on a CPU in chunks that fit into a core's cache;
-- in one pass: one function for values and one for gradients. A compiled or traced network takes these functions in.
-  For training on a CPU they can be compiled by themselves; see :func:`kernels`.
+- eager, in chunks: a few passes over memory. On a CPU each chunk fits into a core's cache.
+- compiled, in one pass: one function for values, one for gradients. A compiled or traced network absorbs these two
+  functions. For eager training on a CPU, :func:`kernels` compiles them by themselves.
 
-Values and gradients to the input agree, except for the sign of zeros. The step's gradient agrees to rounding. What
-``torch.export`` makes of either has the values only.
+Values and gradients to the input agree, except for the sign of zeros. The step's gradient agrees to rounding.
+``torch.export`` keeps the values and drops the gradients.
 """
 
 import math

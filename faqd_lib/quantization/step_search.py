@@ -6,8 +6,8 @@ m = 1..L: one value then rises by one level. Two searches follow from that.
 
 Exact. Sort all w_i/(m − ½) in descending order. Two cumulative sums along that order give ⟨w, q⟩ and ⟨q, q⟩ between any
 two of them, and the largest share is the global optimum. This costs a sort of n·L numbers, so it serves short rows, and
-longer ones of at most 128 distinct magnitudes, counted in a histogram. (8 bits have that many, and the optimum of such
-rows is too narrow for a scan.)
+longer ones of at most 128 distinct magnitudes, counted in a histogram. Weights that are
+quantized to 8 bits already have that many, and their optimum is too narrow for a scan.
 
 Scanned. A fine histogram gives the share of any step by a few look-ups. A coarse grid of steps over thirteen octaves is
 tried, then fine grids around the best four. Where magnitudes are spread, the error comes within 1 % of the best one.
@@ -33,10 +33,10 @@ def nearest_levels(values: torch.Tensor, step: torch.Tensor, lowest: int, highes
 
 
 def best_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
-    """The step s (rows, 1) for which levels {0..highest}·s are nearest to ``magnitudes`` (rows, n) ≥ 0, in squares.
+    """The least-squares step s (rows, 1) of {0..highest}·s for ``magnitudes`` (rows, n) ≥ 0.
 
     Returns:
-        float, of the dtype of ``magnitudes``: 0 for a row of zeros; NaN for a row that holds NaN or an infinity.
+        s in the dtype of ``magnitudes``: 0 for a row of zeros, NaN for a row that holds NaN or an infinity.
     """
     peak = magnitudes.amax(1, keepdim=True)
     unit = magnitudes.double() / torch.where(peak > 0, peak, 1)
@@ -53,8 +53,8 @@ def best_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
 def running_sums(rows: torch.Tensor) -> torch.Tensor:
     """Cumulative sums along each row of (rows, n), the same bits at every call.
 
-    CUDA's blocks add up a single row in an order that varies. Several rows have a block each, so a single one is folded
-    into several.
+    On CUDA several blocks share a single row, and add up in an order that varies. With several rows, each row has one
+    block. A single row is therefore folded into several rows.
     """
     if len(rows) != 1 or rows.device.type != "cuda":
         return rows.cumsum(1)
@@ -67,7 +67,7 @@ def running_sums(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _exact_step(magnitudes: torch.Tensor, highest: int, counts: torch.Tensor | None = None) -> torch.Tensor:
-    """The best step (rows, 1) by the exact search; ``counts``: how often each magnitude occurs, None for once."""
+    """The best step (rows, 1) by the exact search; ``counts`` says how often each magnitude occurs, None means once."""
     # On its way down s passes these breakpoints; each raises one value from level m − 1 to m.
     m = torch.arange(1, highest + 1, device=magnitudes.device, dtype=magnitudes.dtype)
     _, order = (magnitudes.unsqueeze(2) / (m - 0.5)).flatten(1).sort(dim=1, descending=True, stable=True)
@@ -85,7 +85,7 @@ def _exact_step(magnitudes: torch.Tensor, highest: int, counts: torch.Tensor | N
 
 def _scanned_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
     """The best step (rows, 1) by the scan, or by the exact search for rows of few distinct magnitudes."""
-    # Several rows are channels. Each costs as much as a whole tensor, so their grids are coarser.
+    # Several rows are channels. Each row costs as much as a whole tensor, so channels get coarser grids.
     bins, spacing = (2**15, 1 / 96) if len(magnitudes) == 1 else (2**13, 1 / 32)
     peak = magnitudes.amax(1, keepdim=True)
     values, counts, index = _histogram(magnitudes, peak, bins)
@@ -122,7 +122,7 @@ def _scanned_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
 
 
 def _bin(values: torch.Tensor, peak: torch.Tensor, bins: int) -> torch.Tensor:
-    """Index of the bin, of ``bins`` that are evenly spaced in the logarithm over sixteen octaves below the peak."""
+    """Index of each value's bin. The ``bins`` divide sixteen octaves below the peak evenly in the logarithm."""
     position = (values / peak.clamp_min(torch.finfo(values.dtype).tiny)).log2().mul_(bins / _OCTAVES).add_(bins)
     return position.nan_to_num_(0, 0, 0).floor_().clamp_(0, bins - 1).long()
 
@@ -133,7 +133,7 @@ def _histogram(magnitudes: torch.Tensor, peak: torch.Tensor, bins: int) -> tuple
     The first two are float64 (rows, bins), the last int64 (rows, n).
     """
     index = _bin(magnitudes, peak, bins)
-    # Whole numbers add up to the same in any order.
+    # Integer sums do not depend on the order.
     counts = torch.zeros(len(magnitudes), bins, dtype=torch.int64, device=magnitudes.device)
     counts.scatter_add_(1, index, torch.ones_like(index))
     centres = torch.arange(bins, device=magnitudes.device, dtype=torch.float64)

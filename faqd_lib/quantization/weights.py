@@ -1,6 +1,6 @@
-"""Weight quantizers: low-bit weights as small modules, with straight-through gradients to the float values.
+"""Weight quantizers: modules that map float weights to low-bit ones, with straight-through gradients.
 
-Quantizers know nothing of networks; :mod:`faqd_lib.quantization.network` puts them in.
+:mod:`faqd_lib.quantization.network` puts them into networks.
 """
 
 import math
@@ -29,11 +29,11 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class WeightQuantizer(nn.Module):
-    """A map from float weights to at most 2^bits values s·q, q integer; its gradient passes straight through.
+    """A map from float weights to at most 2^bits values s·q, q integer; the gradient passes straight through.
 
-    One scale s for the tensor (the paper), or one for each output channel (the first dimension). Scales are computed
-    in float64. They follow the weights and are no parameters. Quantized weights stay what they are when they are
-    quantized again, in float16 and bfloat16 to one unit in the last place.
+    The tensor has one scale s, as in the paper, or each output channel (first dimension) has one. Scales are computed
+    from the weights, in float64, and are no parameters. Quantizing quantized weights again leaves them unchanged, in
+    float16 and bfloat16 to one unit in the last place.
 
     Subclasses define :meth:`fit`.
     """
@@ -45,25 +45,25 @@ class WeightQuantizer(nn.Module):
         self.per_channel = per_channel
 
     def fit(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Least-squares scales (rows, 1) ≥ 0 and integer levels (rows, n) of each row of (rows, n); float64."""
+        """Scale ≥ 0 and integer levels of each row (rows, n), by least squares: (rows, 1) and (rows, n), float64."""
         raise TypeError(f"{type(self).__name__} does not define fit")
 
     def levels(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and integer levels of a weight tensor.
 
         Returns:
-            (scale, levels), float32 (float64 for float64 weights): ``scale·levels`` is the quantized weight. The scale
-            is a scalar, or (C_out, 1, …) per channel; levels have the shape of ``weight``.
+            (scale, levels), float32, or float64 for float64 weights. ``scale·levels`` is the quantized weight. The
+            scale is a scalar, or (C_out, 1, …) per channel. Levels have the shape of ``weight``.
 
         Raises:
-            ValueError: the weight is empty, or holds NaN or an infinity (looked for on the CPU only: elsewhere the
-                look would make every step wait for the device).
+            ValueError: the weight is empty, or holds NaN or an infinity. NaN and infinities are found on the CPU only,
+                since elsewhere the check would make every step wait for the device.
         """
         if weight.numel() == 0:
             raise ValueError(f"cannot quantize an empty weight of shape {tuple(weight.shape)}")
         channels = self.per_channel and weight.ndim > 0
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        # In float64: rival steps of a uniform grid differ in the last digits of a sum, and squares do not overflow.
+        # float64, because rival steps of a uniform grid differ in the last digits of a sum, and squares may overflow.
         scale, levels = self.fit(weight.reshape(len(weight) if channels else 1, -1).double())
         scale, levels = scale.to(dtype), levels.to(dtype)
         if weight.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(float(scale.amax())):
@@ -87,9 +87,9 @@ class WeightQuantizer(nn.Module):
 
 
 def low_bit_values(scale: torch.Tensor, levels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``scale · levels`` in ``dtype``: what a layer computes with."""
+    """``scale · levels`` in ``dtype``: the weight that a layer computes with."""
     values = scale * levels
-    if dtype == torch.float16:  # the nearest levels may lie beyond its range
+    if dtype == torch.float16:  # scale·levels may exceed the range
         values.clamp_(torch.finfo(dtype).min, torch.finfo(dtype).max)
     return values.to(dtype)
 
@@ -97,7 +97,7 @@ def low_bit_values(scale: torch.Tensor, levels: torch.Tensor, dtype: torch.dtype
 class BinaryWeight(WeightQuantizer):
     """1 bit: ``α·sign(w)`` with α = mean|w|, the least-squares scale (Rastegari et al. 2016, XNOR-Net).
 
-    sign(0) counts as +1, so that there are two values, not three. Example: (−3, 1, 2) → (−2, 2, 2).
+    sign(0) is +1, so that only two values occur. Example: (−3, 1, 2) → (−2, 2, 2).
     """
 
     bits = 1
@@ -109,7 +109,7 @@ class BinaryWeight(WeightQuantizer):
 class TernaryWeight(WeightQuantizer):
     """2 bits, values {−s, 0, s}: weights with |w| ≥ 0.7·mean|w| are kept, s = mean|w| over the kept ones.
 
-    That is the least-squares scale for this support (Li et al. 2016, Ternary Weight Networks).
+    This s is the least-squares scale for the kept weights (Li et al. 2016, Ternary Weight Networks).
     Example: (−3, 0.2, 1, 2) → threshold 1.085 → (−2.5, 0, 0, 2.5).
     """
 
@@ -117,7 +117,7 @@ class TernaryWeight(WeightQuantizer):
 
     def fit(self, rows):
         magnitude = rows.abs()
-        # `>` or equal: a constant row keeps all its weights; an all-zero row has scale 0 either way.
+        # With ≥ an all-zero row keeps its weights, so that the scale is 0 and not 0/0.
         kept = magnitude >= 0.7 * magnitude.mean(1, keepdim=True)
         scale = (magnitude * kept).sum(1, keepdim=True) / kept.sum(1, keepdim=True)
         return scale, rows.sign() * kept
@@ -145,7 +145,7 @@ class UniformWeight(WeightQuantizer):
         step = best_step(rows.abs(), self.highest)
         levels = nearest_levels(rows, step, -self.highest, self.highest)
         peak = rows.abs().amax(1, keepdim=True)
-        unit = rows / torch.where(peak > 0, peak, 1)  # whose products neither overflow nor vanish
+        unit = rows / torch.where(peak > 0, peak, 1)  # products neither overflow nor vanish
         energy = levels.square().sum(1, keepdim=True)
         return peak * (unit * levels).sum(1, keepdim=True) / energy.clamp_min(1), levels
 
@@ -164,7 +164,7 @@ def weight_quantizer(bits: int, per_channel: bool = False) -> WeightQuantizer:
 
 @torch.library.custom_op("faqd::quantized_weight", mutates_args=())
 def _quantized_weight(weight: torch.Tensor, bits: int, per_channel: bool) -> torch.Tensor:
-    """The same values in a compiled network as in any other: the compiler takes the quantizer as it is."""
+    """Quantized weight as one opaque operation, so that compiling a network leaves the values' bits unchanged."""
     return low_bit_values(*weight_quantizer(bits, per_channel).levels(weight), weight.dtype)
 
 

@@ -110,7 +110,7 @@ def main() -> int:
                 if moment is None:
                     break
                 lines.append(moment)
-            # A training begun anew ends with the same bits, too. The process must also have read its checkpoint.
+            # A training that starts from nothing gives these bits as well: the process must have read its checkpoint.
             verdict = "the same bits" if outcome(folder) == expected else "OTHER BITS"
             if lines and had_one:
                 verdict += ", from a checkpoint" if RESUMED in said else ", BUT NOT FROM ITS CHECKPOINT"

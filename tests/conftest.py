@@ -124,14 +124,16 @@ def make_tiny_suite(folder: Path, data: ImageData, **profile) -> Suite:
         "fine_tuning_schedule": {**schedule, "epochs": 1},
         **profile,
     }
+    parsed = Profile.parse(values, "tiny")
+    held_back = {name: getattr(parsed, name) for name in ("validation_images", "held_out_images")}
     state = SuiteState(
-        profile=Profile.parse(values, "tiny"),
+        profile=parsed,
         dataset="tiny",
         reason="tiny: asked for",
         note=data.note,
-        data=DataConfig(name="tiny", fingerprint=data.fingerprint),
-        training_count=len(data.train),
-        test_count=len(data.test),
+        data=DataConfig(name="tiny", fingerprint=data.fingerprint, **held_back),
+        training_count=len(data.train) - sum(held_back.values()),
+        test_count=len(data.test) + parsed.held_out_images,
         precision="float32",
         recipe=RECIPE,
         affinity_recipe=AFFINITY_RECIPE,

@@ -6,8 +6,8 @@ m = 1..L: one value then rises by one level. Two searches follow from that.
 
 Exact. Sort all w_i/(m − ½) in descending order. Two cumulative sums along that order give ⟨w, q⟩ and ⟨q, q⟩ between any
 two of them, and the largest share is the global optimum. This costs a sort of n·L numbers, so it serves short rows, and
-longer ones of at most 128 distinct magnitudes, counted in a histogram. Weights that are
-quantized to 8 bits already have that many, and their optimum is too narrow for a scan.
+longer ones of at most 128 distinct magnitudes, counted in a histogram. Weights that are quantized to 8 bits already
+have that many, and their optimum is too narrow for a scan.
 
 Scanned. A fine histogram gives the share of any step by a few look-ups. A coarse grid of steps over thirteen octaves is
 tried, then fine grids around the best four. Where magnitudes are spread, the error comes within 1 % of the best one.

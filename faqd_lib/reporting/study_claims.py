@@ -41,14 +41,14 @@ class Contrast:
         right: the same a seed and image, between −1 and 1; images are the test images.
         surprise: the contrast of cross-entropy a seed and image, in nats.
         runs: names of the runs behind it.
-        dead: names of those among them that learned nothing.
+        dead: for each seed, the names of those among them that learned nothing.
     """
 
     accuracy: list[float]
     right: np.ndarray
     surprise: np.ndarray
     runs: list[str]
-    dead: list[str]
+    dead: list[list[str]]
 
     def estimate(self, seeds: int | None = None) -> Estimate:
         """Of accuracy, from the first ``seeds`` seeds; None: all."""
@@ -73,7 +73,8 @@ def contrast(suite: Suite, claim: PlannedClaim, weights: Mapping[str, float]) ->
         everything = [run for measured in found.values() for run in measured]
         most = max(run.record.last_accuracy for run in everything)
         runs += [run.record.run_id for run in everything]
-        dead += [run.record.run_id for run in everything if run.record.last_accuracy < max(200 / run.classes, most / 2)]
+        least = max(200 / everything[0].classes, most / 2)  # twice chance, half of the best partner
+        dead.append([run.record.run_id for run in everything if run.record.last_accuracy < least])
         share = {arm: weight / len(found[arm]) for arm, weight in weights.items()}
         accuracy.append(sum(share[arm] * run.record.last_accuracy for arm in weights for run in found[arm]))
         right.append(sum(share[arm] * run.right for arm in weights for run in found[arm]))
@@ -124,7 +125,7 @@ def _at_look(claims: Mapping[str, PlannedClaim], found: Mapping, seeds: int) -> 
     estimates = {}
     for name in claims:
         for key, measured in zip((name, ASSAY.format(name)), found[name], strict=True):
-            if measured is not None and len(measured.accuracy) >= seeds and not measured.dead:
+            if measured is not None and len(measured.accuracy) >= seeds and not any(measured.dead[:seeds]):
                 estimates[key] = measured.estimate(seeds)
     return estimates
 
@@ -149,7 +150,7 @@ def table(suite: Suite) -> Table:
         if measured is None:
             rows.append({**row, "difference": NOT_RUN, "verdict": NOT_RUN, "family": claim.family, RUNS: ""})
             continue
-        dead |= {*measured.dead, *(assay.dead if assay else ())}
+        dead |= {run for each in (measured, assay) if each is not None for seed in each.dead for run in seed}
         shown = suite.profile.shows_results
         numbers = _numbers(measured, assay, rulings[name]) if shown else dict.fromkeys(_NUMBERS, NOT_A_RESULT)
         behind = dict.fromkeys([*measured.runs, *(assay.runs if assay else ())])
@@ -160,7 +161,7 @@ def table(suite: Suite) -> Table:
         "Contrasts of last-epoch test accuracy in percentage points, on complete seeds, each with its own teacher. "
         f"95 % interval for other seeds and other test images. Looks at {looks} seeds, Holm's procedure over each "
         "family. The level is that of one side."
-        + (f" Learned nothing: {', '.join(sorted(dead))}; their claims get no verdict." if dead else "")
+        + (f" Learned nothing: {', '.join(sorted(dead))}. A look with such runs gives no verdict." if dead else "")
     )
     return with_origin(suite, Table("claims", f"Claims, {suite.dataset}", caption, pd.DataFrame(rows).fillna("")))
 

@@ -144,6 +144,15 @@ class Profile(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _teachers_of_seeds_are_for_studies(self) -> Self:
+        if self.teacher_per_seed and self.study is None:
+            raise ValueError(
+                "teacher_per_seed = true is for a study: notebooks and tables have one teacher; leave it out, or add "
+                "the table [study]"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _datasets_are_valid(self) -> Self:
         for dataset in self.dataset_settings:  # now, rather than after days of training on other datasets
             self.for_dataset(dataset)

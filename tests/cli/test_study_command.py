@@ -29,7 +29,6 @@ def test_options_that_do_not_fit_are_named(options, message, capsys):
 
 def test_a_study_of_tuning_is_trained_and_reported(tiny_suite, capsys):
     suite = tiny_suite(study=STUDY, shows_results=True, validation_images=12)
-    suite.state.__dict__["data"] = suite.state.data.model_copy(update={"validation_images": 12})
     assert hours_left(suite) is None
     assert run_study(suite)
     (table,) = report_study(suite)

@@ -577,8 +577,6 @@ def test_what_traces_and_transforms_networks_takes_the_quantized_relu(step_gradi
     assert torch.equal(torch.export.export(network, (x,)).module()(x), expected)  # values only
     assert torch.equal(torch.func.vmap(relu)(x), expected)
     assert torch.equal(torch.func.grad(lambda x: relu(x).square().sum())(x), gradient)
-    with pytest.raises(NotImplementedError):
-        torch.func.jvp(relu, (x,), (x,))
 
 
 def test_training_without_a_compiler_does_not_import_one():

@@ -129,6 +129,15 @@ def test_a_run_that_learned_nothing_leaves_no_verdict(suite, accuracies):
     assert "Learned nothing: " in found.caption
 
 
+def test_a_run_that_learned_nothing_after_a_look_unsettles_nothing(suite):
+    for seed in range(2, 7):
+        save(suite, seed, {"kd": 70, "fa": 73, "ffa": 73})
+    save(suite, 7, {"kd": 70, "fa": 10, "ffa": 73})
+    found = study_claims.table(suite)
+    assert found.frame.iloc[0]["verdict"] == verdicts.REPRODUCED
+    assert "Learned nothing: " in found.caption
+
+
 def test_a_claim_without_runs_reads_not_run(suite):
     assert {row["verdict"] for row in rows(suite).values()} == {"not run"}
     assert study_claims.forest_frame(study_claims.table(suite)).empty

@@ -88,6 +88,20 @@ def test_shipped_studies_are_valid_and_share_no_seed_with_the_pilots():
     assert Profile.load("claims").study.looks == [5, 8]
 
 
+def test_tuning_chooses_under_the_conditions_of_the_claims():
+    tuning, claims = Profile.load("tuning"), Profile.load("claims")
+    for name in ("teachers", "student", "teacher_per_seed", "held_out_images", "precision", "losses"):
+        assert getattr(tuning, name) == getattr(claims, name), name
+    for name in ("teacher_schedule", "student_schedule", "fine_tuning_schedule"):
+        assert getattr(tuning, name) == getattr(claims, name), name
+    assert tuning.validation_images > 0
+
+
+def test_a_teacher_for_each_seed_needs_a_study(tiny_suite):
+    with pytest.raises(ConfigurationError, match="teacher_per_seed = true is for a study"):
+        tiny_suite(teacher_per_seed=True)
+
+
 def test_the_digest_is_of_all_that_changes_a_verdict():
     profile = Profile.load("claims")
     assert profile.model_copy(update={"cohort": 2, "evaluate_every": 4}).design_digest == profile.design_digest
@@ -182,7 +196,6 @@ def test_a_smaller_subset_is_part_of_the_images(study_suite):
 
 def test_held_out_images_are_tested_on_and_never_trained_on(tiny_suite, tiny_data):
     suite = tiny_suite(held_out_images=12)
-    suite.state.__dict__["data"] = suite.state.data.model_copy(update={"held_out_images": 12})
     training, validation, test = suite.splits
     assert (len(training), validation, len(test)) == (36, None, 36)
     assert torch.equal(test.pixels[:24], tiny_data.test.pixels)

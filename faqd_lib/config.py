@@ -156,6 +156,7 @@ class ObjectiveConfig(StrictModel):
     distribution: Literal["gaussian", "rademacher"] = "gaussian"
     label_weight: Weight = 0.0
     adapters: bool = False
+    stages: tuple[Count, ...] = omitted_at_default(())  # whose maps are compared, from 1 on; () for all
     affinity_recipe: int | None = omitted_at_default(None)
 
     @model_validator(mode="before")
@@ -184,8 +185,12 @@ class ObjectiveConfig(StrictModel):
             raise ValueError("affinity_weight must be 0 with affinity='none', and above 0 with 'fa' or 'ffa'")
         if self.affinity_recipe != (None if self.affinity == "none" else AFFINITY_RECIPE):
             raise ValueError(f"affinity_recipe {self.affinity_recipe} is not that of this version ({AFFINITY_RECIPE})")
-        if self.adapters and self.affinity == "none":
-            raise ValueError("adapters need an affinity loss: set affinity to 'fa' or 'ffa'")
+        if (self.adapters or self.stages) and self.affinity == "none":
+            raise ValueError("adapters and stages need an affinity loss: set affinity to 'fa' or 'ffa'")
+        if self.stages != tuple(sorted(set(self.stages))):
+            raise ValueError(f"stages {list(self.stages)} must rise")
+        if self.adapters and self.stages:
+            raise ValueError("adapters stand at all stages: leave out stages")
         return self
 
 
@@ -284,12 +289,14 @@ class RunConfig(StrictModel):
 
     @property
     def method(self) -> str:
-        """``KD``, ``FAQD`` or ``FFAQD``; ``labels`` without a teacher, ``none`` without training."""
+        """``KD``, ``FAQD`` or ``FFAQD``; ``FA`` or ``FFA`` without a logit loss; ``labels`` without a teacher; ``none``
+        without training."""
         if self.optimization.epochs == 0:
             return "none"
         if not self.objective.uses_teacher:
             return "labels"
-        return {"none": "KD", "fa": "FAQD", "ffa": "FFAQD"}[self.objective.affinity]
+        name = {"none": "KD", "fa": "FAQD", "ffa": "FFAQD"}[self.objective.affinity]
+        return name if self.objective.logit_loss != "none" else name.removesuffix("QD")
 
     @property
     def bits(self) -> str:

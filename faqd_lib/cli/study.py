@@ -2,10 +2,13 @@
 
     ./run_all.sh claims --hours 2
 
-Seeds are trained one after another, and each seed's cells in the order of the design. Several calls at once, also on
-several machines with a common folder, take different seeds. A call goes on where an earlier one stopped.
+The seeds of the first look come first, cells by cells in the order of the design, so that the first cells have their
+verdicts first. The seeds of the second look follow, but only in cells where the first look left a claim open. Several
+calls at once, also on several machines with a common folder, take different seeds. A call goes on where an earlier one
+stopped.
 """
 
+import itertools
 import time
 
 import filelock
@@ -22,38 +25,32 @@ from ..utils.progress import clock
 
 
 def run_study(suite: Suite, hours: float | None = None) -> bool:
-    """Train the runs of a suite's study, seed by seed.
+    """Train the runs of a suite's study, in the order that the head of this module says.
 
     Args:
         suite: of a profile with a study.
         hours: stop after so much time, with checkpoints; None to train all planned seeds.
 
     Returns:
-        False if time was up; True if no seed is left but those that other processes train.
+        False if time was up; True if nothing is left but what other processes train.
     """
     deadline = None if hours is None else time.monotonic() + 3600 * hours
     study, started = suite.profile.study, time.monotonic()
-    for seed in study.seeds:
-        runs = seed_runs(suite, seed)
-        if all(suite.store.record(run) for run in runs):
+    for look, cells in itertools.product(study.looks, study.cells):
+        if look > study.looks[0] and not study_claims.is_open(suite, cells):
             continue
-        lock = suite.store.group_lock(f"seed{seed}")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            print(f"seed {seed}: another process trains it", flush=True)
-            continue
-        with lock:
-            for cells in study.cells:
-                chosen = list(suite.study_runs(cells, seed).values())
-                if not chosen:
-                    continue
-                try:
-                    suite.run(chosen, f"seed {seed}, {cells}", deadline)
-                except OutOfTimeError:
-                    print(f"time is up after {clock(time.monotonic() - started)}: call again to go on", flush=True)
-                    return False
-            print(f"seed {seed} is complete after {clock(time.monotonic() - started)}", flush=True)
+        for seed in study.seeds[:look]:
+            runs = list(suite.study_runs(cells, seed).values())
+            if all(suite.store.record(run) for run in runs):
+                continue
+            try:
+                with suite.store.group_lock(f"{cells}-seed{seed}").acquire(timeout=0):
+                    suite.run(runs, f"{cells}, seed {seed}", deadline)
+            except filelock.Timeout:
+                print(f"{cells}, seed {seed}: another process trains it", flush=True)
+            except OutOfTimeError:
+                print(f"time is up after {clock(time.monotonic() - started)}: call again to go on", flush=True)
+                return False
     return True
 
 

@@ -4,6 +4,7 @@ What is compared, when, and with which margins is in the design (:mod:`faqd_lib.
 verdict. A seed counts for a claim if all its runs of the claim's arms are finished.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,12 +25,16 @@ ASSAY = "assay of {}"  # name of the estimates that a claim builds on
 
 @dataclass(frozen=True)
 class Measured:
-    """A run of a study: accuracy in percent; per test image, whether it is right and −log of the true class."""
+    """A run of a study; per test image, whether it is right and −log of the true class."""
 
     record: RunRecord
     right: np.ndarray
     surprise: np.ndarray
     classes: int
+
+    def endpoint(self, name: str) -> float:
+        """``accuracy`` in percent after the last epoch, or ``affinity``: the logarithm of the loss on test images."""
+        return self.record.last_accuracy if name == "accuracy" else math.log(self.record.test_affinity)
 
 
 @dataclass(frozen=True)
@@ -37,22 +42,22 @@ class Contrast:
     """A contrast over the complete seeds, in planned order.
 
     Args:
-        accuracy: one value a seed, in percentage points.
-        right: the same a seed and image, between −1 and 1; images are the test images.
+        values: one value a seed: accuracy in percentage points, or the logarithm of the affinity loss.
+        right: accuracy a seed and image, between −1 and 1; images are the test images. None for the affinity loss.
         surprise: the contrast of cross-entropy a seed and image, in nats.
         runs: names of the runs behind it.
         dead: for each seed, the names of those among them that learned nothing.
     """
 
-    accuracy: list[float]
-    right: np.ndarray
+    values: list[float]
+    right: np.ndarray | None
     surprise: np.ndarray
     runs: list[str]
     dead: list[list[str]]
 
     def estimate(self, seeds: int | None = None) -> Estimate:
-        """Of accuracy, from the first ``seeds`` seeds; None: all."""
-        return Estimate.of(self.accuracy[:seeds], self.right[:seeds])
+        """Of the endpoint, from the first ``seeds`` seeds; None: all."""
+        return Estimate.of(self.values[:seeds], None if self.right is None else self.right[:seeds])
 
     def cross_entropy(self) -> Estimate:
         """In nats, from all seeds; below 0 where the side with positive weights is better."""
@@ -65,7 +70,7 @@ def contrast(suite: Suite, claim: PlannedClaim, weights: Mapping[str, float]) ->
     Seeds are taken in planned order, up to the first that is not complete.
     """
     study = suite.profile.study
-    accuracy, right, surprise, runs, dead = [], [], [], [], []
+    values, right, surprise, runs, dead = [], [], [], [], []
     for seed in study.seeds:
         found = {arm: _arm(suite, study.where(claim, arm), arm, seed) for arm in weights}
         if any(measured is None for measured in found.values()):
@@ -76,10 +81,11 @@ def contrast(suite: Suite, claim: PlannedClaim, weights: Mapping[str, float]) ->
         least = max(200 / everything[0].classes, most / 2)  # twice chance, half of the best partner
         dead.append([run.record.run_id for run in everything if run.record.last_accuracy < least])
         share = {arm: weight / len(found[arm]) for arm, weight in weights.items()}
-        accuracy.append(sum(share[arm] * run.record.last_accuracy for arm in weights for run in found[arm]))
+        values.append(sum(share[arm] * run.endpoint(claim.endpoint) for arm in weights for run in found[arm]))
         right.append(sum(share[arm] * run.right for arm in weights for run in found[arm]))
         surprise.append(sum(share[arm] * run.surprise for arm in weights for run in found[arm]))
-    return Contrast(accuracy, np.array(right), np.array(surprise), runs, dead) if accuracy else None
+    by_image = np.array(right) if claim.endpoint == "accuracy" else None
+    return Contrast(values, by_image, np.array(surprise), runs, dead) if values else None
 
 
 def _arm(suite: Suite, cells: str, arm: str, seed: int) -> list[Measured] | None:
@@ -97,6 +103,24 @@ def _measured(suite: Suite, config: RunConfig) -> Measured | None:
     return Measured(record, right, -kept["log_probability"].float().numpy(), int(kept["label"].max()) + 1)
 
 
+def all_contrasts(suite: Suite) -> dict[str, tuple[Contrast | None, Contrast | None]]:
+    """By claim, its contrast and that of its assay."""
+    return {
+        name: (contrast(suite, claim, claim.contrast), contrast(suite, claim, claim.assay) if claim.assay else None)
+        for name, claim in suite.profile.study.claims.items()
+    }
+
+
+def is_open(suite: Suite, cells: str) -> bool:
+    """Whether a claim on these cells is not settled by the looks so far."""
+    rulings = judge(suite, all_contrasts(suite))
+    return any(
+        cells in (claim.cells, claim.reference)
+        and rulings[name].verdict in (verdicts.INCONCLUSIVE, verdicts.NOT_TESTABLE)
+        for name, claim in suite.profile.study.claims.items()
+    )
+
+
 def judge(suite: Suite, found: Mapping[str, tuple[Contrast | None, Contrast | None]]) -> dict[str, Ruling]:
     """Judge all claims of the design, family by family.
 
@@ -110,7 +134,7 @@ def judge(suite: Suite, found: Mapping[str, tuple[Contrast | None, Contrast | No
         hypotheses = [
             Hypothesis(name, assay=ASSAY.format(name))
             if claim.assay
-            else Hypothesis(name, claim.margin, claim.equivalence)
+            else Hypothesis(name, claim.margin, claim.equivalence if claim.endpoint == "accuracy" else None)
             for name, claim in claims.items()
         ]
         looks = [_at_look(claims, found, seeds) for seeds in study.looks]
@@ -125,7 +149,7 @@ def _at_look(claims: Mapping[str, PlannedClaim], found: Mapping, seeds: int) -> 
     estimates = {}
     for name in claims:
         for key, measured in zip((name, ASSAY.format(name)), found[name], strict=True):
-            if measured is not None and len(measured.accuracy) >= seeds and not any(measured.dead[:seeds]):
+            if measured is not None and len(measured.values) >= seeds and not any(measured.dead[:seeds]):
                 estimates[key] = measured.estimate(seeds)
     return estimates
 
@@ -133,10 +157,7 @@ def _at_look(claims: Mapping[str, PlannedClaim], found: Mapping, seeds: int) -> 
 def table(suite: Suite) -> Table:
     """One row a claim of the study: contrast, estimate, interval, look, level, verdict and second endpoint."""
     study = suite.profile.study
-    found = {
-        name: (contrast(suite, claim, claim.contrast), contrast(suite, claim, claim.assay) if claim.assay else None)
-        for name, claim in study.claims.items()
-    }
+    found = all_contrasts(suite)
     rulings = judge(suite, found)
     rows, dead = [], set()
     for name, claim in study.claims.items():
@@ -145,7 +166,7 @@ def table(suite: Suite) -> Table:
             "claim": claim.statement,
             "contrast": _words(claim.contrast),
             "margin": "half of FA's effect" if claim.assay else f"{claim.margin:g}",
-            "n (seeds)": f"{len(measured.accuracy) if measured else 0} of {study.looks[-1]}",
+            "n (seeds)": f"{len(measured.values) if measured else 0} of {study.looks[-1]}",
         }
         if measured is None:
             rows.append({**row, "difference": NOT_RUN, "verdict": NOT_RUN, "family": claim.family, RUNS: ""})

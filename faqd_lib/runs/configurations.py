@@ -3,7 +3,7 @@
 Nothing here trains, loads images or touches a disk: the same state gives the same configurations.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,8 +27,8 @@ _BATCH_NORM_BATCHES = 16
 
 TEACHER_SEEDS = 1000  # the teacher of the students of seed s has the seed 1000 + s, where each seed has its own
 
-Method = Literal["labels", "KD", "FAQD", "FFAQD"]
-AFFINITY_OF_METHOD = {"labels": "none", "KD": "none", "FAQD": "fa", "FFAQD": "ffa"}
+Method = Literal["labels", "KD", "FA", "FAQD", "FFAQD"]
+AFFINITY_OF_METHOD = {"labels": "none", "KD": "none", "FA": "fa", "FAQD": "fa", "FFAQD": "ffa"}
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class Configurations:
         logit_loss: str | None = None,
         k: int | None = None,
         affinity_weight: float | None = None,
+        stages: Sequence[int] = (),
         losses: Mapping[str, object] | None = None,
         schedule: Mapping[str, object] | None = None,
         updates: int | None = None,
@@ -92,8 +93,8 @@ class Configurations:
         """A student's run. Settings that are None come from the profile.
 
         Args:
-            method: ``"labels"`` (cross-entropy only), ``"KD"`` (logits), ``"FAQD"`` (logits and exact feature affinity)
-                or ``"FFAQD"`` (logits and feature affinity from k projections).
+            method: ``"labels"`` (cross-entropy only), ``"KD"`` (logits), ``"FA"`` (exact feature affinity), ``"FAQD"``
+                (logits and exact feature affinity) or ``"FFAQD"`` (logits and feature affinity from k projections).
             labels: whether cross-entropy is added to a distillation loss.
             weight_bits, activation_bits: 1 to 8, or 32 for float.
             quantization: other settings of :class:`~faqd_lib.config.QuantizationConfig`, such as ``per_channel``.
@@ -101,6 +102,7 @@ class Configurations:
             logit_loss: ``"mse"`` or ``"kl"``.
             k: number of projections, at least 1.
             affinity_weight: weight of the affinity loss, above 0.
+            stages: numbers of the stages whose maps are compared, from 1 on; empty for all.
             losses, schedule: changes to the profile's losses and to the regime's schedule, by setting.
             updates: number of steps, in place of epochs. Warm-up keeps its share of them.
             images: number of training images, a class-balanced subset. The teacher has seen all of them.
@@ -127,7 +129,7 @@ class Configurations:
             model=self.profile.student,
             optimization=self._optimization(times if updates is None else _of_updates(times, updates, count)),
             objective=(
-                self._distillation(method, labels, fine_tuning, logit_loss, k, changes)
+                self._distillation(method, labels, fine_tuning, logit_loss, k, tuple(stages), changes)
                 if taught
                 else ObjectiveConfig(label_weight=1.0)
             ),
@@ -155,9 +157,12 @@ class Configurations:
             arm.method,
             labels=arm.labels,
             weight_bits=weight_bits,
+            activation_bits=arm.activation_bits,
+            quantization={} if arm.step_gradient is None else {"step_gradient": arm.step_gradient},
             regime=arm.regime,
             logit_loss=arm.logit_loss,
             k=arm.k,
+            stages=arm.stages,
             losses=arm.losses,
             schedule={name: value for name, value in schedule.items() if value is not None},
             updates=cells.updates,
@@ -220,13 +225,14 @@ class Configurations:
         fine_tuning: bool,
         logit_loss: str | None,
         k: int | None,
+        stages: tuple[int, ...],
         changes: Mapping[str, object],
     ) -> ObjectiveConfig:
         losses = Losses.parse(self.profile.losses.model_dump() | dict(changes), "losses")
         affinity = AFFINITY_OF_METHOD[method]
         default_loss = losses.fine_tuning_logit_loss if fine_tuning else losses.end_to_end_logit_loss
         settings = {
-            "logit_loss": logit_loss or default_loss,
+            "logit_loss": "none" if method == "FA" else logit_loss or default_loss,
             "logit_weight": losses.logit_weight,
             "temperature": losses.temperature,
             "affinity": affinity,
@@ -234,6 +240,7 @@ class Configurations:
             "k": losses.k if k is None else k,
             "label_weight": losses.label_weight if labels else 0.0,
             "adapters": losses.adapters and affinity != "none",
+            "stages": stages,
         }
         return ObjectiveConfig.parse(settings, "student")
 

@@ -31,7 +31,7 @@ from .store import ResultsError
 from .study import Study
 
 ModelName = Literal[MODEL_NAMES]
-PROFILES = ("smoke", "quick", "cpu", "paper", "claims", "tuning")
+PROFILES = ("smoke", "quick", "cpu", "paper", "claims", "tuning", "short")
 
 
 class Losses(StrictModel):

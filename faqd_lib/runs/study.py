@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ..config import Count, Positive, StrictModel, Weight, WeightBits
+from ..config import ActivationBits, Count, Positive, StrictModel, Weight, WeightBits
 
 FIRST_SEED = 2  # seed 1 was looked at while the method was worked out
 FEWEST_SEEDS = 5  # with three seeds, a 5 % test errs in 7 to 8 % of studies
@@ -18,20 +18,26 @@ class Arm(StrictModel):
     """What one student learns from.
 
     Args:
-        method: ``labels`` (cross-entropy only), ``KD``, ``FAQD`` or ``FFAQD``.
+        method: ``labels`` (cross-entropy only), ``KD``, ``FA``, ``FAQD`` or ``FFAQD``.
         labels: whether cross-entropy is added to a distillation loss.
         regime: ``fine-tuning`` starts from the float student of the same seed.
         logit_loss, k: None for the profile's own.
+        stages: numbers of the stages whose maps are compared, from 1 on; empty for all.
+        activation_bits: 32 for float activations.
+        step_gradient: how steps of activations are trained; None for the default.
         losses: changes to the profile's losses, such as ``{temperature = 2.0}``.
         epochs: None for the schedule's own.
         learning_rate: None for the schedule's own.
     """
 
-    method: Literal["labels", "KD", "FAQD", "FFAQD"]
+    method: Literal["labels", "KD", "FA", "FAQD", "FFAQD"]
     labels: bool = False
     regime: Literal["end-to-end", "fine-tuning"] = "end-to-end"
     logit_loss: Literal["mse", "kl"] | None = None
     k: Count | None = None
+    stages: list[Count] = []
+    activation_bits: ActivationBits = 32
+    step_gradient: Literal["lsq", "coarse", "frozen"] | None = None
     losses: dict[str, float] = {}
     epochs: Count | None = None
     learning_rate: Positive | None = None
@@ -56,21 +62,25 @@ class Cells(StrictModel):
 
 
 class PlannedClaim(StrictModel):
-    """A claim about a contrast: Σ weight · accuracy over arms, averaged over bit-widths, in percentage points.
+    """A claim about a contrast: Σ weight · endpoint over arms, averaged over bit-widths.
 
     Args:
         statement: the claim in words.
         contrast: weight of each arm; they sum to 0.
+        endpoint: ``accuracy`` on test images, in percentage points, or ``affinity``, the natural logarithm of the exact
+            affinity loss on test images.
         cells: name of the cells.
         reference: names of the cells of arms that ``cells`` does not have.
         margin: the claim is that the contrast lies above −margin. 0 for "better".
-        equivalence: the claim reads "no difference beyond …" if the contrast is shown to lie within ±equivalence.
+        equivalence: the claim reads "no difference beyond …" if the contrast is shown to lie within ±equivalence. Only
+            for accuracy.
         assay: a contrast that must be shown to lie above 0 first; without it the claim is not testable here.
         family: claims of one family share an error rate of 5 %.
     """
 
     statement: str
     contrast: dict[str, float]
+    endpoint: Literal["accuracy", "affinity"] = "accuracy"
     cells: str
     reference: str | None = None
     margin: Weight = 0.0
@@ -128,6 +138,8 @@ class Study(StrictModel):
                 cells = self.where(claim, arm)
                 if cells is None or arm not in self.cells[cells].arms:
                     raise ValueError(f"{where}: the arm {arm!r} is not in its cells")
+        if claim.endpoint == "affinity" and (claim.margin or claim.assay):
+            raise ValueError(f"{where}: margin and assay are for accuracy")
         widths = {tuple(self.cells[self.where(claim, arm)].weight_bits) for arm in claim.contrast}
         if len(widths) > 1:
             raise ValueError(f"{where}: its arms have different bit-widths, {sorted(widths)}")

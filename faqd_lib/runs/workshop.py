@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..affinity.loss import feature_affinity_loss
-from ..config import RunConfig
+from ..config import ConfigurationError, RunConfig
 from ..data import datasets
 from ..data.batches import Batches, Normalizer
 from ..data.datasets import ImageData, Images
@@ -133,8 +133,15 @@ class Workshop:
 
     @exact_kernels()
     def learner(self, config: RunConfig, batches: Batches) -> Learner:
-        """A run before its first step: the quantized network, calibrated on the first batch, and its objective."""
+        """A run before its first step: the quantized network, calibrated on the first batch, and its objective.
+
+        Raises:
+            ConfigurationError: the network lacks a stage that is to be compared.
+        """
         model = self.build(config)
+        if (last := max(config.objective.stages, default=0)) > len(model.feature_names):
+            count = len(model.feature_names)
+            raise ConfigurationError(f"stages: {config.model} has the stages 1 to {count}, there is no stage {last}")
         calibrate(model, next(batches.epoch(0)).images)
         if count := config.optimization.batch_norm_batches:
             reestimate_batch_norm(model, (batch.images for batch in islice(batches.epoch(0), count)))
@@ -158,7 +165,7 @@ class Workshop:
     def _objective(self, config: RunConfig, model: nn.Module) -> DistillationObjective:
         settings = config.objective
         return DistillationObjective(
-            **settings.model_dump(exclude={"adapters", "affinity_recipe"}),
+            **settings.model_dump(exclude={"adapters", "stages", "affinity_recipe"}),
             adapter_channels=self._tapped_channels(model) if settings.adapters else (),
             seed=projection_seed(config.seed),
         ).to(self.device)

@@ -71,7 +71,7 @@ class Learner:
         config: the run. Its schedule, precision and quantization are used.
         model: the network, quantized and on its device.
         objective: takes the network's logits and its maps at ``feature_names``.
-        feature_names: modules of the network to tap.
+        feature_names: modules of the network, one a stage. Those of the objective's stages are tapped.
         steps_per_epoch: number of batches of an epoch.
     """
 
@@ -86,7 +86,9 @@ class Learner:
         self.config, self.model, self.objective = config, model, objective
         self.steps_per_epoch = steps_per_epoch
         self.device = next(model.parameters()).device
-        self.tap = FeatureTap(model, feature_names if objective.affinity_weight > 0 else ())
+        compared = config.objective.stages or range(1, len(feature_names) + 1)
+        self._compared = [stage - 1 for stage in compared if objective.affinity_weight > 0]
+        self.tap = FeatureTap(model, [feature_names[stage] for stage in self._compared])
         weights, activation_steps = split_parameters(model)
         self.parameters = [*weights, *activation_steps, *objective.parameters()]
         optimization = config.optimization
@@ -136,7 +138,8 @@ class Learner:
         with self._autocast():
             logits = self.network(batch.images)
         with self._autocast(), self.clock.loss if timed else nullcontext():
-            terms = self.objective(logits, self.tap.features, teacher.logits, teacher.maps, batch.labels)
+            maps = [teacher.maps[stage] for stage in self._compared]
+            terms = self.objective(logits, self.tap.features, teacher.logits, maps, batch.labels)
         self.optimizer.zero_grad(set_to_none=True)
         terms["total"].backward()
         terms["gradient_norm"] = nn.utils.clip_grad_norm_(self.parameters, self.config.optimization.clip_norm)

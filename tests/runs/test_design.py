@@ -255,13 +255,13 @@ def test_test_affinity_is_that_of_the_maps(tiny_suite):
 # ---- running
 
 
-def test_a_study_trains_seed_by_seed_in_the_order_of_its_cells(study_suite, capsys):
+def test_a_study_trains_cells_by_cells_and_each_seed_by_seed(study_suite, capsys):
     suite = study_suite(study=changed(looks=[2], claims={"helps": None, "budget": None}))
     assert run_study(suite)
     wanted = [run for seed in (2, 3) for run in seed_runs(suite, seed)]
     assert all(suite.store.record(run) for run in wanted)
     said = capsys.readouterr().out
-    order = ["seed 2, main", "seed 2, long", "seed 2, short", "seed 2 is complete", "seed 3, main", "seed 3, short"]
+    order = ["main, seed 2", "main, seed 3", "long, seed 2", "short, seed 2", "short, seed 3"]
     places = [said.index(text) for text in order]
     assert places == sorted(places)
     before = {run.run_id: suite.store.record(run).finished for run in wanted}
@@ -271,11 +271,11 @@ def test_a_study_trains_seed_by_seed_in_the_order_of_its_cells(study_suite, caps
 
 def test_a_seed_that_another_process_trains_is_left_to_it(study_suite, capsys):
     suite = study_suite(study=changed(looks=[2], claims={"helps": None, "budget": None}))
-    with suite.store.group_lock("seed2").acquire():
+    with suite.store.group_lock("main-seed2").acquire():
         assert run_study(suite)
-    assert "seed 2: another process trains it" in capsys.readouterr().out
-    assert not any(suite.store.record(run) for run in seed_runs(suite, 2))
-    assert all(suite.store.record(run) for run in seed_runs(suite, 3))
+    assert "main, seed 2: another process trains it" in capsys.readouterr().out
+    assert [seed for seed in (2, 3) if suite.store.record(suite.study_runs("main", seed)["fa", 1])] == [3]
+    assert all(suite.store.record(run) for seed in (2, 3) for run in suite.study_runs("short", seed).values())
 
 
 def test_time_that_is_up_leaves_a_checkpoint_to_go_on_from_with_the_same_bits(tiny_suite, monkeypatch):

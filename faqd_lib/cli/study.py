@@ -14,7 +14,7 @@ import time
 import filelock
 
 from ..config import RunConfig
-from ..reporting import charts, study_claims
+from ..reporting import charts, signs, study_charts, study_claims, study_curves
 from ..reporting.tables import Table
 from ..reporting.tuning import tuning_table
 from ..runs.suite import Suite
@@ -85,21 +85,29 @@ def _epochs(suite: Suite, run: RunConfig) -> float:
 
 
 def report_study(suite: Suite) -> list[Table]:
-    """Write the tables and the picture of a study; print the verdicts and the hours that are left.
+    """Write the tables and figures of a study; print the verdicts and the hours that are left.
 
-    Tuning has a table of validation accuracies; a study with claims has the claims table and a picture of it.
+    A study with claims has the claims table, accuracies and gains over updates; tuning has a table of validation
+    accuracies. Both have the failure signs.
     """
-    made = []
+    made = [tuning_table(suite)] if suite.profile.validation_images else []
+    figures = {}
     if suite.profile.study.claims:
-        claims = study_claims.table(suite)
-        made.append(claims)
-        frame = study_claims.forest_frame(claims)
-        if len(frame):
-            charts.save(charts.forest(frame), require_writable(suite.folder / "figures"), "claims")
-        for row in claims.frame.to_dict("records"):
+        judged, gain = study_claims.table(suite), study_curves.gain_frame(suite)
+        made += [judged, study_curves.arms_table(suite), study_curves.reach_table(suite)]
+        if len(forest := study_claims.forest_frame(judged)):
+            figures["claims"] = charts.forest(forest)
+        if len(gain):
+            figures["over_updates"] = study_charts.over_updates(study_curves.arms_frame(suite), gain)
+        for row in judged.frame.to_dict("records"):
             print(f"  {row['claim']}: {row['difference']} ({row['n (seeds)']} seeds): {row['verdict']}")
-    if suite.profile.validation_images:
-        made.append(tuning_table(suite))
+    records = suite.store.records()
+    made.append(signs.table(suite))
+    frames = [make(records) for make in (signs.gap_frame, signs.estimate_frame, signs.stability_frame)]
+    if len(frames[0]):
+        figures["failure_signs"] = study_charts.failure_signs(*frames)
+    for name, figure in figures.items():
+        charts.save(figure, require_writable(suite.folder / "figures"), name)
     for table in made:
         table.write(require_writable(suite.folder / "tables"))
     left = hours_left(suite)

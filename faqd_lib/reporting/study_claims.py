@@ -20,6 +20,7 @@ from .tables import NOT_A_RESULT, NOT_RUN, RUNS, Table, with_origin
 from .verdicts import Estimate, Hypothesis, Ruling
 
 STATED_EFFECTS = (0.3, 0.5, 1.0)  # percentage points, for the number of seeds that would show them
+LOGARITHM = ", log of the affinity loss"
 ASSAY = "assay of {}"  # name of the estimates that a claim builds on
 
 
@@ -45,15 +46,20 @@ class Contrast:
         values: one value a seed: accuracy in percentage points, or the logarithm of the affinity loss.
         right: accuracy a seed and image, between −1 and 1; images are the test images. None for the affinity loss.
         surprise: the contrast of cross-entropy a seed and image, in nats.
-        runs: names of the runs behind it.
+        records: the runs behind it.
         dead: for each seed, the names of those among them that learned nothing.
     """
 
     values: list[float]
     right: np.ndarray | None
     surprise: np.ndarray
-    runs: list[str]
+    records: list[RunRecord]
     dead: list[list[str]]
+
+    @property
+    def runs(self) -> list[str]:
+        """Names of the runs behind it."""
+        return [record.run_id for record in self.records]
 
     def estimate(self, seeds: int | None = None) -> Estimate:
         """Of the endpoint, from the first ``seeds`` seeds; None: all."""
@@ -70,14 +76,14 @@ def contrast(suite: Suite, claim: PlannedClaim, weights: Mapping[str, float]) ->
     Seeds are taken in planned order, up to the first that is not complete.
     """
     study = suite.profile.study
-    values, right, surprise, runs, dead = [], [], [], [], []
+    values, right, surprise, records, dead = [], [], [], [], []
     for seed in study.seeds:
         found = {arm: _arm(suite, study.where(claim, arm), arm, seed) for arm in weights}
         if any(measured is None for measured in found.values()):
             break
         everything = [run for measured in found.values() for run in measured]
         most = max(run.record.last_accuracy for run in everything)
-        runs += [run.record.run_id for run in everything]
+        records += [run.record for run in everything]
         least = max(200 / everything[0].classes, most / 2)  # twice chance, half of the best partner
         dead.append([run.record.run_id for run in everything if run.record.last_accuracy < least])
         share = {arm: weight / len(found[arm]) for arm, weight in weights.items()}
@@ -85,7 +91,7 @@ def contrast(suite: Suite, claim: PlannedClaim, weights: Mapping[str, float]) ->
         right.append(sum(share[arm] * run.right for arm in weights for run in found[arm]))
         surprise.append(sum(share[arm] * run.surprise for arm in weights for run in found[arm]))
     by_image = np.array(right) if claim.endpoint == "accuracy" else None
-    return Contrast(values, by_image, np.array(surprise), runs, dead) if values else None
+    return Contrast(values, by_image, np.array(surprise), records, dead) if values else None
 
 
 def _arm(suite: Suite, cells: str, arm: str, seed: int) -> list[Measured] | None:
@@ -164,7 +170,7 @@ def table(suite: Suite) -> Table:
         measured, assay = found[name]
         row = {
             "claim": claim.statement,
-            "contrast": _words(claim.contrast),
+            "contrast": _words(claim.contrast) + (LOGARITHM if claim.endpoint == "affinity" else ""),
             "margin": "half of FA's effect" if claim.assay else f"{claim.margin:g}",
             "n (seeds)": f"{len(measured.values) if measured else 0} of {study.looks[-1]}",
         }
@@ -179,7 +185,8 @@ def table(suite: Suite) -> Table:
     looks = " and ".join(map(str, study.looks))
     caption = (
         f"Claims of the study {suite.profile.name} (design {suite.profile.design_digest}) on {suite.caption}. "
-        "Contrasts of last-epoch test accuracy in percentage points, on complete seeds, each with its own teacher. "
+        "Contrasts of last-epoch test accuracy in percentage points, on complete seeds, each with its own teacher; "
+        "where the contrast says so, of the natural logarithm of the exact affinity loss on test images. "
         f"95 % interval for other seeds and other test images. Looks at {looks} seeds, Holm's procedure over each "
         "family. The level is that of one side."
         + (f" Learned nothing: {', '.join(sorted(dead))}. A look with such runs gives no verdict." if dead else "")
@@ -231,13 +238,14 @@ def _words(weights: Mapping[str, float]) -> str:
 
 
 def forest_frame(made: Table) -> pd.DataFrame:
-    """What :func:`faqd_lib.reporting.charts.forest` draws: claims with an interval.
+    """What :func:`faqd_lib.reporting.charts.forest` draws: claims on accuracy with an interval.
 
     Returns:
         Columns ``claim``, ``mean``, ``low``, ``high``, ``margin`` (NaN where it is half of an effect) and ``verdict``.
     """
     frame = made.frame
-    shown = frame[frame.reindex(columns=["95 % interval"], fill_value="")["95 % interval"].str.contains(" to ")]
+    measured = frame.reindex(columns=["95 % interval"], fill_value="")["95 % interval"].str.contains(" to ")
+    shown = frame[measured & ~frame["contrast"].str.endswith(LOGARITHM)]
     ends = [tuple(map(float, text.split(" to "))) for text in shown.get("95 % interval", ())]
     return pd.DataFrame(
         {

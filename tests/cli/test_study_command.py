@@ -31,7 +31,8 @@ def test_a_study_of_tuning_is_trained_and_reported(tiny_suite, capsys):
     suite = tiny_suite(study=STUDY, shows_results=True, validation_images=12)
     assert hours_left(suite) is None
     assert run_study(suite)
-    (table,) = report_study(suite)
+    table, of_signs = report_study(suite)
+    assert (table.name, of_signs.name) == ("tuning", "signs")
     assert list(table.frame["arm"]) == ["kd", "fa"]
     assert list(table.frame["n"]) == [2, 2]
     runs = [suite.store.record(run) for seed in (2, 3) for run in seed_runs(suite, seed)]
@@ -54,7 +55,12 @@ def test_the_claims_of_a_study_are_reported(tiny_suite, capsys):
     claim = {"statement": "It helps", "contrast": {"fa": 1.0, "kd": -1.0}, "cells": "main"}
     suite = tiny_suite(study=STUDY | {"looks": [5], "claims": {"helps": claim}}, shows_results=True)
     suite.run([*seed_runs(suite, 2), *seed_runs(suite, 3)])
-    (table,) = report_study(suite)
-    assert table.frame.iloc[0]["n (seeds)"] == "2 of 5"
-    assert (suite.folder / "figures" / "claims.png").is_file()
+    made = {table.name: table.frame for table in report_study(suite)}
+    assert made["claims"].iloc[0]["n (seeds)"] == "2 of 5"
+    assert list(made["arms"]["arm"]) == ["kd", "fa"]
+    assert made["updates_to_accuracy"].empty  # one budget is no curve
+    assert {path.stem for path in (suite.folder / "figures").glob("*.png")} == {
+        "claims", "over_updates", "failure_signs",
+    }  # fmt: skip
+    assert {path.stem for path in (suite.folder / "tables").glob("*.csv")} == set(made)
     assert "It helps" in capsys.readouterr().out

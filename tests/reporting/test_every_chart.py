@@ -11,7 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
-from faqd_lib.reporting import charts, pictures
+from faqd_lib.reporting import charts, pictures, study_charts
+
+ARMS = study_charts.ARMS
 
 
 def lines(axis: Axes) -> int:
@@ -90,6 +92,26 @@ def forest() -> Figure:
     return charts.forest(pd.DataFrame(rows, columns=["claim", "mean", "low", "high", "margin", "verdict"]))
 
 
+def over_updates() -> Figure:
+    arms = [("1", images, updates, arm, 50.0, 49.0, 51.0) for images in (50, 99) for updates in (2, 4) for arm in ARMS]
+    gain = [("1", 50, 2, 3.0, 2.0, 4.0), ("1", 99, 2, 3.0, 2.0, 4.0), ("1", 99, 4, 3.0, 2.0, 4.0)]
+    place = ["weight_bits", "images", "updates"]
+    return study_charts.over_updates(
+        pd.DataFrame(arms, columns=[*place, "arm", "accuracy", "low", "high"]),
+        pd.DataFrame(gain, columns=[*place, "gain", "low", "high"]),
+    )
+
+
+def failure_signs() -> Figure:
+    gaps = [("a", "KD", 0.5, 20.0), ("a", "KD", 1.0, 10.0), ("b", "FAQD", 1.0, 9.0)]
+    steps = [("a", 0.0, 1, 0.5), ("a", 0.0, 2, 0.2), ("b", 30.0, 1, 2.0)]
+    return study_charts.failure_signs(
+        pd.DataFrame(gaps, columns=["run", "method", "progress", "gap"]),
+        pd.DataFrame([(6, 0.2, 1.1)], columns=["k", "apart", "ratio"]),
+        pd.DataFrame(steps, columns=["run", "affinity_weight", "epoch", "norm"]),
+    )
+
+
 def image_grid() -> Figure:
     return pictures.image_grid([torch.rand(3, 3, 8, 8), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)], ["real", "black"])
 
@@ -124,6 +146,10 @@ MARKS: dict[Callable[[], Figure], list[tuple[int, int, int, int]]] = {
     accuracy_and_size: [(1, 3 * 2, 0, 0)],  # a separator; the size and the seeds of three cells
     affinity_frontier: [(3 + 1, 0, 0, 0)],  # means of three losses; the seeds of one
     forest: [(1 + 2 * 2, 0, 1, 0)],  # zero; an interval and a point for each claim; one margin
+    # Points, and two caps, of each arm; zero and the same for each number of images; a band of bars for each.
+    over_updates: [(3 * 3, 3, 0, 0), (1 + 2 * 3, 2, 0, 0)],
+    # A curve a run and a threshold; pairs, two thresholds and a band; a curve a run and a threshold.
+    failure_signs: [(2 + 1, 0, 0, 0), (1 + 2, 0, 1, 0), (2 + 1, 0, 0, 0)],
     image_grid: [(0, 0, 0, 1)],
     classified: [(0, 0, 0, 1)] * 6 + [(0, 0, 0, 0)] * 4,
     affinity_matrices: [(0, 0, 0, 1)] * 3,
@@ -144,7 +170,7 @@ def test_marks_of(draw):
 def test_every_public_chart_is_drawn_here():
     public = {
         name
-        for module in (charts, pictures)
+        for module in (charts, pictures, study_charts)
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == module.__name__ and not name.startswith("_")
         if inspect.signature(function).return_annotation is Figure

@@ -29,7 +29,7 @@ def suite(tmp_path, tiny_data):
     return make_tiny_suite(tmp_path / "s", tiny_data, shows_results=True, teacher_per_seed=True, study=STUDY)
 
 
-def save(suite: Suite, seed: int, accuracies: dict[str, float]) -> None:
+def save(suite: Suite, seed: int, accuracies: dict[str, float], affinity: dict[str, float] | None = None) -> None:
     """Records of one seed in which an arm is right on so many percent of the images, the same ones for each arm."""
     draw = np.random.default_rng(seed)
     ease = torch.from_numpy(draw.random(IMAGES))
@@ -49,6 +49,7 @@ def save(suite: Suite, seed: int, accuracies: dict[str, float]) -> None:
             last_accuracy=float(right.double().mean()) * 100,
             best_accuracy=float(right.double().mean()) * 100,
             selected_accuracy=None,
+            test_affinity=affinity and affinity[arm],
             test_images=IMAGES,
             parameters=1,
             weight_bytes=1.0,
@@ -152,3 +153,15 @@ def test_the_picture_has_a_line_a_claim(suite):
     axis = charts.forest(frame).axes[0]
     assert sorted(len(line.get_xdata()) for line in axis.lines) == [1, 1, 2, 2, 2]  # points, intervals, zero
     assert [text.get_text() for text in axis.texts] == ["FA helps: reproduced", "FFA is as good: reproduced"]
+
+
+def test_an_affinity_claim_is_about_the_logarithm_of_the_loss_on_test_images(tmp_path, tiny_data):
+    claim = {"statement": "Nearer", "contrast": {"kd": 1.0, "fa": -1.0}, "endpoint": "affinity", "cells": "main"}
+    study = STUDY | {"claims": {"nearer": claim}}
+    suite = make_tiny_suite(tmp_path / "s", tiny_data, shows_results=True, teacher_per_seed=True, study=study)
+    for seed in range(2, 7):
+        save(suite, seed, {"kd": 70, "fa": 70}, affinity={"kd": 0.4 + seed / 100, "fa": 0.1})
+    row = rows(suite)["Nearer"]
+    expected = np.mean([np.log(4 + seed / 10) for seed in range(2, 7)])
+    assert (row["difference"], row["verdict"]) == (f"{expected:+.2f}", verdicts.REPRODUCED)
+    assert study_claims.forest_frame(study_claims.table(suite)).empty  # its unit is not percentage points

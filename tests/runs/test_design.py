@@ -9,11 +9,13 @@ from conftest import make_tiny_suite
 
 from faqd_lib.cli.study import run_study, seed_runs
 from faqd_lib.config import ConfigurationError, OptimizationConfig
+from faqd_lib.data.batches import Batch
+from faqd_lib.reporting import study_claims
 from faqd_lib.runs.configurations import TEACHER_SEEDS
 from faqd_lib.runs.profile import Profile
 from faqd_lib.runs.suite import _precision
 from faqd_lib.training.learner import Learner
-from faqd_lib.training.loop import OutOfTimeError
+from faqd_lib.training.loop import OutOfTimeError, TeacherPass
 
 DESIGN = {
     "looks": [5],
@@ -74,6 +76,20 @@ def study_suite(tiny_suite):
         ({"claims": {"x": {"statement": "", "contrast": {"fa": 1.0, "kd": -1.0}, "cells": "man"}}}, "cells 'man'"),
         ({"claims": {"x": {"statement": "", "contrast": {"fa": 1.0, "long": -1.0}, "cells": "main"}}}, "'long' is not"),
         ({"cells": {"long": {"arms": ["long"], "weight_bits": [2]}}}, "different bit-widths"),
+        (
+            {
+                "claims": {
+                    "x": {
+                        "statement": "",
+                        "contrast": {"fa": 1.0, "kd": -1.0},
+                        "cells": "main",
+                        "endpoint": "affinity",
+                        "margin": 0.5,
+                    }
+                }
+            },
+            "margin and assay are for accuracy",
+        ),
     ],
 )
 def test_a_design_that_contradicts_itself_is_refused(tiny_suite, changes, message):
@@ -252,7 +268,73 @@ def test_test_affinity_is_that_of_the_maps(tiny_suite):
     assert of_teacher.test_affinity is None
 
 
+def test_arms_choose_stages_and_quantizers(study_suite):
+    arms = {
+        "deep": {"method": "FAQD", "stages": [2, 3]},
+        "alone": {"method": "FA"},
+        "frozen": {"method": "FAQD", "activation_bits": 4, "step_gradient": "frozen"},
+    }
+    cells = {"parts": {"arms": list(arms), "weight_bits": [1]}}
+    suite = study_suite(study={"looks": [5], "arms": arms, "cells": cells})
+    runs = {arm: run for (arm, _), run in suite.study_runs("parts", 2).items()}
+    assert runs["deep"].objective.stages == (2, 3)
+    assert (runs["alone"].method, runs["alone"].objective.logit_loss) == ("FA", "none")
+    assert (runs["frozen"].bits, runs["frozen"].quantization.step_gradient) == ("1W4A", "frozen")
+    assert len({run.run_id for run in runs.values()}) == 3
+
+
+def test_only_the_chosen_stages_are_compared(tiny_suite):
+    """The affinity term of one stage, and of all three, at the same weights and batch."""
+    suite = tiny_suite()
+    suite.run([suite.teacher()])
+    wanted = [suite.student("FAQD", weight_bits=1, stages=stages) for stages in ((1,), (2,), (3,), ())]
+    batches, teacher = suite.workshop.batches(wanted), suite.model(suite.teacher())
+    batch = next(iter(batches.epoch(0)))
+    terms = []
+    for run in wanted:
+        learner = suite.learner(run, batches)
+        output = TeacherPass(teacher, teacher.feature_names, "float32")(batch.images)
+        terms.append(float(learner.step(Batch(batch.images, None), output)["affinity"]))
+    assert min(terms) > 0
+    assert terms[3] == pytest.approx(sum(terms[:3]))
+
+
+def test_a_stage_that_the_network_lacks_is_named(tiny_suite):
+    suite = tiny_suite()
+    with pytest.raises(ConfigurationError, match="has the stages 1 to 3, there is no stage 4"):
+        suite.run([suite.student("FAQD", weight_bits=1, stages=(4,))])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stages": (2, 1)}, "must rise"),
+        ({"stages": (1, 1)}, "must rise"),
+        ({"stages": (1,), "losses": {"adapters": True}}, "adapters stand at all stages"),
+    ],
+)
+def test_stages_that_make_no_sense_are_refused(tiny_suite, settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        tiny_suite().student("FAQD", weight_bits=1, **settings)
+
+
+def test_stages_without_an_affinity_loss_are_refused(tiny_suite):
+    with pytest.raises(ConfigurationError, match="adapters and stages need an affinity loss"):
+        tiny_suite().student("KD", weight_bits=1, stages=(1,))
+
+
 # ---- running
+
+
+@pytest.mark.parametrize(("verdict", "trained"), [("inconclusive", True), ("reproduced", False)])
+def test_the_second_look_trains_only_what_the_first_left_open(study_suite, monkeypatch, verdict, trained):
+    cells = {"main": {"arms": ["kd"], "weight_bits": [1], "updates": 1}}
+    claims = {"helps": {"statement": "It helps", "contrast": {"kd": 0.0}, "cells": "main"}}
+    suite = study_suite(study={"looks": [5, 6], "arms": DESIGN["arms"], "cells": cells, "claims": claims})
+    monkeypatch.setattr(study_claims, "judge", lambda *_: {"helps": SimpleNamespace(verdict=verdict)})
+    assert run_study(suite)
+    done = [seed for seed in suite.profile.study.seeds if suite.store.record(*suite.study_runs("main", seed).values())]
+    assert done == [2, 3, 4, 5, 6, *([7] if trained else [])]
 
 
 def test_a_study_trains_cells_by_cells_and_each_seed_by_seed(study_suite, capsys):

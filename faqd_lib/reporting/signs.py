@@ -1,0 +1,175 @@
+"""Three signs that distillation has failed, watched in every run; the paper's own list of what can go wrong.
+
+Plateau. The student stays behind its teacher and has stopped closing in: its test accuracy ends at least
+:data:`GAP` points below the teacher's, and the gap has shrunk by less than :data:`CLOSING` of itself since two thirds
+of the epochs. Runs with fewer than :data:`FEWEST_EVALUATIONS` evaluations are not judged.
+
+FFA is not FA. A student of FFA and its partner of FA (the same but for the estimate) end more than
+:data:`APART` points apart, or the exact affinity loss of one, on test images, is more than :data:`AFFINITY_RATIO` times
+that of the other.
+
+Instability. After the first epoch, the mean gradient norm of an epoch is above the norm at which gradients are clipped,
+so that most steps are cut; or its training loss is above that of the first epoch. High affinity weights do both.
+
+A sign is a warning about one run. It is no test, so it has no error rate.
+"""
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from ..config import RunConfig
+from ..runs.store import RunRecord
+from ..runs.suite import Suite
+from .tables import NOT_A_RESULT, RUNS, Table, with_origin
+
+GAP = 2.0  # percentage points
+CLOSING = 0.05  # share of the gap
+FEWEST_EVALUATIONS = 6
+APART = 1.0  # percentage points
+AFFINITY_RATIO = 1.25
+SIGNS = {
+    "plateau": f"ends {GAP:g} points or more below its teacher; under {CLOSING:.0%} of that closed in the last third",
+    "FFA is not FA": f"more than {APART:g} point apart, or affinity losses on test images more than "
+    f"{AFFINITY_RATIO:g} times apart",
+    "instability": "after epoch 1: mean gradient norm above the clipping norm, or training loss above epoch 1",
+}
+
+
+def gap_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
+    """The gap of each student to its teacher, evaluation by evaluation.
+
+    Returns:
+        Columns ``run``, ``method``, ``progress`` (finished share of the epochs) and ``gap``, in percentage points.
+        Students whose teacher is not among the records are left out.
+    """
+    by_digest = {record.digest: record for record in records}
+    rows = []
+    for record in by_digest.values():
+        config = record.configuration
+        teacher = config.teacher and by_digest.get(config.teacher.digest)
+        if not teacher or not config.optimization.epochs:
+            continue
+        for row in record.history:
+            if "test_accuracy" in row:
+                rows.append(
+                    {
+                        "run": record.run_id,
+                        "method": config.method,
+                        "progress": row["epoch"] / config.optimization.epochs,
+                        "gap": teacher.last_accuracy - row["test_accuracy"],
+                    }
+                )
+    return pd.DataFrame(rows, columns=["run", "method", "progress", "gap"])
+
+
+def estimate_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
+    """Each student of FFA beside its partner of FA.
+
+    Returns:
+        Columns ``run``, ``partner``, ``k``, ``apart`` (FFA − FA, percentage points of test accuracy) and ``ratio`` (of
+        the exact affinity losses on test images, NaN where a record has none).
+    """
+    exact = {_but_for_the_estimate(record.configuration): record for record in records if _loss(record) == "fa"}
+    rows = []
+    for record in records:
+        partner = exact.get(_but_for_the_estimate(record.configuration)) if _loss(record) == "ffa" else None
+        if partner:
+            known = record.test_affinity and partner.test_affinity
+            rows.append(
+                {
+                    "run": record.run_id,
+                    "partner": partner.run_id,
+                    "k": record.configuration.objective.k,
+                    "apart": record.last_accuracy - partner.last_accuracy,
+                    "ratio": record.test_affinity / partner.test_affinity if known else float("nan"),
+                }
+            )
+    return pd.DataFrame(rows, columns=["run", "partner", "k", "apart", "ratio"])
+
+
+def stability_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
+    """Gradient norm and training loss of each student, epoch by epoch.
+
+    Returns:
+        Columns ``run``, ``affinity_weight``, ``epoch``, ``norm`` (mean gradient norm over the clipping norm) and
+        ``loss`` (training loss over that of the first epoch).
+    """
+    rows = []
+    for record in records:
+        config = record.configuration
+        if not config.objective.uses_teacher or not config.optimization.epochs:
+            continue
+        for row in record.history:
+            rows.append(
+                {
+                    "run": record.run_id,
+                    "affinity_weight": config.objective.affinity_weight,
+                    "epoch": int(row["epoch"]),
+                    "norm": row["gradient_norm"] / config.optimization.clip_norm,
+                    "loss": row["loss"] / record.history[0]["loss"],
+                }
+            )
+    return pd.DataFrame(rows, columns=["run", "affinity_weight", "epoch", "norm", "loss"])
+
+
+def _loss(record: RunRecord) -> str:
+    return record.configuration.objective.affinity
+
+
+def _but_for_the_estimate(config: RunConfig) -> RunConfig:
+    """The configuration with what only FFA uses set to one value."""
+    same = config.objective.model_copy(update={"affinity": "fa", "k": 1, "distribution": "gaussian"})
+    return config.model_copy(update={"objective": same})
+
+
+def plateaus(gaps: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """(runs that are judged, runs with the sign) of :func:`gap_frame`."""
+    judged, found = [], []
+    for run, rows in gaps.groupby("run", sort=False):
+        if len(rows) < FEWEST_EVALUATIONS:
+            continue
+        judged.append(run)
+        last = rows["gap"].iloc[-1]
+        before = rows.loc[rows["progress"] <= 2 / 3, "gap"].iloc[-1]
+        if last >= GAP and before - last < CLOSING * before:
+            found.append(run)
+    return judged, found
+
+
+def apart(pairs: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """(runs that are judged, runs with the sign) of :func:`estimate_frame`."""
+    ratio = pairs["ratio"].fillna(1.0)
+    far = (pairs["apart"].abs() > APART) | (ratio > AFFINITY_RATIO) | (ratio < 1 / AFFINITY_RATIO)
+    return list(pairs["run"]), list(pairs.loc[far, "run"])
+
+
+def unstable(steps: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """(runs that are judged, runs with the sign) of :func:`stability_frame`."""
+    later = steps[steps["epoch"] > 1]
+    bad = later[(later["norm"] > 1) | (later["loss"] > 1)]
+    return list(later["run"].unique()), list(bad["run"].unique())
+
+
+def table(suite: Suite) -> Table:
+    """One row a sign: its threshold, the number of runs that were watched, and those that show it."""
+    records = suite.store.records()
+    found = {
+        "plateau": plateaus(gap_frame(records)),
+        "FFA is not FA": apart(estimate_frame(records)),
+        "instability": unstable(stability_frame(records)),
+    }
+    shows = suite.profile.shows_results
+    rows = [
+        {
+            "sign": sign,
+            "shown by a run that": SIGNS[sign],
+            "runs watched": str(len(judged)),
+            "runs with the sign": str(len(with_it)) if shows else NOT_A_RESULT,
+            "which": ", ".join(with_it) if shows else "",
+            RUNS: " ".join(judged),
+        }
+        for sign, (judged, with_it) in found.items()
+    ]
+    caption = f"Signs that distillation has failed, {suite.caption}. A sign is a warning about one run, not a test."
+    return with_origin(suite, Table("signs", f"Failure signs, {suite.dataset}", caption, pd.DataFrame(rows)))

@@ -1,0 +1,183 @@
+"""What a study shows beside its claims: accuracy of each arm, gain over updates, and updates to an accuracy."""
+
+import math
+from itertools import pairwise
+
+import pandas as pd
+
+from ..runs.study import Cells, PlannedClaim
+from ..runs.suite import Suite
+from .study_claims import contrast
+from .tables import NOT_A_RESULT, RUNS, Table, with_origin
+from .verdicts import Estimate
+
+BASE, TAUGHT = "kd", "fa"  # arms that every comparison over updates needs
+
+
+def arms_frame(suite: Suite) -> pd.DataFrame:
+    """One row for each arm of each cells that has a complete seed.
+
+    Returns:
+        Columns ``cells``, ``weight_bits``, ``images``, ``updates``, ``arm``; ``n``, the number of complete seeds;
+        ``accuracy``, ``low`` and ``high``, last-epoch test accuracy in percent with its 95 % interval for other seeds
+        and other test images (NaN with one seed); ``affinity``, the geometric mean of the exact affinity loss on test
+        images (NaN without a teacher); ``runs``, their names, separated by spaces.
+    """
+    rows = []
+    for name, cells in suite.profile.study.cells.items():
+        for arm in cells.arms:
+            found = contrast(suite, _of_cells(name), {arm: 1.0})
+            if found is None:
+                continue
+            affinity = [math.log(record.test_affinity) for record in found.records if record.test_affinity]
+            rows.append(
+                _place(suite, name, cells)
+                | {"arm": arm, "n": len(found.values)}
+                | _spread(found.estimate(), "accuracy")
+                | {
+                    "affinity": math.exp(sum(affinity) / len(affinity)) if affinity else float("nan"),
+                    "runs": " ".join(found.runs),
+                }
+            )
+    columns = ["cells", *_PLACE, "arm", "n", "accuracy", "low", "high", "affinity", "runs"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def gain_frame(suite: Suite) -> pd.DataFrame:
+    """FAQD − KD in percentage points over updates: one row for each cells that has both arms and a complete seed.
+
+    Returns:
+        Columns ``cells``, ``weight_bits``, ``images``, ``updates``, ``n``, ``gain``, ``low``, ``high``.
+    """
+    rows = []
+    for name, cells in _compared(suite).items():
+        if found := contrast(suite, _of_cells(name), {TAUGHT: 1.0, BASE: -1.0}):
+            spread = _spread(found.estimate(), "gain")
+            rows.append(_place(suite, name, cells) | {"n": len(found.values)} | spread)
+    return pd.DataFrame(rows, columns=["cells", *_PLACE, "n", "gain", "low", "high"])
+
+
+def reach_frame(suite: Suite) -> pd.DataFrame:
+    """How many updates FAQD needs for the accuracy that KD has after a budget.
+
+    FAQD's accuracy is interpolated over the logarithm of updates, in each seed for itself. Only budgets with all
+    images and complete seeds are used.
+
+    Returns:
+        One row for each budget and bit-width: ``weight_bits``; ``updates`` of KD; ``n``, the number of seeds;
+        ``share``, FAQD's updates over KD's, the geometric mean over seeds, with ``low`` and ``high``, its 95 %
+        interval for other seeds. Where FAQD is ahead after its shortest budget already, ``share`` is that budget over
+        KD's, the interval is NaN and ``bound`` is true.
+    """
+    points: dict[str, list[tuple[int, list[float], list[float]]]] = {}
+    for name, cells in _compared(suite).items():
+        kd, fa = (contrast(suite, _of_cells(name), {arm: 1.0}) for arm in (BASE, TAUGHT))
+        place = _place(suite, name, cells)
+        if kd and fa and place["images"] == suite.state.training_count:
+            points.setdefault(place["weight_bits"], []).append((place["updates"], kd.values, fa.values))
+    rows = []
+    for bits, curve in points.items():
+        curve.sort()
+        for updates, kd, _ in curve if len(curve) > 1 else ():
+            seeds = min(len(kd), *(len(fa) for _, _, fa in curve))
+            needed = [_updates_to(kd[seed], [(count, fa[seed]) for count, _, fa in curve]) for seed in range(seeds)]
+            if None in needed:
+                continue  # FAQD does not reach it in the budgets that were trained
+            bound = any(count <= curve[0][0] for count in needed)
+            share = Estimate.of([math.log(count / updates) for count in needed])
+            low, high = share.interval() if seeds > 1 and not bound else (float("nan"),) * 2
+            rows.append(
+                {
+                    "weight_bits": bits, "updates": updates, "n": seeds, "share": math.exp(share.mean),
+                    "low": math.exp(low), "high": math.exp(high), "bound": bound,
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows, columns=["weight_bits", "updates", "n", "share", "low", "high", "bound"])
+
+
+def _updates_to(accuracy: float, curve: list[tuple[int, float]]) -> float | None:
+    """Updates at which a curve of (updates, accuracy) first reaches an accuracy; None if it does not.
+
+    The first point of the curve stands for all budgets below it.
+    """
+    if curve[0][1] >= accuracy:
+        return curve[0][0]
+    for (before, low), (after, high) in pairwise(curve):
+        if low < accuracy <= high:
+            share = (accuracy - low) / (high - low)
+            return before * (after / before) ** share
+    return None
+
+
+_PLACE = ("weight_bits", "images", "updates")
+
+
+def _place(suite: Suite, name: str, cells: Cells) -> dict[str, object]:
+    """Where cells stand among the others: bits, images and updates of their runs."""
+    run = next(iter(suite.study_runs(name, suite.profile.study.first_seed).values()))
+    images = run.data.train_images or suite.state.training_count
+    return {
+        "cells": name,
+        "weight_bits": "/".join(map(str, cells.weight_bits)),
+        "images": images,
+        "updates": run.optimization.steps(images // run.optimization.batch_size),
+    }
+
+
+def _compared(suite: Suite) -> dict[str, Cells]:
+    study = suite.profile.study
+    return {name: cells for name, cells in study.cells.items() if {BASE, TAUGHT} <= set(cells.arms)}
+
+
+def _of_cells(name: str) -> PlannedClaim:
+    return PlannedClaim(statement="", contrast={}, cells=name)
+
+
+def _spread(estimate: Estimate, name: str) -> dict[str, float]:
+    low, high = estimate.interval() if estimate.seeds > 1 else (float("nan"),) * 2
+    return {name: estimate.mean, "low": low, "high": high}
+
+
+def arms_table(suite: Suite) -> Table:
+    """The table of :func:`arms_frame`."""
+    frame = arms_frame(suite)
+    shows = suite.profile.shows_results
+
+    def shown(row) -> dict[str, object]:
+        interval = "needs 2 seeds" if math.isnan(row.low) else f"{row.low:.2f} to {row.high:.2f}"
+        return {
+            "cells": row.cells, "weight bits": row.weight_bits, "images": f"{row.images:,}",
+            "updates": f"{row.updates:,}", "arm": row.arm, "n (seeds)": row.n,
+            "accuracy (%)": f"{row.accuracy:.2f}" if shows else NOT_A_RESULT,
+            "95 % interval": interval if shows else "",
+            "affinity loss": "" if math.isnan(row.affinity) or not shows else f"{row.affinity:.4g}",
+            RUNS: row.runs,
+        }  # fmt: skip
+
+    caption = (
+        f"Arms of the study {suite.profile.name} (design {suite.profile.design_digest}) on {suite.caption}. Last-epoch "
+        "test accuracy, mean over complete seeds, with the 95 % interval for other seeds and other test images. "
+        "Affinity loss: exact, on test images, geometric mean."
+    )
+    rows = pd.DataFrame([shown(row) for row in frame.itertuples()])
+    return with_origin(suite, Table("arms", f"Arms, {suite.dataset}", caption, rows))
+
+
+def reach_table(suite: Suite) -> Table:
+    """The table of :func:`reach_frame`."""
+    shows = suite.profile.shows_results
+
+    def shown(row) -> dict[str, object]:
+        share = f"{'below ' if row.bound else ''}{row.share:.2f}"
+        interval = "" if math.isnan(row.low) else f"{row.low:.2f} to {row.high:.2f}"
+        return {
+            "weight bits": row.weight_bits, "KD's updates": f"{row.updates:,}", "n (seeds)": row.n,
+            "FAQD's updates / KD's": share if shows else NOT_A_RESULT, "95 % interval": interval if shows else "",
+        }  # fmt: skip
+
+    caption = (
+        f"Updates that FAQD needs for KD's accuracy, study {suite.profile.name} on {suite.caption}. Interpolated over "
+        "the logarithm of updates, seed by seed; geometric mean, 95 % interval for other seeds."
+    )
+    rows = pd.DataFrame([shown(row) for row in reach_frame(suite).itertuples()])
+    return Table("updates_to_accuracy", f"Updates to an accuracy, {suite.dataset}", caption, rows)

@@ -117,6 +117,24 @@ def test_affinity_at_toy_size(benchmark, call, monkeypatch, tmp_path):
     assert (tmp_path / "affinity.png").stat().st_size > 10_000
 
 
+def test_proposition_at_toy_size(call, tmp_path):
+    suite = Suite.open("smoke", "digits", results=tmp_path)
+    suite.run([suite.student("FAQD", weight_bits=1), suite.student("KD", weight_bits=1)])
+    rows = call("proposition", str(suite.folder), "*-faqd-*", "--images", "2", "--repeats", "40")["rows"]
+    assert [(row["network"], row["stage"]) for row in rows] == [("1W32A FAQD", f"layer{stage}") for stage in (1, 2, 3)]
+    for row in rows:
+        assert row["slope low"] < row["slope"] < row["slope high"]
+        assert row["slope"] == pytest.approx(-1, abs=0.4)
+        assert row["RMS error k=6"] == pytest.approx(row["formula"], rel=0.5)
+
+
+def test_proposition_needs_a_student(call, tmp_path, capsys):
+    suite = Suite.open("smoke", "digits", results=tmp_path)
+    with pytest.raises(SystemExit):
+        call("proposition", str(suite.folder), "*-faqd-*")
+    assert "has no student whose name matches '*-faqd-*'" in capsys.readouterr().err
+
+
 def test_quantization_at_toy_size(call):
     found = call("quantization", "--device", "cpu", "--rounds", "2", "--batch", "2", "--precisions", "float32")
     networks = {row["network"]: row for row in found["steps"]}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..reporting import claims, tables
+from ..reporting import claims, loss_claims, tables
 from ..runs.store import ResultsError
 from ..runs.suite import Suite
 from ..utils.files import atomic_write_text, project_root
@@ -22,6 +22,7 @@ STEPS = "step|how|teacher|batch|n|median_ms|iqr_ms|time / float"
 COHORTS = "teacher|students|batch|n|median_ms|iqr_ms|time / separate runs"
 PLAIN = "implementation|teacher|n|median_ms|iqr_ms|peak_MiB|times the plain images/s"
 FILES = "run|float32_bytes|packed_bytes|onnx_bytes|packed: same bits|same class %"
+SLOPES = "network|stage|slope|slope low|slope high|RMS error k=6|formula|share off by half k=15|Chebyshev"
 # By name of a table: file, part of it, columns.
 MEASURED = {
     "affinity_targets": ("affinity", "targets", "batch|C|H|loss|n|median_ms|iqr_ms|peak_MiB|times faster than direct"),
@@ -30,6 +31,7 @@ MEASURED = {
     "affinity_sweep": ("affinity", "sweep", "batch|C|H|loss|n|median_ms|iqr_ms|times faster than direct"),
     "affinity_memory": ("affinity", "memory", "batch|C|H|loss|peak_MiB|peak / inputs|one N×N matrix (GiB)"),
     "affinity_weight": ("affinity_weight", "rows", "affinity weight|seed|validation accuracy (%)"),
+    "proposition": ("proposition", "rows", SLOPES),
     "quantization": ("quantization", "steps", "precision|batch|network|n|median_ms|iqr_ms|time / float|times ours"),
     "training_steps": ("training", "steps", STEPS),
     "training_cohorts": ("training", "cohorts", COHORTS),
@@ -48,7 +50,8 @@ MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL
 def generated(root: Path) -> dict[str, str]:
     """Each generated table as Markdown, by name.
 
-    ``claims``: one row a claim. ``accuracies``: table T1, without rows that were not run. Those of ``MEASURED``: a part
+    ``claims``: one row a claim. ``loss_claims``: claims about the losses. ``accuracies``: table T1, without rows that
+    were not run. Those of ``MEASURED``: a part
     of a benchmark's JSON, in four significant digits, under a line with its machine and versions.
     """
     suite = Suite.read(root / SUITE)
@@ -58,6 +61,11 @@ def generated(root: Path) -> dict[str, str]:
     was_run = ~accuracies.isin([tables.NOT_RUN]).any(axis=1)
     columns = ["claim", "compared", "difference", "95 % interval", "seeds", "verdict"]
     parts = {"claims": _markdown(verdicts[columns]), "accuracies": _markdown(accuracies[was_run])}
+    affinity, proposition = (
+        json.loads((root / BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("affinity", "proposition")
+    )
+    parts["loss_claims"] = _markdown(loss_claims.loss_claims(affinity, proposition))
     return parts | {
         name: _benchmark(root / BENCHMARKS / f"{file}.json", part, columns.split("|"))
         for name, (file, part, columns) in MEASURED.items()

@@ -1,0 +1,89 @@
+"""The paper's claims about its losses, judged on committed measurements: cost, and Proposition 4.2.
+
+Cost. Two medians of one benchmark run differ if their notches do not overlap: median ± 1.57 · IQR / √n (McGill, Tukey
+and Larsen 1978), about 95 % each. Otherwise the row is inconclusive.
+
+Proposition 4.2. The error of FFA falls like 1/k: the 95 % interval of the slope of log error against log k, averaged
+over all maps, lies within −1 ± :data:`SLOPE_MARGIN`. Maps may share their projections, so their errors do not average
+out: the half-width is the mean of the maps' own. Its tail: on every map, the share of estimates that are off by half of
+the loss is at most Chebyshev's bound.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from .verdicts import CONTRADICTED, INCONCLUSIVE, REPRODUCED
+
+NOTCH = 1.57
+SLOPE_MARGIN = 0.05
+COSTS = (  # part of affinity.json, cheaper, dearer, claim
+    ("targets", "FFA, k = 6", "direct", "FFA costs less than the N×N matrices"),
+    ("targets", "exact (auto)", "direct", "The exact loss at linear cost, too, costs less than the N×N matrices"),
+    ("targets", "FFA, k = 6", "exact (auto)", "FFA costs less than the exact loss at linear cost"),
+    ("step", "logits + FFA, k = 6", "logits + FA", "A training step with FFA costs less than one with exact FA"),
+    ("step", "logits", "logits + FA", "A training step of plain distillation costs less than one with exact FA"),
+)
+PLACE = ("batch", "C", "H", "precision")
+
+
+def loss_claims(
+    affinity: Mapping[str, Sequence[Mapping]], proposition: Mapping[str, Sequence[Mapping]]
+) -> pd.DataFrame:
+    """One row a claim and measured case.
+
+    Args:
+        affinity: what ``benchmarks/affinity.py`` wrote.
+        proposition: what ``benchmarks/proposition.py`` wrote.
+
+    Returns:
+        Columns ``claim``, ``case``, ``measured`` and ``verdict``.
+    """
+    rows = [*_proposition(proposition["rows"])]
+    for part, cheaper, dearer, claim in COSTS:
+        cases: dict[tuple, dict[str, Mapping]] = {}
+        for row in affinity[part]:
+            cases.setdefault(tuple((key, row[key]) for key in PLACE if key in row), {})[row["loss"]] = row
+        for place, by_loss in cases.items():
+            case = ", ".join(str(value) if key == "precision" else f"{key} {value}" for key, value in place)
+            ratio = by_loss[cheaper]["median_ms"] / by_loss[dearer]["median_ms"]
+            rows.append(
+                {
+                    "claim": claim,
+                    "case": case,
+                    "measured": f"time × {ratio:.2g}",
+                    "verdict": _differ(by_loss[cheaper], by_loss[dearer]),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _differ(cheaper: Mapping, dearer: Mapping) -> str:
+    """Whether the notches of two medians are apart, and on which side."""
+    low, high = ((row["median_ms"], NOTCH * row["iqr_ms"] / row["n"] ** 0.5) for row in (cheaper, dearer))
+    if low[0] + low[1] < high[0] - high[1]:
+        return REPRODUCED
+    return CONTRADICTED if low[0] - low[1] > high[0] + high[1] else INCONCLUSIVE
+
+
+def _proposition(rows: Sequence[Mapping]) -> list[dict[str, str]]:
+    slope = sum(row["slope"] for row in rows) / len(rows)
+    half = sum(row["slope high"] - row["slope low"] for row in rows) / len(rows) / 2
+    near = abs(slope + 1)  # to −1
+    falls = REPRODUCED if near + half < SLOPE_MARGIN else CONTRADICTED if near - half > SLOPE_MARGIN else INCONCLUSIVE
+    case = f"{len(rows)} stages of {len({row['network'] for row in rows})} students"
+    below = sum(row["share off by half k=15"] <= row["Chebyshev"] for row in rows)
+    return [
+        {
+            "claim": "FFA's mean squared error falls like 1/k (Proposition 4.2)",
+            "case": case,
+            "measured": f"slope {slope:.3f} ± {half:.3f}",
+            "verdict": falls,
+        },
+        {
+            "claim": "FFA's tail obeys Chebyshev's bound (Proposition 4.2)",
+            "case": case,
+            "measured": f"{below} of {len(rows)} at k = 15",
+            "verdict": REPRODUCED if below == len(rows) else CONTRADICTED,
+        },
+    ]

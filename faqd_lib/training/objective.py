@@ -11,23 +11,27 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..affinity.loss import FastFeatureAffinityLoss, FeatureAffinityLoss
-from ..utils.messages import check_choice
+from ..utils.messages import check_choice, kind_of
 
 LOGIT_LOSSES = ("none", "mse", "kl")
 AFFINITY_LOSSES = ("none", "fa", "ffa")
 
 
 def logit_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean over images and classes of the squared difference of logits, both (batch, classes)."""
+    """Mean over images, classes and pixels of the squared difference of logits, both (batch, classes, …)."""
     return F.mse_loss(student, teacher)
 
 
 def logit_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """T²·KL(softmax(teacher/T) ‖ softmax(student/T)), mean over images (Hinton et al. 2015), of (batch, classes)."""
-    return temperature**2 * F.kl_div(
+    """T²·KL(softmax(teacher/T) ‖ softmax(student/T)), mean over images and pixels (Hinton et al. 2015).
+
+    Both logits are (batch, classes) or, for one prediction a pixel, (batch, classes, height, width).
+    """
+    divergence = F.kl_div(
         F.log_softmax(student / temperature, 1), F.log_softmax(teacher / temperature, 1),
-        reduction="batchmean", log_target=True,
+        reduction="sum", log_target=True,
     )  # fmt: skip
+    return temperature**2 * (divergence / (student.numel() // student.shape[1]))
 
 
 class Adapter(nn.Sequential):
@@ -114,15 +118,18 @@ class DistillationObjective(nn.Module):
         """Terms of the objective for one batch.
 
         Args:
-            student_logits, teacher_logits: (batch, classes).
+            student_logits, teacher_logits: (batch, classes), or (batch, classes, height, width) for one prediction a
+                pixel. Each loss is then a mean over images and pixels.
             student_maps, teacher_maps: feature maps (batch, channels, height, width), one entry a stage.
-            labels: int64 (batch); needed where ``label_weight`` is above 0, refused where it is 0.
+            labels: int64 (batch), or (batch, height, width) beside dense logits; needed where ``label_weight`` is above
+                0, refused where it is 0.
 
         Returns:
             Scalars: ``"total"``, the weighted sum to minimise; and the unweighted terms of the objective, among
             ``"logit"``, ``"affinity"`` (sum over stages) and ``"label"``.
 
         Raises:
+            TypeError: logits are no tensor.
             ValueError: labels, teacher's logits or maps are missing, superfluous or of other shapes.
 
         Warns:
@@ -134,40 +141,58 @@ class DistillationObjective(nn.Module):
                 if labels is None
                 else "labels were given to a label-free objective: set label_weight above 0 or leave them out"
             )
+        student_logits = _logits("student_logits", student_logits)
         terms: dict[str, torch.Tensor] = {}
         total = student_logits.new_zeros((), dtype=torch.float32)
-        student_logits = student_logits.float()
         if self.logit_weight > 0:
-            if teacher_logits is None:
-                raise ValueError("the logit loss needs teacher_logits")
-            target = teacher_logits.detach().float()
-            if target.shape != student_logits.shape:
-                raise ValueError(
-                    f"student and teacher must have the same images and classes; their logits are "
-                    f"{tuple(student_logits.shape)} and {tuple(target.shape)}"
-                )
-            if self.logit_loss == "mse":
-                terms["logit"] = logit_mse(student_logits, target)
-            else:
-                terms["logit"] = logit_kl(student_logits, target, self.temperature)
+            terms["logit"] = self._compare_logits(student_logits, teacher_logits)
             total = total + self.logit_weight * terms["logit"]
         if self.affinity_weight > 0:
-            if not student_maps or len(student_maps) != len(teacher_maps):
-                raise ValueError(
-                    f"the affinity loss needs as many student maps as teacher maps, at least one of each; got "
-                    f"{len(student_maps)} and {len(teacher_maps)}"
-                )
-            if self.adapters:
-                student_maps = [a(m) for a, m in zip(self.adapters, student_maps, strict=True)]
-            if any(feature_map.shape[2:].numel() == 1 for feature_map in student_maps):
-                warnings.warn(
-                    "a map of one pixel has no affinities: its affinity loss is always 0; tap an earlier layer",
-                    stacklevel=2,
-                )
-            pairs = zip(student_maps, teacher_maps, strict=True)
-            terms["affinity"] = sum(self.affinity_loss(student, teacher) for student, teacher in pairs)
+            terms["affinity"] = self._compare_maps(student_maps, teacher_maps)
             total = total + self.affinity_weight * terms["affinity"]
         if self.label_weight > 0:
             terms["label"] = F.cross_entropy(student_logits, labels)
             total = total + self.label_weight * terms["label"]
         return {"total": total, **terms}
+
+    def _compare_logits(self, student: torch.Tensor, teacher: torch.Tensor | None) -> torch.Tensor:
+        if teacher is None:
+            raise ValueError("the logit loss needs teacher_logits")
+        target = _logits("teacher_logits", teacher).detach()
+        if target.shape != student.shape:
+            raise ValueError(
+                f"student and teacher must have the same images and classes; their logits are "
+                f"{tuple(student.shape)} and {tuple(target.shape)}"
+            )
+        return logit_mse(student, target) if self.logit_loss == "mse" else logit_kl(student, target, self.temperature)
+
+    def _compare_maps(self, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
+        if not student or len(student) != len(teacher):
+            raise ValueError(
+                f"the affinity loss needs as many student maps as teacher maps, at least one of each; got "
+                f"{len(student)} and {len(teacher)}"
+            )
+        if self.adapters:
+            student = [adapter(feature_map) for adapter, feature_map in zip(self.adapters, student, strict=True)]
+        if any(feature_map.shape[2:].numel() == 1 for feature_map in student):
+            warnings.warn(
+                "a map of one pixel has no affinities: its affinity loss is always 0; tap an earlier layer",
+                stacklevel=3,
+            )
+        return sum(
+            self.affinity_loss(of_student, of_teacher) for of_student, of_teacher in zip(student, teacher, strict=True)
+        )
+
+
+def _logits(name: str, logits: object) -> torch.Tensor:
+    """The logits in float32.
+
+    Raises:
+        TypeError: they are no tensor.
+    """
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(
+            f"{name} must be a tensor (batch, classes), got {kind_of(logits)}: take the logits out of what the network "
+            "returns"
+        )
+    return logits.float()

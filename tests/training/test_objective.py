@@ -201,3 +201,41 @@ def test_adapters_must_be_as_many_as_maps(batch):
 def test_logits_of_other_shapes_are_refused(loss, teacher):
     with pytest.raises(ValueError, match=r"same images and classes.*\(4, 10\) and"):
         DistillationObjective(loss, "none")(torch.randn(4, 10), teacher_logits=torch.randn(teacher))
+
+
+# ---- one prediction a pixel
+
+
+@pytest.mark.parametrize("loss", ["mse", "kl"])
+def test_dense_logits_are_averaged_over_images_and_pixels(loss):
+    """As if every pixel were an image."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 5, 3, 4, generator=generator) for _ in range(2))
+    flat = [logits.permute(0, 2, 3, 1).reshape(-1, 5) for logits in (student, teacher)]
+    objective = DistillationObjective(loss, "none", affinity_weight=0.0)
+    assert float(objective(student, (), teacher)["total"]) == pytest.approx(
+        float(objective(flat[0], (), flat[1])["total"])
+    )
+
+
+def test_dense_kl_by_hand():
+    """One image of two pixels: KL(½, ½ ‖ ¾, ¼) = ½ ln(4/3), and 0; T = 1."""
+    student = torch.tensor([[0.75, 0.5], [0.25, 0.5]]).log().view(1, 2, 1, 2)
+    teacher = torch.zeros(1, 2, 1, 2)
+    assert float(logit_kl(student, teacher, 1.0)) == pytest.approx(math.log(4 / 3) / 4)
+
+
+def test_dense_labels_are_averaged_over_pixels():
+    logits = torch.zeros(2, 4, 3, 3)
+    objective = DistillationObjective("none", "none", affinity_weight=0.0, label_weight=1.0)
+    labels = torch.zeros(2, 3, 3, dtype=torch.int64)
+    assert float(objective(logits, labels=labels)["total"]) == pytest.approx(math.log(4))
+
+
+@pytest.mark.parametrize("output", [{"out": torch.zeros(2, 3)}, (torch.zeros(2, 3),)])
+def test_logits_that_are_no_tensor_are_named(output):
+    objective = DistillationObjective("mse", "none", affinity_weight=0.0)
+    with pytest.raises(TypeError, match=r"student_logits must be a tensor .*take the logits out"):
+        objective(output, (), torch.zeros(2, 3))
+    with pytest.raises(TypeError, match="teacher_logits must be a tensor"):
+        objective(torch.zeros(2, 3), (), output)

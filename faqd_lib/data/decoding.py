@@ -1,0 +1,151 @@
+"""Decode one picture file into 8-bit RGB, whatever its mode, and list the picture files of a folder.
+
+- Pictures are turned upright by their EXIF orientation.
+- Transparent pixels are composed on :data:`BACKGROUND`.
+- Pictures of more than 8 bits are scaled by their range of values, never clipped: 16-bit and 32-bit integers by the
+  largest value of the smallest type that holds them, floats in [0, 1] by 255. Other floats are refused.
+- Grey pictures get three equal channels. Palette, CMYK and YCbCr pictures are converted.
+"""
+
+import io
+import os
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .images import DatasetError
+
+BACKGROUND = (255, 255, 255)  # white
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's ImageFolder
+DEEP = "more than 8 bits a value, scaled to 8 bits"
+TRANSPARENT = "transparent pixels, composed on white"
+TURNED = "EXIF rotation, turned upright"
+_ORIENTATION = 0x0112  # EXIF tag
+
+
+def decode(name: str, read: Callable[[], bytes], image_size: int | None = None) -> tuple[np.ndarray, list[str]]:
+    """Decode a picture, and say what was done to it.
+
+    Args:
+        name: of the file, for errors.
+        read: returns the file's bytes.
+        image_size: height and width to resize to; None keeps the size.
+
+    Returns:
+        uint8 (3, height, width), and those of :data:`DEEP`, :data:`TRANSPARENT` and :data:`TURNED` that apply.
+
+    Raises:
+        DatasetError: the file cannot be read, is no picture, is damaged or too large, or has values without a scale.
+    """
+    try:
+        with Image.open(io.BytesIO(read())) as picture:
+            upright, notes = _upright(picture)
+            rgb, more = _rgb(name, upright)
+    except UnidentifiedImageError as error:
+        raise DatasetError(f"{name} is not a picture, or its start is damaged: replace or remove it") from error
+    except Image.DecompressionBombError as error:
+        raise DatasetError(
+            f"{name} is too large to decode ({error}): make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        ) from error
+    except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DatasetError(
+            f"{name} cannot be decoded ({reason}): replace it with an intact copy, save it again, or remove it"
+        ) from error
+    if image_size is not None and rgb.size != (image_size, image_size):
+        rgb = rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return np.asarray(rgb).transpose(2, 0, 1), notes + more
+
+
+def _upright(picture: Image.Image) -> tuple[Image.Image, list[str]]:
+    if picture.getexif().get(_ORIENTATION, 1) == 1:
+        return picture, []
+    return ImageOps.exif_transpose(picture), [TURNED]
+
+
+def _rgb(name: str, picture: Image.Image) -> tuple[Image.Image, list[str]]:
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        return Image.fromarray(_eight_bits(name, np.asarray(picture))).convert("RGB"), [DEEP]
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        if layer.getextrema()[3][0] < 255:
+            ground = Image.new("RGBA", layer.size, (*BACKGROUND, 255))
+            return Image.alpha_composite(ground, layer).convert("RGB"), [TRANSPARENT]
+        return layer.convert("RGB"), []
+    return picture.convert("RGB"), []
+
+
+def _eight_bits(name: str, values: np.ndarray) -> np.ndarray:
+    """Scale grey values of more than 8 bits to uint8.
+
+    Raises:
+        DatasetError: negative or not finite values, or floats above 1.
+    """
+    low, high = values.min(), values.max()
+    if values.dtype.kind == "f":
+        if not (low >= 0 and high <= 1):
+            raise DatasetError(f"{name} has float values from {low:g} to {high:g}: scale them to [0, 1]")
+        return np.rint(values * 255).astype(np.uint8)
+    if low < 0:
+        raise DatasetError(f"{name} has integer values from {low} to {high}: store them as unsigned 8 or 16 bits")
+    largest = 2**16 - 1 if high < 2**16 else 2**31 - 1
+    return np.rint(values.astype(np.float64) * (255 / largest)).astype(np.uint8)
+
+
+def summary(notes: Iterable[str]) -> list[str]:
+    """One line for each kind of note of :func:`decode`, with the number of pictures."""
+    return [f"{count:,} picture{'s have' if count > 1 else ' has'} {note}" for note, count in Counter(notes).items()]
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden: its name begins with a dot, as ``.ipynb_checkpoints`` and ``._x.jpg`` do."""
+    return name.startswith(".")
+
+
+def picture_files(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """The pictures below a folder, in the order of their paths, and what else is there.
+
+    Hidden entries are left out.
+
+    Returns:
+        Paths of the pictures; and the number of other files by extension, such as ``{".gif": 3}``.
+
+    Raises:
+        DatasetError: the folder cannot be read, or links lead from a folder to one above it.
+    """
+    found, others = [], Counter()
+    for place, folders, names in walk(folder):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            if is_hidden(name):
+                continue
+            if suffix in EXTENSIONS:
+                found.append(Path(place, name))
+            else:
+                others[suffix or "no extension"] += 1
+    return sorted(found), others
+
+
+def walk(folder: Path) -> Iterable[tuple[str, list[str], list[str]]]:
+    """``os.walk`` with links followed. A caller may shorten the list of folders.
+
+    Raises:
+        DatasetError: a folder cannot be read, or links lead from a folder to one above it.
+    """
+
+    def fail(error: OSError) -> None:
+        raise DatasetError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    above: dict[str, tuple[str, ...]] = {os.fspath(folder): ()}
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        real, parents = os.path.realpath(place), above.pop(place)
+        if real in parents:
+            raise DatasetError(f"{place} is a link to a folder above it, {real}: remove the link")
+        yield place, folders, names
+        above |= {os.path.join(place, name): (*parents, real) for name in folders}

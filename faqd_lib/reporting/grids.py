@@ -3,7 +3,7 @@
 A function ``<table>_cells`` lists the cells of a table; the function without ``_cells`` lists the runs to train.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import chain, product
 from typing import NamedTuple
@@ -66,16 +66,9 @@ def seeds(suite: Suite) -> range:
     return range(1, suite.profile.seeds + 1)
 
 
-def _cell(
-    suite: Suite,
-    row: Mapping[str, str],
-    column: str,
-    planned: bool = True,
-    make: Callable[..., RunConfig] | None = None,
-    **settings: object,
-) -> Cell:
-    """A cell of runs, one for each seed, in the row of their bits. ``make``: None for the suite's students."""
-    runs = [(make or suite.student)(seed=seed, **settings) for seed in seeds(suite)]
+def _students(suite: Suite, row: dict[str, str], column: str, planned: bool = True, **settings: object) -> Cell:
+    """A cell of students, one for each seed, in the row of their bits."""
+    runs = [suite.student(seed=seed, **settings) for seed in seeds(suite)]
     return Cell({**row, "bits": runs[0].bits}, column, runs, planned)
 
 
@@ -114,16 +107,13 @@ def _quantization_cells(
     """Float networks, float students rounded after training, then the trained students."""
     cells, bits = reference_cells(suite), sorted({*paper_bits, *planned_bits})
     for weights, activations in bits:
-        cells.append(
-            _cell(
-                suite, {"teacher": "", "regime": "post-training"}, ROUNDED, (weights, activations) in planned_bits,
-                suite.post_training, weight_bits=weights, activation_bits=activations,
-            )
-        )  # fmt: skip
+        row = {"teacher": "", "regime": "post-training", "bits": f"{weights}W{activations}A"}
+        rounded = [suite.post_training(weights, activations, seed=seed) for seed in seeds(suite)]
+        cells.append(Cell(row, ROUNDED, rounded, (weights, activations) in planned_bits))
     for teacher, regime, (weights, activations), column in product(teachers, REGIMES, bits, COLUMNS):
         planned = regime in planned_regimes and (weights, activations) in planned_bits
         cells.append(
-            _cell(
+            _students(
                 suite, {"teacher": teacher, "regime": regime}, column.title, planned, method=column.method,
                 labels=column.labels, weight_bits=weights, activation_bits=activations, regime=regime, teacher=teacher,
             )
@@ -136,7 +126,7 @@ def activation_step_cells(suite: Suite) -> list[Cell]:
     weights, activations = suite.profile.grid.full_bits[0]
     regime = suite.profile.grid.full_regimes[0]
     return [
-        _cell(
+        _students(
             suite, {"regime": regime}, kind, method="FAQD", weight_bits=weights, activation_bits=activations,
             regime=regime, quantization={"step_gradient": kind},
         )
@@ -148,7 +138,7 @@ def logit_loss_cells(suite: Suite) -> list[Cell]:
     """T3: label-free FAQD with MSE and with KL × regime × bits."""
     planned = suite.profile.grid.logit_bits
     return [
-        _cell(
+        _students(
             suite, {"regime": regime}, loss.upper(), bits in planned, method="FAQD", weight_bits=bits, regime=regime,
             logit_loss=loss,
         )
@@ -165,10 +155,10 @@ def affinity_loss_cells(suite: Suite) -> list[Cell]:
     for bits in grid.affinity_bits:
         fewest = bits == min(grid.affinity_bits)
         planned = grid.projections if fewest else [suite.profile.losses.k]
-        cells.append(_cell(suite, {}, "none", method="KD", weight_bits=bits))
-        cells.append(_cell(suite, {}, "FA (exact)", method="FAQD", weight_bits=bits))
+        cells.append(_students(suite, {}, "none", method="KD", weight_bits=bits))
+        cells.append(_students(suite, {}, "FA (exact)", method="FAQD", weight_bits=bits))
         for k in sorted({*(PAPER_PROJECTIONS if fewest else ()), *planned}):
-            cells.append(_cell(suite, {}, f"FFA, k = {k}", k in planned, method="FFAQD", weight_bits=bits, k=k))
+            cells.append(_students(suite, {}, f"FFA, k = {k}", k in planned, method="FFAQD", weight_bits=bits, k=k))
     return cells
 
 

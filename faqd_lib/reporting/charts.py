@@ -39,7 +39,7 @@ def style() -> Iterator[None]:
     """Context with the style of every figure of the project."""
     with plt.rc_context():
         sns.set_theme(
-            context="notebook", style="whitegrid", palette=PALETTE, font_scale=0.85,
+            style="whitegrid", palette=PALETTE, font_scale=0.85,
             rc={
                 "figure.dpi": 100, "savefig.dpi": 150, "axes.titlesize": "medium", "axes.titleweight": "bold",
                 "grid.color": "0.9", "legend.frameon": True, "legend.framealpha": 0.9, "legend.edgecolor": "0.85",
@@ -58,12 +58,9 @@ def colours(count: int) -> list:
 def new_figure(
     rows: int = 1, columns: int = 1, height: float = 3.6, width: float = WIDTH, **options
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Context with a new figure and its axes in reading order.
+    """Context with a new figure and its ``rows`` × ``columns`` axes, in reading order.
 
-    Args:
-        rows, columns: of axes.
-        height, width: in inches; the default is the project's width.
-        options: of ``plt.subplots``.
+    ``height`` and ``width`` are in inches; ``options`` go to ``plt.subplots``.
     """
     with style():
         figure, axes = plt.subplots(
@@ -79,7 +76,6 @@ def save(figure: Figure, folder: Path, name: str, runs: Iterable[Run] = (), note
     """Write ``<folder>/<name>.png`` and ``.pdf``, each whole or not at all; returns both paths.
 
     Args:
-        figure, folder, name: what is written, and where.
         runs: behind the figure; written into the metadata (``Runs`` of the PNG, keywords of the PDF).
         note: a remark on the figure's origin; written into the metadata (``Note`` of the PNG, subject of the PDF).
     """
@@ -122,9 +118,6 @@ def _readable_decades(axis, values: pd.Series) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-# ---- scaling laws
-
-
 def scaling(
     frame: pd.DataFrame,
     x_label: str,
@@ -144,15 +137,15 @@ def scaling(
     """
     _require(frame, "x", "y", "series", "kind")
     frame = frame if "panel" in frame else frame.assign(panel="")
-    panels = list(frame["panel"].unique())
+    panels = frame["panel"].nunique()
     hues = dict(zip(frame["series"].unique(), colours(frame["series"].nunique()), strict=True))
-    columns = 2 if len(panels) == 4 else min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
+    columns = 2 if panels == 4 else min(3, panels)
+    rows = math.ceil(panels / columns)
     with new_figure(rows, columns, height=3.9 if rows == 1 else 3.2 * rows + 0.6) as (figure, axes):
-        for axis in axes[len(panels) :]:
+        for axis in axes[panels:]:
             axis.set_axis_off()
-        for axis, panel in zip(axes, panels, strict=False):
-            part = frame[(frame["panel"] == panel) & (frame["y"] > 0)]
+        for axis, (panel, part) in zip(axes, frame.groupby("panel", sort=False), strict=False):
+            part = part[part["y"] > 0]
             for (series, kind), line in part.groupby(["series", "kind"], sort=False):
                 dashes, marker, width = KINDS[kind]
                 axis.plot(
@@ -170,14 +163,11 @@ def scaling(
             elif x_scale == "log":
                 _readable_decades(axis.xaxis, measured)
             _readable_decades(axis.yaxis, part["y"])
-        if len(panels) == 1:
+        if panels == 1:
             axes[0].legend(fontsize="small")
         else:
             _legend_below(figure, axes)
         return figure
-
-
-# ---- quantizers
 
 
 def convergence(frame: pd.DataFrame, exact: float, deviation: float) -> Figure:
@@ -185,7 +175,6 @@ def convergence(frame: pd.DataFrame, exact: float, deviation: float) -> Figure:
 
     Args:
         frame: columns ``k``, ``estimate`` and ``draw``; one line for each draw.
-        exact: the exact value.
         deviation: standard deviation of one estimate; the band is the exact value ± deviation/√k.
     """
     _require(frame, "k", "estimate", "draw")
@@ -214,17 +203,18 @@ def staircases(frame: pd.DataFrame) -> Figure:
     ``frame``: columns ``quantizer``, ``input``, ``output``, ``gradient``.
     """
     _require(frame, "quantizer", "input", "output", "gradient")
-    names = list(frame["quantizer"].unique())
-    with new_figure(2, len(names), height=4.4, sharex="col", sharey="row") as (figure, axes):
-        for name, above, below in zip(names, axes, axes[len(names) :], strict=False):
-            part = frame[frame["quantizer"] == name].sort_values("input")
+    count = frame["quantizer"].nunique()
+    with new_figure(2, count, height=4.4, sharex="col", sharey="row") as (figure, axes):
+        quantizers = frame.groupby("quantizer", sort=False)
+        for above, below, (name, part) in zip(axes[:count], axes[count:], quantizers, strict=True):
+            part = part.sort_values("input")
             above.plot(part["input"], part["input"], "--", color="0.6", linewidth=1)
             above.plot(part["input"], part["output"], color=PALETTE[0], drawstyle="steps-mid")
             below.plot(part["input"], part["gradient"], color=PALETTE[3], drawstyle="steps-mid")
             above.set_title(name)
             below.set(xlabel="input", ylim=(-0.1, 1.2), yticks=(0, 1))
         axes[0].set_ylabel("output (forward)")
-        axes[len(names)].set_ylabel("gradient (backward)")
+        axes[count].set_ylabel("gradient (backward)")
         return figure
 
 
@@ -234,11 +224,9 @@ def weight_histograms(frame: pd.DataFrame) -> Figure:
     ``frame``: columns ``bits``, ``weight`` (float) and ``quantized``.
     """
     _require(frame, "bits", "weight", "quantized")
-    grid = list(frame["bits"].unique())
     extent = 1.05 * float(frame["weight"].abs().quantile(0.999))
-    with new_figure(1, len(grid), height=3.0, sharey=True) as (figure, axes):
-        for axis, bits in zip(axes, grid, strict=True):
-            part = frame[frame["bits"] == bits]
+    with new_figure(1, frame["bits"].nunique(), height=3.0, sharey=True) as (figure, axes):
+        for axis, (bits, part) in zip(axes, frame.groupby("bits", sort=False), strict=True):
             axis.hist(
                 part["weight"], bins=80, range=(-extent, extent), weights=[100 / len(part)] * len(part),
                 color="0.75", label="float", linewidth=0,
@@ -262,26 +250,20 @@ def scale_scan(frame: pd.DataFrame, chosen: pd.DataFrame) -> Figure:
     """
     _require(frame, "bits", "scale", "error")
     _require(chosen, "bits", "scale", "error", "rule")
-    grid = list(frame["bits"].unique())
     hues = dict(zip(chosen["rule"].unique(), PALETTE[1:], strict=False))
     markers = dict(zip(hues, MARKERS, strict=False))
-    with new_figure(1, len(grid), height=3.2, sharey=True) as (figure, axes):
-        for axis, bits in zip(axes, grid, strict=True):
-            part = frame[frame["bits"] == bits]
+    with new_figure(1, frame["bits"].nunique(), height=3.2, sharey=True) as (figure, axes):
+        for axis, (bits, part) in zip(axes, frame.groupby("bits", sort=False), strict=True):
             axis.plot(part["scale"], part["error"], color="0.35", label="scan")
-            for _, point in chosen[chosen["bits"] == bits].iterrows():
-                rule = point["rule"]
+            for point in chosen[chosen["bits"] == bits].itertuples():
                 axis.plot(
-                    point["scale"], point["error"], markers[rule], color=hues[rule], markersize=8, linestyle="",
-                    label=rule, clip_on=False,
+                    point.scale, point.error, markers[point.rule], color=hues[point.rule], markersize=8, linestyle="",
+                    label=point.rule, clip_on=False,
                 )  # fmt: skip
             axis.set(title=_bits_title(bits), xlabel="scale", ylim=(0, None))
         axes[0].set_ylabel("squared error / squared norm")
         _legend_below(figure, axes)
         return figure
-
-
-# ---- runs
 
 
 def learning_curves(frame: pd.DataFrame) -> Figure:
@@ -291,30 +273,31 @@ def learning_curves(frame: pd.DataFrame) -> Figure:
     label, with unit). Several values of one run and epoch, such as seeds, are drawn as mean and range.
     """
     _require(frame, "run", "epoch", "value", "measure")
-    measures, runs = list(frame["measure"].unique()), list(frame["run"].unique())
-    columns = min(2, len(measures))
-    rows = math.ceil(len(measures) / columns)
+    count, runs = frame["measure"].nunique(), list(frame["run"].unique())
+    columns = min(2, count)
+    rows = math.ceil(count / columns)
     with new_figure(rows, columns, height=3.3 * rows + 0.3 + 0.2 * (len(runs) // 3)) as (figure, axes):
-        for axis, measure in zip(axes, measures, strict=False):
+        for axis, (measure, part) in zip(axes, frame.groupby("measure", sort=False), strict=False):
             sns.lineplot(
-                frame[frame["measure"] == measure], x="epoch", y="value", hue="run", style="run", hue_order=runs,
-                style_order=runs, markers=frame["epoch"].nunique() <= 30, dashes=False, ax=axis, errorbar=("pi", 100),
+                part, x="epoch", y="value", hue="run", style="run", hue_order=runs, style_order=runs,
+                markers=frame["epoch"].nunique() <= 30, dashes=False, ax=axis, errorbar=("pi", 100),
                 palette=colours(len(runs)), legend=axis is axes[0],
             )  # fmt: skip
             axis.set(xlabel="epoch", ylabel=measure)
             axis.xaxis.get_major_locator().set_params(integer=True)
-        for axis in axes[len(measures) :]:
+        for axis in axes[count:]:
             axis.remove()
         axes[0].get_legend().remove()
         _legend_below(figure, axes[:1], columns=min(3, len(runs)))
         return figure
 
 
-def _columns(axis: Axes, count: int) -> None:
-    """Divide an axis into columns, with lines between them."""
-    axis.set_xlim(-0.5, count - 0.5)
+def _columns(axis: Axes, names: Sequence[str]) -> None:
+    """Divide an axis into named columns, with lines between them."""
+    axis.set_xticks(range(len(names)), names)
+    axis.set_xlim(-0.5, len(names) - 0.5)
     axis.grid(visible=False, axis="x")
-    for edge in range(1, count):
+    for edge in range(1, len(names)):
         axis.axvline(edge - 0.5, color="0.85", linewidth=1, zorder=0)
 
 
@@ -340,12 +323,10 @@ def accuracy_by_bits(frame: pd.DataFrame, references: Mapping[str, float] | None
                 axis.hlines(values.mean(), x - 0.4 * step, x + 0.4 * step, color=colour, linewidth=2.5)
             handles.append(plt.Line2D([], [], color=colour, marker=marker, linewidth=2.5, label=method))
         for dashes, (name, accuracy) in zip(("--", ":", "-."), (references or {}).items(), strict=False):
-            handles.append(
-                axis.axhline(accuracy, color="0.25", linestyle=dashes, linewidth=1.4, zorder=1.5, label=name)
-            )
-        axis.set_xticks(range(len(grid)), [BITS_NAMES.get(bits, str(bits)) for bits in grid])
+            line = axis.axhline(accuracy, color="0.25", linestyle=dashes, linewidth=1.4, zorder=1.5, label=name)
+            handles.append(line)
+        _columns(axis, [BITS_NAMES.get(bits, str(bits)) for bits in grid])
         axis.set_ylabel("test accuracy (%)")
-        _columns(axis, len(grid))
         figure.legend(handles=handles, loc="outside right upper", fontsize="small")
         return figure
 
@@ -369,10 +350,8 @@ def accuracy_and_size(frame: pd.DataFrame) -> Figure:
             handles.append(plt.Line2D([], [], linestyle="", marker="o", color=colour, label=method))
         for size in (largest / 4, largest / 16):  # the largest mark does not fit into the legend
             handles.append(axis.scatter([], [], s=area * size, color="0.7", linewidth=0, label=f"{size:.2g} kB"))
-        _columns(axis, len(grid))
         sizes = frame.groupby("bits")["size_kB"].unique().map(sorted)
-        names = [f"{bits}\n{'–'.join(f'{kB:.0f}' for kB in sizes[bits])} kB" for bits in grid]
-        axis.set_xticks(range(len(grid)), names)
+        _columns(axis, [f"{bits}\n{'–'.join(f'{kB:.0f}' for kB in sizes[bits])} kB" for bits in grid])
         axis.set(ylabel="test accuracy (%)", xlabel="bits of weights and activations")
         axis.margins(y=0.12)
         figure.legend(
@@ -388,10 +367,9 @@ def affinity_frontier(frame: pd.DataFrame) -> Figure:
     ``frame``: columns ``loss`` (none, FA, FFA k=1, …), ``accuracy`` (percent), ``step_milliseconds``.
     """
     _require(frame, "loss", "accuracy", "step_milliseconds")
-    losses = list(frame["loss"].unique())
+    losses = frame.groupby("loss", sort=False)
     with new_figure(height=4.0) as (figure, (axis,)):
-        for loss, colour, marker in zip(losses, colours(len(losses)), MARKERS, strict=False):
-            part = frame[frame["loss"] == loss]
+        for (loss, part), colour, marker in zip(losses, colours(len(losses)), MARKERS, strict=False):
             mean = part[["step_milliseconds", "accuracy"]].mean()
             if len(part) > 1:
                 axis.plot(part["step_milliseconds"], part["accuracy"], marker, color=colour, markersize=4, alpha=0.5)

@@ -95,10 +95,9 @@ CLAIMS = (
 
 
 def paired(frame: pd.DataFrame, claim: Claim) -> pd.DataFrame:
-    """The pairs of a claim. Runs without a partner are left out.
+    """The pairs of a claim, one a row: columns ``seed``, ``difference`` (percentage points), ``run`` and ``other``.
 
-    Returns:
-        One row a pair, with the columns ``seed``, ``difference`` (percentage points), ``run`` and ``other``.
+    Runs without a partner are left out.
     """
     if frame.empty:
         return pd.DataFrame(columns=["seed", "difference", "run", "other"])

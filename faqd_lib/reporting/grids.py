@@ -3,7 +3,7 @@
 A function ``<table>_cells`` lists the cells of a table; the function without ``_cells`` lists the runs to train.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from ..quantization.relu import STEP_GRADIENTS
 from ..quantization.weights import FLOAT_BITS
 from ..runs.suite import Suite
 
+Bits = tuple[int, int]  # of weights and of activations
 REGIMES = ("end-to-end", "fine-tuning")
 # Rows that the paper has. The tables show them even where a profile does not train them.
 PAPER_WEIGHT_BITS = (1, 2, 4)
@@ -72,9 +73,6 @@ def _students(suite: Suite, row: dict[str, str], column: str, planned: bool = Tr
     return Cell({**row, "bits": runs[0].bits}, column, runs, planned)
 
 
-# ---- cells
-
-
 def reference_cells(suite: Suite) -> list[Cell]:
     """The float networks: every teacher, and the student over all seeds."""
     row = {"teacher": "", "regime": "", "bits": "float"}
@@ -98,23 +96,19 @@ def full_cells(suite: Suite) -> list[Cell]:
 
 
 def _quantization_cells(
-    suite: Suite,
-    paper_bits: Iterable[tuple[int, int]],
-    planned_bits: Collection[tuple[int, int]],
-    planned_regimes: Collection[str],
-    teachers: Iterable[str],
+    suite: Suite, paper: Sequence[Bits], planned: Sequence[Bits], regimes: Sequence[str], teachers: Sequence[str]
 ) -> list[Cell]:
-    """Float networks, float students rounded after training, then the trained students."""
-    cells, bits = reference_cells(suite), sorted({*paper_bits, *planned_bits})
+    """Float networks, float students rounded after training, then trained students: planned in ``regimes`` only."""
+    cells, bits = reference_cells(suite), sorted({*paper, *planned})
     for weights, activations in bits:
         row = {"teacher": "", "regime": "post-training", "bits": f"{weights}W{activations}A"}
         rounded = [suite.post_training(weights, activations, seed=seed) for seed in seeds(suite)]
-        cells.append(Cell(row, ROUNDED, rounded, (weights, activations) in planned_bits))
+        cells.append(Cell(row, ROUNDED, rounded, (weights, activations) in planned))
     for teacher, regime, (weights, activations), column in product(teachers, REGIMES, bits, COLUMNS):
-        planned = regime in planned_regimes and (weights, activations) in planned_bits
+        trained = regime in regimes and (weights, activations) in planned
         cells.append(
             _students(
-                suite, {"teacher": teacher, "regime": regime}, column.title, planned, method=column.method,
+                suite, {"teacher": teacher, "regime": regime}, column.title, trained, method=column.method,
                 labels=column.labels, weight_bits=weights, activation_bits=activations, regime=regime, teacher=teacher,
             )
         )  # fmt: skip
@@ -160,9 +154,6 @@ def affinity_loss_cells(suite: Suite) -> list[Cell]:
         for k in sorted({*(PAPER_PROJECTIONS if fewest else ()), *planned}):
             cells.append(_students(suite, {}, f"FFA, k = {k}", k in planned, method="FFAQD", weight_bits=bits, k=k))
     return cells
-
-
-# ---- runs
 
 
 def references(suite: Suite) -> list[RunConfig]:

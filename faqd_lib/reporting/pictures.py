@@ -25,11 +25,7 @@ def _picture(image: torch.Tensor) -> np.ndarray:
 
 
 def image_grid(rows: Sequence[torch.Tensor], row_names: Sequence[str]) -> Figure:
-    """Pictures in rows.
-
-    Args:
-        rows: one tensor (count, 3, height, width) a row, uint8 or float in [0, 1].
-        row_names: one name a row.
+    """Pictures in rows: a tensor (count, 3, height, width), uint8 or float in [0, 1], and a name for each row.
 
     Raises:
         ValueError: there are no rows, or not one name for each row.
@@ -113,8 +109,8 @@ def pixel_affinity(
     """
     count, columns, colours = len(images), len(maps) + 1, _cosine_colours(maps.values())
     side = min(2.35, (WIDTH + 2.0) / columns)  # inches; many maps share the width of a notebook
-    height, width = images.shape[2:]
-    h, w = next(iter(maps.values())).shape[1:]
+    size = 9 * side / 2.35  # of the circles, in points
+    (height, width), (h, w) = images.shape[2:], next(iter(maps.values())).shape[1:]
     place = {"extent": (0, width, height, 0)}
     with new_figure(count, columns, width=side * columns + 0.8, height=0.95 * side * count + 0.3) as (figure, axes):
         for index, (image, point) in enumerate(zip(images, points, strict=True)):
@@ -125,10 +121,7 @@ def pixel_affinity(
             y, x = (point[0] + 0.5) * height / h, (point[1] + 0.5) * width / w
             for axis in row:
                 for colour, edge in (("white", 3.5), ("black", 1.5)):
-                    axis.plot(
-                        x, y, "o", ms=9 * side / 2.35, markerfacecolor="none", markeredgecolor=colour,
-                        markeredgewidth=edge,
-                    )  # fmt: skip
+                    axis.plot(x, y, "o", ms=size, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=edge)
                 axis.set(xticks=[], yticks=[])
                 axis.grid(visible=False)
                 sns.despine(ax=axis, left=True, bottom=True)

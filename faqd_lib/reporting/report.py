@@ -132,9 +132,6 @@ def _environments(records: Sequence[RunRecord]) -> list[dict[str, object]]:
     ]
 
 
-# ---- tables
-
-
 @dataclass(frozen=True)
 class HtmlTable:
     """A table as HTML: overview, all rows, and the runs behind it."""
@@ -154,9 +151,6 @@ def _shown(table: tables.Table) -> HtmlTable:
 
 def _html(frame: pd.DataFrame) -> Markup:
     return Markup(frame.to_html(index=False, border=0, escape=True, na_rep=""))
-
-
-# ---- notebooks
 
 
 def mathml(latex: str, display: bool) -> str:

@@ -85,7 +85,7 @@ class Table:
     def latex(self) -> str:
         """The overview, or all rows, as a LaTeX table with caption and label."""
         shown = self.readable if self.overview is None else self.overview
-        safe = shown.map(_latex_text).rename(columns=_latex_text)
+        safe = shown.map(_latex_text).astype(str).rename(columns=_latex_text)
         return safe.to_latex(index=False, escape=False, caption=_latex_text(self.caption), label=f"tab:{self.name}")
 
     def write(self, folder: Path) -> list[Path]:
@@ -96,9 +96,6 @@ class Table:
 
 def _latex_text(value: object) -> str:
     return str(value).translate(str.maketrans(_LATEX))
-
-
-# ---- from records to cells
 
 
 def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
@@ -129,9 +126,7 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
             "final_affinity": final.get("affinity", float("nan")),
             "parameters": record.parameters,
             "size_kB": record.weight_bytes / 1000,
-            "training_seconds": cost["training_seconds"],
-            "step_milliseconds": cost["step_milliseconds"],
-            "images_per_second": cost["images_per_second"],
+            **{name: cost[name] for name in ("training_seconds", "step_milliseconds", "images_per_second")},
             "peak_step_MB": cost["peak_step_bytes"] / 1e6,
             "cohort": int(cost["cohort"]),
         }
@@ -149,14 +144,9 @@ MEASURES = {
 
 
 def history_frame(records: Iterable[RunRecord], measures: Iterable[str]) -> pd.DataFrame:
-    """Histories in long form, for charts.
+    """Histories in long form, for charts: columns ``run``, ``epoch``, ``measure`` (its label) and ``value``.
 
-    Args:
-        records: the runs.
-        measures: keys of ``MEASURES``.
-
-    Returns:
-        Columns ``run``, ``epoch``, ``measure`` (a label from ``MEASURES``) and ``value``.
+    ``measures``: keys of ``MEASURES``, whose values are the labels.
     """
     wanted = list(measures)
     rows = [
@@ -191,7 +181,6 @@ def _printed(reference: pd.DataFrame, table: str, config: RunConfig) -> float | 
     """The paper's accuracy of a run's cell."""
     if config.quantization.variant:  # the paper has its own quantizers only
         return None
-    affinity = config.objective.affinity
     key = {
         "table": table,
         "dataset": config.data.name,
@@ -203,8 +192,8 @@ def _printed(reference: pd.DataFrame, table: str, config: RunConfig) -> float | 
         "method": config.method,
         "labels": "false" if config.label_free else "true",
         "logit_loss": config.objective.logit_loss,
-        "affinity": affinity,
-        "k": str(config.objective.k) if affinity == "ffa" else "",
+        "affinity": config.objective.affinity,
+        "k": str(config.objective.k) if config.objective.affinity == "ffa" else "",
     }
     found = reference.loc[(reference[list(key)] == pd.Series(key)).all(axis="columns"), "accuracy"]
     return float(found.iloc[0]) if len(found) else None
@@ -236,11 +225,8 @@ def _rows(
 def read_paper_reference(path: Path | None = None) -> pd.DataFrame:
     """Read the paper's printed values that the user filled in; see results/README.md.
 
-    Args:
-        path: the file. None: ``results/paper_reference.csv``.
-
-    Returns:
-        The columns ``REFERENCE_COLUMNS``; no rows if there is no file.
+    ``path``: None for ``results/paper_reference.csv``. The columns are ``REFERENCE_COLUMNS``; without a file there are
+    no rows.
 
     Raises:
         ResultsError: the file lacks a column, a value matches no run, an accuracy is not a percentage, or two lines
@@ -265,9 +251,6 @@ def read_paper_reference(path: Path | None = None) -> pd.DataFrame:
     if len(twice):
         raise ResultsError(f"{path} has two lines for {dict(twice[keys].iloc[0])}: keep one")
     return frame
-
-
-# ---- the tables
 
 
 def span(dates: Iterable[str]) -> str:
@@ -392,16 +375,10 @@ def cost(suite: Suite) -> Table:
     """T5: time, memory and size of every run."""
     frame = runs_frame(suite.store.records())
     columns = {
-        "run": "run",
-        "epochs": "epochs",
-        "training_seconds": "training s",
-        "step_milliseconds": "ms a step",
-        "images_per_second": "images/s",
-        "peak_step_MB": "peak MB a step",
-        "cohort": "cohort",
-        "parameters": "parameters",
-        "size_kB": "weights kB",
-    }
+        "run": "run", "epochs": "epochs", "training_seconds": "training s", "step_milliseconds": "ms a step",
+        "images_per_second": "images/s", "peak_step_MB": "peak MB a step", "cohort": "cohort",
+        "parameters": "parameters", "size_kB": "weights kB",
+    }  # fmt: skip
     shown = frame.reindex(columns=list(columns)).rename(columns=columns)
     total = shown["training s"].sum()
     digits = {"training s": 1, "ms a step": 1, "images/s": 0, "peak MB a step": 1, "weights kB": 1}
@@ -428,9 +405,7 @@ def not_run(dataset: str, profile: str) -> Table:
 def all_tables(suite: Suite, reference: pd.DataFrame | None = None) -> list[Table]:
     """T1 for the suite's dataset and for each dataset of the paper, then T2 to T5 for the suite's dataset.
 
-    Args:
-        suite: whose records are shown.
-        reference: the paper's values. None: :func:`read_paper_reference`.
+    ``reference``: the paper's values. None: :func:`read_paper_reference`.
     """
     reference = read_paper_reference() if reference is None else reference
     tables = [weight_quantization(suite, reference)]

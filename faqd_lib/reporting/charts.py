@@ -17,7 +17,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, ScalarFormatter
 
 from ..config import RunConfig
 from ..runs.store import RunRecord
@@ -112,9 +112,7 @@ def _readable_decades(axis, values: pd.Series) -> None:
     decades = math.log10(values.max() / values.min()) if len(values) else 0
     finest = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5)
     axis.set_major_locator(LogLocator(subs=finest if decades < 2.5 else (1,)))
-    axis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value:g}" if value < 1e5 else f"$10^{{{math.log10(value):g}}}$")
-    )
+    axis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1e5 else f"$10^{{{math.log10(value):g}}}$")
     axis.set_minor_formatter(NullFormatter())
 
 

@@ -157,9 +157,8 @@ def confusion(teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor
         shown = left.imshow(agreement.numpy(), vmin=0, vmax=100, cmap="viridis")
         figure.colorbar(shown, ax=left, label="share of the row (%)", shrink=0.75)
         same = 100 * float((teacher == student).double().mean())
-        left.set(
-            title=f"same answer on {same:.1f} % of {len(labels):,} images", ylabel="teacher says", xlabel="student says"
-        )
+        title = f"same answer on {same:.1f} % of {len(labels):,} images"
+        left.set(title=title, ylabel="teacher says", xlabel="student says")
         shown = right.imshow(change.numpy(), vmin=-extent, vmax=extent, cmap="PuOr_r")
         figure.colorbar(shown, ax=right, label="student − teacher (points)", shrink=0.75)
         right.set(title="what the student takes a class for", ylabel="true class", xlabel="taken for")

@@ -127,9 +127,7 @@ def write_report(suite: Suite) -> Path:
 def _environments(records: Sequence[RunRecord]) -> list[dict[str, object]]:
     """Machine and software of the runs: each setting once, with all its values."""
     frame = pd.DataFrame([record.environment for record in records])
-    return [
-        {"what": column, "values": ", ".join(sorted(map(str, frame[column].dropna().unique())))} for column in frame
-    ]
+    return [{"what": name, "values": ", ".join(sorted({*map(str, values.dropna())}))} for name, values in frame.items()]
 
 
 @dataclass(frozen=True)

@@ -199,9 +199,7 @@ def _printed(reference: pd.DataFrame, table: str, config: RunConfig) -> float | 
     return float(found.iloc[0]) if len(found) else None
 
 
-def _rows(
-    suite: Suite, reference: pd.DataFrame, table: str, cells: Iterable[Cell], across: str
-) -> list[dict[str, str]]:
+def _rows(suite: Suite, reference: pd.DataFrame, table: str, cells: list[Cell], across: str) -> list[dict[str, str]]:
     """One row a cell: its headings (the one across is called ``across``), the paper's accuracy, ours, and the runs."""
     rows = []
     for cell in cells:
@@ -357,12 +355,11 @@ def affinity_losses(suite: Suite, reference: pd.DataFrame) -> Table:
 
     for cell, row in zip(cells, rows, strict=True):
         records = finished(suite, cell.runs)
-        costs = [record.cost for record in records]
         row["final affinity loss"] = ""
         if cell.runs[0].objective.affinity != "none":
             row["final affinity loss"] = _text(suite, [record.history[-1]["affinity"] for record in records], number)
-        row["ms a step"] = _text(suite, [cost["step_milliseconds"] for cost in costs], number)
-        row["peak MB a step"] = _text(suite, [cost["peak_step_bytes"] / 1e6 for cost in costs], number)
+        row["ms a step"] = _text(suite, [record.cost["step_milliseconds"] for record in records], number)
+        row["peak MB a step"] = _text(suite, [record.cost["peak_step_bytes"] / 1e6 for record in records], number)
     what = (
         f"Label-free students {suite.profile.student} with quantized weights, end to end; the final affinity loss is "
         "the training loss's mean over the last epoch (FFA: an estimate of the same quantity); a step is the student's "

@@ -6,24 +6,31 @@ Figures are closed in pyplot, so that a notebook shows each figure once: as the 
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import cycle
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, ScalarFormatter
 
+from ..config import RunConfig
+from ..runs.store import RunRecord
 from ..utils.files import atomic_write
 
+Run = RunConfig | RunRecord  # both name a run
 WIDTH = 9.0  # inches: the text width of a notebook
 # Seaborn's colour-blind safe colours, without the pale pink, which is hard to see in thin lines on white.
 PALETTE = [colour for index, colour in enumerate(sns.color_palette("colorblind")) if index != 6]
 RUNS_KEY, NOTE_KEY = "Runs", "Note"  # keys of a figure's metadata
 # Dashes, marker and line width by kind: measured values have points, derived ones have a line only.
 KINDS = {"measured": ("-", "o", 1.6), "theory": ("--", "", 1.8), "bound": (":", "", 2.2)}
+MARKERS = "osD^vPX*<>"
 BITS_NAMES = {1: "1 bit", 2: "2 bits\n(ternary)", 4: "4 bits", 32: "32 bits\n(float)"}
 
 
@@ -32,7 +39,7 @@ def style() -> Iterator[None]:
     """Context with the style of every figure of the project."""
     with plt.rc_context():
         sns.set_theme(
-            context="notebook", style="whitegrid", palette=PALETTE, font_scale=0.85,
+            style="whitegrid", palette=PALETTE, font_scale=0.85,
             rc={
                 "figure.dpi": 100, "savefig.dpi": 150, "axes.titlesize": "medium", "axes.titleweight": "bold",
                 "grid.color": "0.9", "legend.frameon": True, "legend.framealpha": 0.9, "legend.edgecolor": "0.85",
@@ -48,17 +55,16 @@ def colours(count: int) -> list:
 
 
 @contextlib.contextmanager
-def new_figure(rows: int = 1, columns: int = 1, height: float = 3.6, **options) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Context with a new figure of the project's width, and its axes in reading order.
+def new_figure(
+    rows: int = 1, columns: int = 1, height: float = 3.6, width: float = WIDTH, **options
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """Context with a new figure and its ``rows`` × ``columns`` axes, in reading order.
 
-    Args:
-        rows, columns: of axes.
-        height: in inches.
-        options: ``width`` in inches; all others go to ``plt.subplots``.
+    ``height`` and ``width`` are in inches; ``options`` go to ``plt.subplots``.
     """
     with style():
         figure, axes = plt.subplots(
-            rows, columns, figsize=(options.pop("width", WIDTH), height), layout="constrained", squeeze=False, **options
+            rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **options
         )
         try:
             yield figure, list(axes.flat)
@@ -66,35 +72,24 @@ def new_figure(rows: int = 1, columns: int = 1, height: float = 3.6, **options) 
             plt.close(figure)
 
 
-class Run(Protocol):
-    """A run's configuration or its record."""
-
-    @property
-    def run_id(self) -> str: ...
-
-
 def save(figure: Figure, folder: Path, name: str, runs: Iterable[Run] = (), note: str = "") -> list[Path]:
     """Write ``<folder>/<name>.png`` and ``.pdf``, each whole or not at all; returns both paths.
 
     Args:
-        figure, folder, name: what is written, and where.
         runs: behind the figure; written into the metadata (``Runs`` of the PNG, keywords of the PDF).
         note: a remark on the figure's origin; written into the metadata (``Note`` of the PNG, subject of the PDF).
     """
-    written, names = [], " ".join(dict.fromkeys(run.run_id for run in runs))
-    for kind in ("png", "pdf"):
-        # Without dates, the same figure gives the same bytes.
-        if kind == "pdf":
-            metadata = {"CreationDate": None, "Keywords": names, "Subject": note}
-        else:
-            metadata = {RUNS_KEY: names, NOTE_KEY: note}
-
-        def write(temporary: Path, kind: str = kind, metadata: dict | None = metadata) -> None:
-            with style():
-                figure.savefig(temporary, format=kind, metadata=metadata)
-
-        written.append(atomic_write(Path(folder) / f"{name}.{kind}", write))
-    return written
+    names = " ".join(dict.fromkeys(run.run_id for run in runs))
+    # Without dates, the same figure gives the same bytes.
+    metadata = {
+        "png": {RUNS_KEY: names, NOTE_KEY: note},
+        "pdf": {"CreationDate": None, "Keywords": names, "Subject": note},
+    }
+    with style():
+        return [
+            atomic_write(Path(folder) / f"{name}.{kind}", partial(figure.savefig, format=kind, metadata=about))
+            for kind, about in metadata.items()
+        ]
 
 
 def _require(frame: pd.DataFrame, *columns: str) -> None:
@@ -104,19 +99,12 @@ def _require(frame: pd.DataFrame, *columns: str) -> None:
         raise ValueError(f"the frame has {what}: expected rows with the columns {', '.join(columns)}")
 
 
-def _plain_ticks(axis, values: Sequence[float]) -> None:
-    """Place the ticks of a logarithmic axis at the measured values, as plain numbers."""
-    axis.set_major_locator(FixedLocator(sorted(set(values))))
-    axis.set_major_formatter(ScalarFormatter())
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
+def _legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:
     """Draw one legend for all panels, with each label once."""
     entries = {}
     for axis in axes:
         entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, fontsize="small")
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize="small")
 
 
 def _readable_decades(axis, values: pd.Series) -> None:
@@ -124,14 +112,8 @@ def _readable_decades(axis, values: pd.Series) -> None:
     decades = math.log10(values.max() / values.min()) if len(values) else 0
     finest = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5)
     axis.set_major_locator(LogLocator(subs=finest if decades < 2.5 else (1,)))
-    axis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value:g}" if value < 1e5 else f"$10^{{{math.log10(value):g}}}$")
-    )
+    axis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1e5 else f"$10^{{{math.log10(value):g}}}$")
     axis.set_minor_formatter(NullFormatter())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scaling laws
 
 
 def scaling(
@@ -153,15 +135,15 @@ def scaling(
     """
     _require(frame, "x", "y", "series", "kind")
     frame = frame if "panel" in frame else frame.assign(panel="")
-    panels = list(frame["panel"].unique())
+    panels = frame["panel"].nunique()
     hues = dict(zip(frame["series"].unique(), colours(frame["series"].nunique()), strict=True))
-    columns = 2 if len(panels) == 4 else min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
+    columns = 2 if panels == 4 else min(3, panels)
+    rows = math.ceil(panels / columns)
     with new_figure(rows, columns, height=3.9 if rows == 1 else 3.2 * rows + 0.6) as (figure, axes):
-        for axis in axes[len(panels) :]:
+        for axis in axes[panels:]:
             axis.set_axis_off()
-        for axis, panel in zip(axes[: len(panels)], panels, strict=True):
-            part = frame[(frame["panel"] == panel) & (frame["y"] > 0)]
+        for axis, (panel, part) in zip(axes, frame.groupby("panel", sort=False), strict=False):
+            part = part[part["y"] > 0]
             for (series, kind), line in part.groupby(["series", "kind"], sort=False):
                 dashes, marker, width = KINDS[kind]
                 axis.plot(
@@ -172,19 +154,18 @@ def scaling(
             axis.set_ylabel(part["y_label"].iloc[0] if "y_label" in part else y_label)
             measured = part.loc[part["kind"] == "measured", "x"]
             if x_scale == "log" and measured.nunique() <= 8:
-                _plain_ticks(axis.xaxis, measured)
+                # Few values: ticks stand at them, as plain numbers.
+                axis.xaxis.set_major_locator(FixedLocator(sorted(set(measured))))
+                axis.xaxis.set_major_formatter(ScalarFormatter())
+                axis.xaxis.set_minor_formatter(NullFormatter())
             elif x_scale == "log":
                 _readable_decades(axis.xaxis, measured)
             _readable_decades(axis.yaxis, part["y"])
-        if len(panels) == 1:
+        if panels == 1:
             axes[0].legend(fontsize="small")
         else:
-            _legend_below(figure, axes[: len(panels)])
+            _legend_below(figure, axes)
         return figure
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Quantizers
 
 
 def convergence(frame: pd.DataFrame, exact: float, deviation: float) -> Figure:
@@ -192,17 +173,16 @@ def convergence(frame: pd.DataFrame, exact: float, deviation: float) -> Figure:
 
     Args:
         frame: columns ``k``, ``estimate`` and ``draw``; one line for each draw.
-        exact: the exact value.
         deviation: standard deviation of one estimate; the band is the exact value ± deviation/√k.
     """
     _require(frame, "k", "estimate", "draw")
-    hues = colours(len(PALETTE))
+    hues = colours(frame["draw"].nunique())
     with new_figure(height=3.8) as (figure, (axis,)):
         k = frame["k"].drop_duplicates().sort_values()
         half = deviation / k**0.5
         axis.fill_between(k, exact - half, exact + half, color="0.85", label="± one standard deviation, theory")
-        for index, (_, line) in enumerate(frame.groupby("draw", sort=False)):
-            axis.plot(line["k"], line["estimate"], linewidth=1.3, color=hues[index % len(hues)])
+        for hue, (_, line) in zip(hues, frame.groupby("draw", sort=False), strict=True):
+            axis.plot(line["k"], line["estimate"], linewidth=1.3, color=hue)
         axis.axhline(exact, color="black", linewidth=1.4, linestyle="--", label="exact affinity loss")
         axis.set(xscale="log", xlabel="projections $k$", ylabel="mean of $k$ estimates", xlim=(k.min(), k.max()))
         axis.set_ylim(max(0.0, exact - 2.5 * deviation), exact + 2.5 * deviation)
@@ -221,19 +201,18 @@ def staircases(frame: pd.DataFrame) -> Figure:
     ``frame``: columns ``quantizer``, ``input``, ``output``, ``gradient``.
     """
     _require(frame, "quantizer", "input", "output", "gradient")
-    names = list(frame["quantizer"].unique())
-    colour = colours(len(PALETTE))
-    with new_figure(2, len(names), height=4.4, sharex="col", sharey="row") as (figure, axes):
-        for index, name in enumerate(names):
-            part = frame[frame["quantizer"] == name].sort_values("input")
-            above, below = axes[index], axes[len(names) + index]
+    count = frame["quantizer"].nunique()
+    with new_figure(2, count, height=4.4, sharex="col", sharey="row") as (figure, axes):
+        quantizers = frame.groupby("quantizer", sort=False)
+        for above, below, (name, part) in zip(axes[:count], axes[count:], quantizers, strict=True):
+            part = part.sort_values("input")
             above.plot(part["input"], part["input"], "--", color="0.6", linewidth=1)
-            above.plot(part["input"], part["output"], color=colour[0], drawstyle="steps-mid")
-            below.plot(part["input"], part["gradient"], color=colour[3], drawstyle="steps-mid")
+            above.plot(part["input"], part["output"], color=PALETTE[0], drawstyle="steps-mid")
+            below.plot(part["input"], part["gradient"], color=PALETTE[3], drawstyle="steps-mid")
             above.set_title(name)
             below.set(xlabel="input", ylim=(-0.1, 1.2), yticks=(0, 1))
         axes[0].set_ylabel("output (forward)")
-        axes[len(names)].set_ylabel("gradient (backward)")
+        axes[count].set_ylabel("gradient (backward)")
         return figure
 
 
@@ -243,22 +222,17 @@ def weight_histograms(frame: pd.DataFrame) -> Figure:
     ``frame``: columns ``bits``, ``weight`` (float) and ``quantized``.
     """
     _require(frame, "bits", "weight", "quantized")
-    grid = list(frame["bits"].unique())
-    colour = colours(len(PALETTE))
     extent = 1.05 * float(frame["weight"].abs().quantile(0.999))
-    with new_figure(1, len(grid), height=3.0, sharey=True) as (figure, axes):
-        for axis, bits in zip(axes, grid, strict=True):
-            part = frame[frame["bits"] == bits]
+    with new_figure(1, frame["bits"].nunique(), height=3.0, sharey=True) as (figure, axes):
+        for axis, (bits, part) in zip(axes, frame.groupby("bits", sort=False), strict=True):
             axis.hist(
                 part["weight"], bins=80, range=(-extent, extent), weights=[100 / len(part)] * len(part),
                 color="0.75", label="float", linewidth=0,
             )  # fmt: skip
             shares = part["quantized"].value_counts(normalize=True).mul(100)
-            stems = axis.vlines(shares.index, 0, shares, color=colour[0], linewidth=2.5, label="quantized")
-            stems.set_capstyle("butt")
-            axis.plot(shares.index, shares, "o", color=colour[0], markersize=4.5)
-            axis.set(title=_bits_title(bits), xlabel="weight")
-            axis.set_xlim(-extent, extent)
+            axis.vlines(shares.index, 0, shares, color=PALETTE[0], linewidth=2.5, label="quantized", capstyle="butt")
+            axis.plot(shares.index, shares, "o", color=PALETTE[0], markersize=4.5)
+            axis.set(title=_bits_title(bits), xlabel="weight", xlim=(-extent, extent))
         axes[0].set_ylabel("share of the weights (%)")
         axes[-1].legend(fontsize="small", loc="upper right")
         figure.get_layout_engine().set(wspace=0.04)
@@ -274,27 +248,20 @@ def scale_scan(frame: pd.DataFrame, chosen: pd.DataFrame) -> Figure:
     """
     _require(frame, "bits", "scale", "error")
     _require(chosen, "bits", "scale", "error", "rule")
-    grid = list(frame["bits"].unique())
     hues = dict(zip(chosen["rule"].unique(), PALETTE[1:], strict=False))
-    markers = dict(zip(hues, "osD^v", strict=False))
-    with new_figure(1, len(grid), height=3.2, sharey=True) as (figure, axes):
-        for axis, bits in zip(axes, grid, strict=True):
-            part = frame[frame["bits"] == bits]
+    markers = dict(zip(hues, MARKERS, strict=False))
+    with new_figure(1, frame["bits"].nunique(), height=3.2, sharey=True) as (figure, axes):
+        for axis, (bits, part) in zip(axes, frame.groupby("bits", sort=False), strict=True):
             axis.plot(part["scale"], part["error"], color="0.35", label="scan")
-            for _, point in chosen[chosen["bits"] == bits].iterrows():
-                rule = point["rule"]
+            for point in chosen[chosen["bits"] == bits].itertuples():
                 axis.plot(
-                    point["scale"], point["error"], markers[rule], color=hues[rule], markersize=8, linestyle="",
-                    label=rule, clip_on=False,
+                    point.scale, point.error, markers[point.rule], color=hues[point.rule], markersize=8, linestyle="",
+                    label=point.rule, clip_on=False,
                 )  # fmt: skip
             axis.set(title=_bits_title(bits), xlabel="scale", ylim=(0, None))
         axes[0].set_ylabel("squared error / squared norm")
         _legend_below(figure, axes)
         return figure
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs
 
 
 def learning_curves(frame: pd.DataFrame) -> Figure:
@@ -304,32 +271,31 @@ def learning_curves(frame: pd.DataFrame) -> Figure:
     label, with unit). Several values of one run and epoch, such as seeds, are drawn as mean and range.
     """
     _require(frame, "run", "epoch", "value", "measure")
-    measures, runs = list(frame["measure"].unique()), list(frame["run"].unique())
-    columns = min(2, len(measures))
-    rows = -(-len(measures) // columns)
-    epochs = frame["epoch"].nunique()
+    count, runs = frame["measure"].nunique(), list(frame["run"].unique())
+    columns = min(2, count)
+    rows = math.ceil(count / columns)
     with new_figure(rows, columns, height=3.3 * rows + 0.3 + 0.2 * (len(runs) // 3)) as (figure, axes):
-        for axis, measure in zip(axes, measures, strict=False):
+        for axis, (measure, part) in zip(axes, frame.groupby("measure", sort=False), strict=False):
             sns.lineplot(
-                frame[frame["measure"] == measure], x="epoch", y="value", hue="run", style="run", hue_order=runs,
-                style_order=runs, markers=epochs <= 30, dashes=False, ax=axis, errorbar=("pi", 100),
+                part, x="epoch", y="value", hue="run", style="run", hue_order=runs, style_order=runs,
+                markers=frame["epoch"].nunique() <= 30, dashes=False, ax=axis, errorbar=("pi", 100),
                 palette=colours(len(runs)), legend=axis is axes[0],
             )  # fmt: skip
             axis.set(xlabel="epoch", ylabel=measure)
             axis.xaxis.get_major_locator().set_params(integer=True)
-        for axis in axes[len(measures) :]:
+        for axis in axes[count:]:
             axis.remove()
-        handles, labels = axes[0].get_legend_handles_labels()
         axes[0].get_legend().remove()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(runs)), fontsize="small")
+        _legend_below(figure, axes[:1], columns=min(3, len(runs)))
         return figure
 
 
-def _columns(axis: Axes, count: int) -> None:
-    """Divide an axis into columns, with lines between them."""
-    axis.set_xlim(-0.5, count - 0.5)
+def _columns(axis: Axes, names: Sequence[str]) -> None:
+    """Divide an axis into named columns, with lines between them."""
+    axis.set_xticks(range(len(names)), names)
+    axis.set_xlim(-0.5, len(names) - 0.5)
     axis.grid(visible=False, axis="x")
-    for edge in range(1, count):
+    for edge in range(1, len(names)):
         axis.axvline(edge - 0.5, color="0.85", linewidth=1, zorder=0)
 
 
@@ -342,32 +308,23 @@ def accuracy_by_bits(frame: pd.DataFrame, references: Mapping[str, float] | None
     """
     _require(frame, "bits", "method", "accuracy", "seed")
     grid, methods = list(dict.fromkeys(frame["bits"])), list(frame["method"].unique())
-    hues, markers = colours(len(methods)), "osD^vPX*<>"
-    step = 0.8 / len(methods)
+    step, handles = 0.8 / len(methods), []
     with new_figure(height=4.2) as (figure, (axis,)):
-        for index, (method, colour) in enumerate(zip(methods, hues, strict=True)):
-            for column, bits in enumerate(grid):
-                values = frame[(frame["method"] == method) & (frame["bits"] == bits)]["accuracy"]
-                if values.empty:
-                    continue
-                x = column + (index - (len(methods) - 1) / 2) * step
-                spread = [x + 0.35 * step * (2 * i / max(1, len(values) - 1) - 1) for i in range(len(values))]
+        for index, (method, colour, marker) in enumerate(zip(methods, colours(len(methods)), cycle(MARKERS))):
+            for bits, values in frame[frame["method"] == method].groupby("bits", sort=False)["accuracy"]:
+                x = grid.index(bits) + (index - (len(methods) - 1) / 2) * step
+                spread = 0.35 * step if len(values) > 1 else 0
                 axis.plot(
-                    spread if len(values) > 1 else [x], values, markers[index % len(markers)], color=colour,
-                    markersize=6.5, markeredgecolor="white", markeredgewidth=0.5,
+                    np.linspace(x - spread, x + spread, len(values)), values, marker, color=colour, markersize=6.5,
+                    markeredgecolor="white", markeredgewidth=0.5,
                 )  # fmt: skip
                 axis.hlines(values.mean(), x - 0.4 * step, x + 0.4 * step, color=colour, linewidth=2.5)
-        handles = [
-            plt.Line2D([], [], color=colour, marker=markers[i % len(markers)], linewidth=2.5, label=method)
-            for i, (method, colour) in enumerate(zip(methods, hues, strict=True))
-        ]
+            handles.append(plt.Line2D([], [], color=colour, marker=marker, linewidth=2.5, label=method))
         for dashes, (name, accuracy) in zip(("--", ":", "-."), (references or {}).items(), strict=False):
-            handles.append(
-                axis.axhline(accuracy, color="0.25", linestyle=dashes, linewidth=1.4, zorder=1.5, label=name)
-            )
-        axis.set_xticks(range(len(grid)), [BITS_NAMES.get(bits, str(bits)) for bits in grid])
+            line = axis.axhline(accuracy, color="0.25", linestyle=dashes, linewidth=1.4, zorder=1.5, label=name)
+            handles.append(line)
+        _columns(axis, [BITS_NAMES.get(bits, str(bits)) for bits in grid])
         axis.set_ylabel("test accuracy (%)")
-        _columns(axis, len(grid))
         figure.legend(handles=handles, loc="outside right upper", fontsize="small")
         return figure
 
@@ -391,11 +348,8 @@ def accuracy_and_size(frame: pd.DataFrame) -> Figure:
             handles.append(plt.Line2D([], [], linestyle="", marker="o", color=colour, label=method))
         for size in (largest / 4, largest / 16):  # the largest mark does not fit into the legend
             handles.append(axis.scatter([], [], s=area * size, color="0.7", linewidth=0, label=f"{size:.2g} kB"))
-        _columns(axis, len(grid))
-        sizes = (
-            frame.groupby("bits")["size_kB"].unique().map(lambda found: "–".join(f"{kB:.0f}" for kB in sorted(found)))
-        )
-        axis.set_xticks(range(len(grid)), [f"{bits}\n{sizes[bits]} kB" for bits in grid])
+        sizes = frame.groupby("bits")["size_kB"].unique().map(sorted)
+        _columns(axis, [f"{bits}\n{'–'.join(f'{kB:.0f}' for kB in sizes[bits])} kB" for bits in grid])
         axis.set(ylabel="test accuracy (%)", xlabel="bits of weights and activations")
         axis.margins(y=0.12)
         figure.legend(
@@ -411,10 +365,9 @@ def affinity_frontier(frame: pd.DataFrame) -> Figure:
     ``frame``: columns ``loss`` (none, FA, FFA k=1, …), ``accuracy`` (percent), ``step_milliseconds``.
     """
     _require(frame, "loss", "accuracy", "step_milliseconds")
-    losses = list(frame["loss"].unique())
+    losses = frame.groupby("loss", sort=False)
     with new_figure(height=4.0) as (figure, (axis,)):
-        for loss, colour, marker in zip(losses, colours(len(losses)), "osD^vPX*<>", strict=False):
-            part = frame[frame["loss"] == loss]
+        for (loss, part), colour, marker in zip(losses, colours(len(losses)), MARKERS, strict=False):
             mean = part[["step_milliseconds", "accuracy"]].mean()
             if len(part) > 1:
                 axis.plot(part["step_milliseconds"], part["accuracy"], marker, color=colour, markersize=4, alpha=0.5)
@@ -432,13 +385,12 @@ def forest(frame: pd.DataFrame) -> Figure:
     :func:`faqd_lib.reporting.study_claims.forest_frame`.
     """
     _require(frame, "claim", "mean", "low", "high", "margin", "verdict")
-    with new_figure(height=0.8 + 0.62 * len(frame), width=6.0) as (figure, axes):
-        axis = axes[0]
+    with new_figure(height=0.8 + 0.62 * len(frame), width=6.0) as (figure, (axis,)):
         axis.axvline(0, color="0.3", linewidth=1)
         for place, row in enumerate(frame.itertuples()):
             if row.margin > 0:
                 axis.barh(place, -row.margin, height=0.5, color="0.88")
-            hue = "0.55" if "inconclusive" in row.verdict or "not testable" in row.verdict else colours(1)[0]
+            hue = "0.55" if "inconclusive" in row.verdict or "not testable" in row.verdict else PALETTE[0]
             axis.plot([row.low, row.high], [place, place], color=hue, linewidth=2.5)
             axis.plot(row.mean, place, marker="o", color=hue, markersize=7)
             axis.annotate(

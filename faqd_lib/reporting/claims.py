@@ -14,23 +14,23 @@ How many of the pairs lie above −margin is shown beside it. Only the profile's
 numbers mean nothing (smoke) shows none.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
 
 from ..quantization.weights import FLOAT_BITS
-from ..runs.store import RunRecord
 from ..runs.suite import Suite
 from . import grids, study_claims
-from .tables import NOT_A_RESULT, NOT_RUN, RUNS, Table, runs_frame, with_origin
+from .tables import NOT_A_RESULT, NOT_RUN, RUNS, Table, finished, runs_frame, with_origin
 from .verdicts import Estimate
 
 EXPLORATORY = "exploratory"
 MARGIN_AS_GOOD = 0.5
 MEASURED = ("difference", "95 % interval", "pairs above −margin", "verdict")
-PAIRING = ["model", "weight_bits", "activation_bits", "regime", "seed"]
+PAIRING = ("model", "weight_bits", "activation_bits", "regime", "seed")
+WITHOUT_LOSS = (*PAIRING, "teacher")
 
 
 @dataclass(frozen=True)
@@ -49,106 +49,64 @@ class Claim:
     better: Callable[[pd.DataFrame], pd.Series]
     worse: Callable[[pd.DataFrame], pd.Series]
     margin: float = 0.0
-    pairing: tuple[str, ...] = (*PAIRING, "teacher", "logit_loss")
+    pairing: tuple[str, ...] = (*WITHOUT_LOSS, "logit_loss")
 
 
-def _main(frame: pd.DataFrame) -> pd.Series:
-    """Runs with the default logit loss of their regime. Only the claims on T3 look at the other loss."""
-    return frame["default_loss"]
+def _where(**values: object) -> Callable[[pd.DataFrame], pd.Series]:
+    """Select the runs that have all these values."""
+    return lambda frame: (frame[list(values)] == pd.Series(values, dtype=object)).all(axis="columns")
 
 
-def _is(frame: pd.DataFrame, method: str, labels: bool) -> pd.Series:
-    return _main(frame) & (frame["method"] == method) & (frame["labels"] == labels)
-
-
-def _end_to_end(frame: pd.DataFrame) -> pd.Series:
-    """Runs end to end. Fine-tuning starts from weights trained on labels, so it does not test label-free learning."""
-    return frame["regime"] == "end-to-end"
-
-
-def _loss_in(loss: str, regime: str) -> Callable[[pd.DataFrame], pd.Series]:
-    return lambda frame: (
-        (frame["logit_loss"] == loss) & (frame["regime"] == regime) & (frame["method"] == "FAQD") & ~frame["labels"]
-        & (frame["activation_bits"] == FLOAT_BITS)
-    )  # fmt: skip
-
-
-WITHOUT_LOSS = (*PAIRING, "teacher")
+# Runs with the default logit loss of their regime. Only the claims on T3 look at the other loss.
+_FAQD, _KD, _FFAQD = ({"method": method, "default_loss": True} for method in ("FAQD", "KD", "FFAQD"))
+# Fine-tuning starts from weights trained on labels, so it does not test label-free learning.
+_LABEL_FREE = _where(**_FAQD, labels=False, regime="end-to-end")
+_T3 = {"method": "FAQD", "labels": False, "activation_bits": FLOAT_BITS}
 CLAIMS = (
     Claim(
-        "Feature affinity helps (label-free)",
-        "FAQD − KD, both label-free",
-        lambda frame: _is(frame, "FAQD", False),
-        lambda frame: _is(frame, "KD", False),
+        "Feature affinity helps (label-free)", "FAQD − KD, both label-free",
+        _where(**_FAQD, labels=False), _where(**_KD, labels=False),
     ),
     Claim(
-        "Feature affinity helps (with labels)",
-        "FAQD − KD, both with labels",
-        lambda frame: _is(frame, "FAQD", True),
-        lambda frame: _is(frame, "KD", True),
+        "Feature affinity helps (with labels)", "FAQD − KD, both with labels",
+        _where(**_FAQD, labels=True), _where(**_KD, labels=True),
     ),
     Claim(
-        "Label-free equals or beats training with labels only",
-        "FAQD label-free − labels only, end to end",
-        lambda frame: _is(frame, "FAQD", False) & _end_to_end(frame),
-        lambda frame: (frame["method"] == "labels") & _end_to_end(frame),
-        MARGIN_AS_GOOD,
-        tuple(PAIRING),
+        "Label-free equals or beats training with labels only", "FAQD label-free − labels only, end to end",
+        _LABEL_FREE, _where(method="labels", regime="end-to-end"), MARGIN_AS_GOOD, PAIRING,
     ),
     Claim(
-        "Label-free equals or beats distillation with labels",
-        "FAQD label-free − FAQD with labels, end to end",
-        lambda frame: _is(frame, "FAQD", False) & _end_to_end(frame),
-        lambda frame: _is(frame, "FAQD", True) & _end_to_end(frame),
-        MARGIN_AS_GOOD,
+        "Label-free equals or beats distillation with labels", "FAQD label-free − FAQD with labels, end to end",
+        _LABEL_FREE, _where(**_FAQD, labels=True, regime="end-to-end"), MARGIN_AS_GOOD,
     ),
     Claim(
-        "FFA with k = 6 is as good as exact FA",
-        "FFAQD (k = 6) − FAQD, both label-free",
-        lambda frame: _is(frame, "FFAQD", False) & (frame["k"] == 6),
-        lambda frame: _is(frame, "FAQD", False),
-        MARGIN_AS_GOOD,
+        "FFA with k = 6 is as good as exact FA", "FFAQD (k = 6) − FAQD, both label-free",
+        _where(**_FFAQD, labels=False, k=6), _where(**_FAQD, labels=False), MARGIN_AS_GOOD,
     ),
     Claim(
-        "MSE beats KL end to end",
-        "MSE − KL, FAQD label-free, end to end",
-        _loss_in("mse", "end-to-end"),
-        _loss_in("kl", "end-to-end"),
-        0.0,
-        WITHOUT_LOSS,
+        "MSE beats KL end to end", "MSE − KL, FAQD label-free, end to end",
+        *(_where(**_T3, logit_loss=loss, regime="end-to-end") for loss in ("mse", "kl")), pairing=WITHOUT_LOSS,
     ),
     Claim(
-        "KL beats MSE in fine-tuning",
-        "KL − MSE, FAQD label-free, fine-tuning",
-        _loss_in("kl", "fine-tuning"),
-        _loss_in("mse", "fine-tuning"),
-        0.0,
-        WITHOUT_LOSS,
+        "KL beats MSE in fine-tuning", "KL − MSE, FAQD label-free, fine-tuning",
+        *(_where(**_T3, logit_loss=loss, regime="fine-tuning") for loss in ("kl", "mse")), pairing=WITHOUT_LOSS,
     ),
-)
+)  # fmt: skip
 
 
 def paired(frame: pd.DataFrame, claim: Claim) -> pd.DataFrame:
-    """The pairs of a claim. Runs without a partner are left out.
+    """The pairs of a claim, one a row: columns ``seed``, ``difference`` (percentage points), ``run`` and ``other``.
 
-    Returns:
-        One row a pair, with the columns ``seed``, ``difference`` (percentage points), ``run`` and ``other``.
+    Runs without a partner are left out.
     """
     if frame.empty:
-        return pd.DataFrame({"seed": [], "difference": [], "run": [], "other": []})
-    keys, quantized = list(claim.pairing), frame["weight_bits"] < FLOAT_BITS
-    better = frame[claim.better(frame) & quantized]
-    worse = frame[claim.worse(frame) & quantized]
+        return pd.DataFrame(columns=["seed", "difference", "run", "other"])
+    frame = frame[frame["weight_bits"] < FLOAT_BITS]
+    better, worse = frame[claim.better(frame)], frame[claim.worse(frame)]
     # A run on labels only has no teacher. It is paired with the students of every teacher.
-    joined = better.merge(worse, on=keys, suffixes=("", "_other"), validate="many_to_one")
-    return pd.DataFrame(
-        {
-            "seed": joined["seed"],
-            "difference": joined["last"] - joined["last_other"],
-            "run": joined["run"],
-            "other": joined["run_other"],
-        }
-    )
+    joined = better.merge(worse, on=list(claim.pairing), suffixes=("", "_other"), validate="many_to_one")
+    joined["difference"] = joined["last"] - joined["last_other"]
+    return joined.rename(columns={"run_other": "other"})[["seed", "difference", "run", "other"]]
 
 
 def effect(pairs: pd.DataFrame, right: Mapping[str, torch.Tensor | None]) -> Estimate:
@@ -172,17 +130,20 @@ def table(suite: Suite) -> Table:
     """One row a claim: what was compared, measured difference, interval, pairs, seeds, verdict."""
     if suite.profile.study is not None:
         return study_claims.table(suite)
-    records = [record for record in map(suite.store.record, grids.everything(suite)) if record is not None]
+    records = finished(suite, grids.everything(suite))
     frame = runs_frame(records)
     if len(frame):
         frame = frame[frame["variant"] == ""].copy()  # claims are about the paper's own quantizers
         losses = suite.profile.losses
         default = {"end-to-end": losses.end_to_end_logit_loss, "fine-tuning": losses.fine_tuning_logit_loss}
         frame["default_loss"] = (frame["logit_loss"] == frame["regime"].map(default)) | (frame["method"] == "labels")
-    right, dead = _right(suite, records)
+    kept = {record.run_id: suite.store.predictions(record) for record in records}
+    right = {run: None if found is None else found["predicted"] == found["label"] for run, found in kept.items()}
+    dead = {run for run, found in kept.items() if found is not None and len(found["predicted"].unique()) == 1}
     rows, spoiled = [], set()
     for claim in CLAIMS:
         pairs = paired(frame, claim)
+        behind = {*pairs["run"], *pairs["other"]}
         row = {"claim": claim.statement, "compared": claim.compared, "margin": f"{claim.margin:g}"}
         if pairs.empty:
             found = dict.fromkeys(MEASURED, "") | {"difference": NOT_RUN, "verdict": NOT_RUN}
@@ -190,16 +151,14 @@ def table(suite: Suite) -> Table:
             found = dict.fromkeys(MEASURED, NOT_A_RESULT)
         else:
             measured = effect(pairs, right)
-            untaught = dead & {*pairs["run"], *pairs["other"]}
-            spoiled |= untaught
+            spoiled |= dead & behind
             found = {
                 "difference": f"{measured.mean:+.2f}",
                 "95 % interval": _interval(measured),
                 "pairs above −margin": f"{int((pairs['difference'] > -claim.margin).sum())} of {len(pairs)}",
                 "verdict": EXPLORATORY,
             }
-        behind = " ".join(sorted({*pairs["run"], *pairs["other"]}))
-        rows.append({**row, **found, "n (seeds)": str(pairs["seed"].nunique()), RUNS: behind})
+        rows.append({**row, **found, "n (seeds)": str(pairs["seed"].nunique()), RUNS: " ".join(sorted(behind))})
     unknown = sum(value is None for value in right.values())
     caption = (
         f"Claims of the paper on {suite.caption}; {suite.profile.seeds} seed(s). Difference of last-epoch test "
@@ -222,15 +181,3 @@ def _interval(measured: Estimate) -> str:
         return "needs 2 seeds"
     low, high = measured.interval()
     return f"{low:+.2f} to {high:+.2f}" + (" (other images only: 1 seed)" if measured.seeds < 2 else "")
-
-
-def _right(suite: Suite, records: Iterable[RunRecord]) -> tuple[dict[str, torch.Tensor | None], set[str]]:
-    """Correctly classified test images, bool (N,), by run; and the runs that give all images one class."""
-    found: dict[str, torch.Tensor | None] = {}
-    dead = set()
-    for record in records:
-        kept = suite.store.predictions(record)
-        found[record.run_id] = None if kept is None else kept["predicted"] == kept["label"]
-        if kept is not None and len(kept["predicted"].unique()) == 1:
-            dead.add(record.run_id)
-    return found, dead

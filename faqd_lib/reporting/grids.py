@@ -3,7 +3,7 @@
 A function ``<table>_cells`` lists the cells of a table; the function without ``_cells`` lists the runs to train.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from ..quantization.relu import STEP_GRADIENTS
 from ..quantization.weights import FLOAT_BITS
 from ..runs.suite import Suite
 
+Bits = tuple[int, int]  # of weights and of activations
 REGIMES = ("end-to-end", "fine-tuning")
 # Rows that the paper has. The tables show them even where a profile does not train them.
 PAPER_WEIGHT_BITS = (1, 2, 4)
@@ -66,65 +67,51 @@ def seeds(suite: Suite) -> range:
     return range(1, suite.profile.seeds + 1)
 
 
-def _per_seed(suite: Suite, make: Callable[..., RunConfig], *arguments: object, **settings: object) -> list[RunConfig]:
-    return [make(*arguments, seed=seed, **settings) for seed in seeds(suite)]
-
-
-# ---- cells
+def _students(suite: Suite, row: dict[str, str], column: str, planned: bool = True, **settings: object) -> Cell:
+    """A cell of students, one for each seed, in the row of their bits."""
+    runs = [suite.student(seed=seed, **settings) for seed in seeds(suite)]
+    return Cell({**row, "bits": runs[0].bits}, column, runs, planned)
 
 
 def reference_cells(suite: Suite) -> list[Cell]:
     """The float networks: every teacher, and the student over all seeds."""
     row = {"teacher": "", "regime": "", "bits": "float"}
     teachers = [Cell(row, f"teacher {model}", [suite.teacher(model)]) for model in suite.profile.teachers]
-    return [*teachers, Cell(row, f"student {suite.profile.student}", _per_seed(suite, suite.float_student))]
+    students = [suite.float_student(seed) for seed in seeds(suite)]
+    return [*teachers, Cell(row, f"student {suite.profile.student}", students)]
 
 
 def weight_cells(suite: Suite) -> list[Cell]:
     """T1: weights at each bit-width × regime × teacher × what is learned from; float activations."""
     grid = suite.profile.grid
-    return _quantization_cells(
-        suite,
-        [(bits, FLOAT_BITS) for bits in sorted({*PAPER_WEIGHT_BITS, *grid.weight_bits})],
-        planned_bits=[(bits, FLOAT_BITS) for bits in grid.weight_bits],
-        planned_regimes=grid.weight_regimes,
-        teachers=grid.weight_teachers or suite.profile.teachers,
-    )
+    paper, planned = ([(bits, FLOAT_BITS) for bits in widths] for widths in (PAPER_WEIGHT_BITS, grid.weight_bits))
+    teachers = grid.weight_teachers or suite.profile.teachers
+    return _quantization_cells(suite, paper, planned, grid.weight_regimes, teachers)
 
 
 def full_cells(suite: Suite) -> list[Cell]:
     """T2: weights and activations quantized × regime × what is learned from; students of the first teacher."""
     grid = suite.profile.grid
-    return _quantization_cells(
-        suite,
-        sorted({*PAPER_FULL_BITS, *grid.full_bits}),
-        planned_bits=grid.full_bits,
-        planned_regimes=grid.full_regimes,
-        teachers=suite.profile.teachers[:1],
-    )
+    return _quantization_cells(suite, PAPER_FULL_BITS, grid.full_bits, grid.full_regimes, suite.profile.teachers[:1])
 
 
 def _quantization_cells(
-    suite: Suite,
-    bits: Iterable[tuple[int, int]],
-    planned_bits: Collection[tuple[int, int]],
-    planned_regimes: Collection[str],
-    teachers: Iterable[str],
+    suite: Suite, paper: Sequence[Bits], planned: Sequence[Bits], regimes: Sequence[str], teachers: Sequence[str]
 ) -> list[Cell]:
-    """Float networks, float students rounded after training, then the trained students."""
-    cells, bits = reference_cells(suite), list(bits)
+    """Float networks, float students rounded after training, then trained students: planned in ``regimes`` only."""
+    cells, bits = reference_cells(suite), sorted({*paper, *planned})
     for weights, activations in bits:
         row = {"teacher": "", "regime": "post-training", "bits": f"{weights}W{activations}A"}
-        rounded = _per_seed(suite, suite.post_training, weights, activations)
-        cells.append(Cell(row, ROUNDED, rounded, (weights, activations) in planned_bits))
+        rounded = [suite.post_training(weights, activations, seed=seed) for seed in seeds(suite)]
+        cells.append(Cell(row, ROUNDED, rounded, (weights, activations) in planned))
     for teacher, regime, (weights, activations), column in product(teachers, REGIMES, bits, COLUMNS):
-        row = {"teacher": teacher, "regime": regime, "bits": f"{weights}W{activations}A"}
-        students = _per_seed(
-            suite, suite.student, column.method, labels=column.labels, weight_bits=weights,
-            activation_bits=activations, regime=regime, teacher=teacher,
+        trained = regime in regimes and (weights, activations) in planned
+        cells.append(
+            _students(
+                suite, {"teacher": teacher, "regime": regime}, column.title, trained, method=column.method,
+                labels=column.labels, weight_bits=weights, activation_bits=activations, regime=regime, teacher=teacher,
+            )
         )  # fmt: skip
-        planned = regime in planned_regimes and (weights, activations) in planned_bits
-        cells.append(Cell(row, column.title, students, planned))
     return cells
 
 
@@ -132,29 +119,25 @@ def activation_step_cells(suite: Suite) -> list[Cell]:
     """What learning the activation steps buys: label-free FAQD by the gradient of the steps, at T2's first bits."""
     weights, activations = suite.profile.grid.full_bits[0]
     regime = suite.profile.grid.full_regimes[0]
-    cells = []
-    for kind in STEP_GRADIENTS:
-        students = _per_seed(
-            suite, suite.student, "FAQD", weight_bits=weights, activation_bits=activations, regime=regime,
-            quantization={"step_gradient": kind},
-        )  # fmt: skip
-        cells.append(Cell({"regime": regime, "bits": f"{weights}W{activations}A"}, kind, students))
-    return cells
+    return [
+        _students(
+            suite, {"regime": regime}, kind, method="FAQD", weight_bits=weights, activation_bits=activations,
+            regime=regime, quantization={"step_gradient": kind},
+        )
+        for kind in STEP_GRADIENTS
+    ]  # fmt: skip
 
 
 def logit_loss_cells(suite: Suite) -> list[Cell]:
     """T3: label-free FAQD with MSE and with KL × regime × bits."""
     planned = suite.profile.grid.logit_bits
-    bit_widths = sorted({*PAPER_WEIGHT_BITS, *planned})
     return [
-        Cell(
-            {"regime": regime, "bits": f"{bits}W{FLOAT_BITS}A"},
-            loss.upper(),
-            _per_seed(suite, suite.student, "FAQD", weight_bits=bits, regime=regime, logit_loss=loss),
-            bits in planned,
+        _students(
+            suite, {"regime": regime}, loss.upper(), bits in planned, method="FAQD", weight_bits=bits, regime=regime,
+            logit_loss=loss,
         )
-        for regime, bits, loss in product(REGIMES, bit_widths, ("mse", "kl"))
-    ]
+        for regime, bits, loss in product(REGIMES, sorted({*PAPER_WEIGHT_BITS, *planned}), ("mse", "kl"))
+    ]  # fmt: skip
 
 
 def affinity_loss_cells(suite: Suite) -> list[Cell]:
@@ -163,19 +146,14 @@ def affinity_loss_cells(suite: Suite) -> list[Cell]:
     At more than the fewest bits, FFA has the profile's own k only.
     """
     grid, cells = suite.profile.grid, []
-    fewest = min(grid.affinity_bits)
     for bits in grid.affinity_bits:
-        row = {"bits": f"{bits}W{FLOAT_BITS}A"}
-        cells.append(Cell(row, "none", _per_seed(suite, suite.student, "KD", weight_bits=bits)))
-        cells.append(Cell(row, "FA (exact)", _per_seed(suite, suite.student, "FAQD", weight_bits=bits)))
-        planned = grid.projections if bits == fewest else [suite.profile.losses.k]
-        for k in sorted({*(PAPER_PROJECTIONS if bits == fewest else ()), *planned}):
-            students = _per_seed(suite, suite.student, "FFAQD", weight_bits=bits, k=k)
-            cells.append(Cell(row, f"FFA, k = {k}", students, k in planned))
+        fewest = bits == min(grid.affinity_bits)
+        planned = grid.projections if fewest else [suite.profile.losses.k]
+        cells.append(_students(suite, {}, "none", method="KD", weight_bits=bits))
+        cells.append(_students(suite, {}, "FA (exact)", method="FAQD", weight_bits=bits))
+        for k in sorted({*(PAPER_PROJECTIONS if fewest else ()), *planned}):
+            cells.append(_students(suite, {}, f"FFA, k = {k}", k in planned, method="FFAQD", weight_bits=bits, k=k))
     return cells
-
-
-# ---- runs
 
 
 def references(suite: Suite) -> list[RunConfig]:

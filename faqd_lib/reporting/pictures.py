@@ -25,11 +25,7 @@ def _picture(image: torch.Tensor) -> np.ndarray:
 
 
 def image_grid(rows: Sequence[torch.Tensor], row_names: Sequence[str]) -> Figure:
-    """Pictures in rows.
-
-    Args:
-        rows: one tensor (count, 3, height, width) a row, uint8 or float in [0, 1].
-        row_names: one name a row.
+    """Pictures in rows: a tensor (count, 3, height, width), uint8 or float in [0, 1], and a name for each row.
 
     Raises:
         ValueError: there are no rows, or not one name for each row.
@@ -39,14 +35,14 @@ def image_grid(rows: Sequence[torch.Tensor], row_names: Sequence[str]) -> Figure
     columns, (height, width) = max(len(row) for row in rows), rows[0].shape[2:]
     gap = max(1, height // 16)
     # One canvas instead of an axis a picture, because many axes are slow to draw.
-    canvas = torch.ones(len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3)
+    canvas = np.ones((len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3), np.float32)
     for row, pictures in enumerate(rows):
         for column, picture in enumerate(pictures):
             top, left = row * (height + gap), column * (width + gap)
-            canvas[top : top + height, left : left + width] = torch.from_numpy(_picture(picture))
+            canvas[top : top + height, left : left + width] = _picture(picture)
     size = min(0.78, (WIDTH - 1.2) / columns)
     with new_figure(width=columns * size + 1.2, height=len(rows) * size + 0.1) as (figure, (axis,)):
-        axis.imshow(canvas.numpy(), interpolation="nearest")
+        axis.imshow(canvas, interpolation="nearest")
         axis.set_yticks([row * (height + gap) + height / 2 for row in range(len(rows))], row_names)
         axis.set_xticks([])
         axis.tick_params(left=False)
@@ -66,16 +62,14 @@ def classified(
         confidence: n probabilities of the predicted classes, between 0 and 1.
     """
     columns = 5
-    with new_figure(math.ceil(len(images) / columns), columns, height=2.1 * math.ceil(len(images) / columns)) as (
-        figure,
-        axes,
-    ):
+    rows = math.ceil(len(images) / columns)
+    with new_figure(rows, columns, height=2.1 * rows) as (figure, axes):
         for axis in axes:
             axis.set_axis_off()
         for axis, image, guess, name, share in zip(axes, images, predicted, true, confidence, strict=False):
             axis.imshow(_picture(image))
             right = guess == name
-            title = f"{guess} {share:.0%}" if right else f"{guess} {share:.0%}\n({name})"
+            title = f"{guess} {share:.0%}" + ("" if right else f"\n({name})")
             axis.set_title(title, fontsize="small", fontweight="normal", color="0.15" if right else "#b2182b")
         return figure
 
@@ -115,18 +109,16 @@ def pixel_affinity(
     """
     count, columns, colours = len(images), len(maps) + 1, _cosine_colours(maps.values())
     side = min(2.35, (WIDTH + 2.0) / columns)  # inches; many maps share the width of a notebook
+    size = 9 * side / 2.35  # of the circles, in points
+    (height, width), (h, w) = images.shape[2:], next(iter(maps.values())).shape[1:]
+    place = {"extent": (0, width, height, 0)}
     with new_figure(count, columns, width=side * columns + 0.8, height=0.95 * side * count + 0.3) as (figure, axes):
-        for index in range(count):
+        for index, (image, point) in enumerate(zip(images, points, strict=True)):
             row = axes[index * columns : (index + 1) * columns]
-            height, width = images.shape[2:]
-            row[0].imshow(_picture(images[index]), extent=(0, width, height, 0))
-            for axis, (name, cosines) in zip(row[1:], maps.items(), strict=True):
-                shown = axis.imshow(cosines[index].detach().cpu().numpy(), extent=(0, width, height, 0), **colours)
-                axis.set_title(name if index == 0 else "")
-            row[0].set_title("image" if index == 0 else "")
-            h, w = next(iter(maps.values())).shape[1:]
-            y, x = (points[index][0] + 0.5) * height / h, (points[index][1] + 0.5) * width / w
-            size = 9 * side / 2.35
+            row[0].imshow(_picture(image), **place)
+            for axis, cosines in zip(row[1:], maps.values(), strict=True):
+                shown = axis.imshow(cosines[index].detach().cpu().numpy(), **place, **colours)
+            y, x = (point[0] + 0.5) * height / h, (point[1] + 0.5) * width / w
             for axis in row:
                 for colour, edge in (("white", 3.5), ("black", 1.5)):
                     axis.plot(x, y, "o", ms=size, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=edge)
@@ -135,6 +127,8 @@ def pixel_affinity(
                 sns.despine(ax=axis, left=True, bottom=True)
             if row_names:
                 row[0].set_ylabel(row_names[index], fontweight="bold")
+        for axis, name in zip(axes, ("image", *maps), strict=False):
+            axis.set_title(name)
         figure.colorbar(shown, ax=axes, label="cosine with the circled pixel", shrink=0.8, pad=0.02)
         return figure
 
@@ -163,9 +157,8 @@ def confusion(teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor
         shown = left.imshow(agreement.numpy(), vmin=0, vmax=100, cmap="viridis")
         figure.colorbar(shown, ax=left, label="share of the row (%)", shrink=0.75)
         same = 100 * float((teacher == student).double().mean())
-        left.set(
-            title=f"same answer on {same:.1f} % of {len(labels):,} images", ylabel="teacher says", xlabel="student says"
-        )
+        title = f"same answer on {same:.1f} % of {len(labels):,} images"
+        left.set(title=title, ylabel="teacher says", xlabel="student says")
         shown = right.imshow(change.numpy(), vmin=-extent, vmax=extent, cmap="PuOr_r")
         figure.colorbar(shown, ax=right, label="student − teacher (points)", shrink=0.75)
         right.set(title="what the student takes a class for", ylabel="true class", xlabel="taken for")
@@ -175,10 +168,8 @@ def confusion(teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor
                 axis.set_xticks(range(count), classes, rotation=60, ha="right", fontsize="small")
                 axis.set_yticks(range(count), classes, fontsize="small")
         if count <= 10:
-            for row in range(count):
-                for column in range(count):
-                    value = float(change[row, column])
-                    dark = abs(value) > 0.6 * extent
-                    text = f"{value:+.0f}" if abs(value) >= 0.5 else ""
-                    right.text(column, row, text, ha="center", va="center", fontsize=7, color="w" if dark else "0.2")
+            for (row, column), value in np.ndenumerate(change.numpy()):
+                text = f"{value:+.0f}" if abs(value) >= 0.5 else ""
+                colour = "w" if abs(value) > 0.6 * extent else "0.2"
+                right.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
         return figure

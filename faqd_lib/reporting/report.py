@@ -12,7 +12,6 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import jinja2
@@ -90,7 +89,12 @@ def write_report(suite: Suite) -> Path:
         ResultsError: a record or the file of the paper's values is damaged; see :mod:`faqd_lib.reporting.tables`.
     """
     folder = require_writable(suite.folder / "report")
-    environment = _templates()
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.globals["style"] = Markup(environment.loader.get_source(environment, "style.css")[0])
+    environment.globals["code_style"] = Markup(HtmlFormatter(style="friendly").get_style_defs(".highlight"))
     pages = []
     for copy in sorted((suite.folder / "notebooks").glob("*.ipynb")):
         try:
@@ -98,13 +102,10 @@ def write_report(suite: Suite) -> Path:
         except nbformat.reader.NotJSONError:
             print(f"the report leaves out {copy}: it is cut short; --only {copy.name[:2]} executes its notebook again")
             continue
-        page = environment.get_template("notebook.html").render(
-            title=copy.stem.replace("_", " "), body=body, code_style=Markup(_code_style())
-        )
+        page = environment.get_template("notebook.html").render(title=copy.stem.replace("_", " "), body=body)
         pages.append(atomic_write_text(folder / "notebooks" / f"{copy.stem}.html", page))
     records = suite.store.records()
     verdicts = claims.table(suite)
-    shown = [_shown(table) for table in tables.all_tables(suite)]
     text = environment.get_template("report.html").render(
         suite=suite,
         written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -112,7 +113,7 @@ def write_report(suite: Suite) -> Path:
         claims=_shown(verdicts),
         verdicts=verdicts.frame.to_dict("records"),
         rule=(claims if suite.profile.study is None else verdict_rule).__doc__.partition("\n\n")[2],
-        tables=shown,
+        tables=[_shown(table) for table in tables.all_tables(suite)],
         pictures=[Picture.read(path) for path in sorted((suite.folder / "figures").glob("*.png"))],
         environments=_environments(records),
         seconds=clock(sum(record.cost["training_seconds"] for record in records)),
@@ -123,31 +124,10 @@ def write_report(suite: Suite) -> Path:
     return atomic_write_text(folder / "index.html", text)
 
 
-def _template(name: str) -> str:
-    return (resources.files(__package__) / "templates" / name).read_text("utf-8")
-
-
-def _templates() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_template),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.globals["style"] = Markup(_template("style.css"))
-    return environment
-
-
 def _environments(records: Sequence[RunRecord]) -> list[dict[str, object]]:
     """Machine and software of the runs: each setting once, with all its values."""
     frame = pd.DataFrame([record.environment for record in records])
-    return [
-        {"what": column, "values": ", ".join(sorted(map(str, frame[column].dropna().unique())))} for column in frame
-    ]
-
-
-# ---- tables
+    return [{"what": name, "values": ", ".join(sorted({*map(str, values.dropna())}))} for name, values in frame.items()]
 
 
 @dataclass(frozen=True)
@@ -169,9 +149,6 @@ def _shown(table: tables.Table) -> HtmlTable:
 
 def _html(frame: pd.DataFrame) -> Markup:
     return Markup(frame.to_html(index=False, border=0, escape=True, na_rep=""))
-
-
-# ---- notebooks
 
 
 def mathml(latex: str, display: bool) -> str:
@@ -200,7 +177,3 @@ def notebook_html(path: Path) -> Markup:
     exporter.exclude_anchor_links = True
     body, _ = exporter.from_notebook_node(notebook)
     return Markup(re.sub(r"FORMULA(\d+)E", lambda match: formulas[int(match[1])], body))
-
-
-def _code_style() -> str:
-    return HtmlFormatter(style="friendly").get_style_defs(".highlight")

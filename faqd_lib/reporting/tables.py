@@ -43,6 +43,9 @@ REFERENCE_VALUES = {
 }
 
 
+_LATEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "×": r"$\times$", "−": "$-$"} | {c: f"\\{c}" for c in "%_&#"}
+
+
 @dataclass(frozen=True)
 class Table:
     """A table with its caption.
@@ -72,10 +75,9 @@ class Table:
 
     def markdown(self) -> str:
         """Title, caption, overview and all rows."""
+        frames = [self.readable] if self.overview is None else [self.overview, self.readable]
         parts = [f"## {self.title}", self.caption]
-        if self.overview is not None:
-            parts.append(self.overview.to_markdown(index=False, disable_numparse=True))
-        parts.append(self.readable.to_markdown(index=False, disable_numparse=True))
+        parts += [frame.to_markdown(index=False, disable_numparse=True) for frame in frames]
         if self.runs:
             parts.append(f"From {len(self.runs)} run records; `tables/{self.name}.csv` names those behind each row.")
         return "\n\n".join(parts) + "\n"
@@ -83,10 +85,8 @@ class Table:
     def latex(self) -> str:
         """The overview, or all rows, as a LaTeX table with caption and label."""
         shown = self.readable if self.overview is None else self.overview
-        safe = shown.map(_latex_text) if len(shown) else shown
-        safe.columns = [_latex_text(column) for column in safe.columns]
-        body = safe.to_latex(index=False, escape=False, caption=_latex_text(self.caption), label=f"tab:{self.name}")
-        return body
+        safe = shown.map(_latex_text).astype(str).rename(columns=_latex_text)
+        return safe.to_latex(index=False, escape=False, caption=_latex_text(self.caption), label=f"tab:{self.name}")
 
     def write(self, folder: Path) -> list[Path]:
         """Write ``<name>.csv`` (all rows), ``.md`` and ``.tex``; return their paths."""
@@ -95,14 +95,7 @@ class Table:
 
 
 def _latex_text(value: object) -> str:
-    text = str(value)
-    for plain, escaped in (("\\", r"\textbackslash{}"), ("%", r"\%"), ("_", r"\_"), ("&", r"\&"), ("#", r"\#")):
-        text = text.replace(plain, escaped)
-    return text.replace("±", r"$\pm$").replace("×", r"$\times$").replace("−", "$-$")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From records to cells
+    return str(value).translate(str.maketrans(_LATEX))
 
 
 def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
@@ -110,37 +103,34 @@ def runs_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     rows = []
     for record in records:
         config, cost, final = record.configuration, record.cost, record.history[-1]
-        rows.append(
-            {
-                "run": record.run_id,
-                "dataset": config.data.name,
-                "model": config.model,
-                "teacher": config.teacher.model if config.teacher else "",
-                "bits": config.bits,
-                "weight_bits": config.quantization.weight_bits,
-                "activation_bits": config.quantization.activation_bits,
-                "variant": config.quantization.variant,
-                "regime": config.regime,
-                "method": config.method,
-                "labels": not config.label_free,
-                "logit_loss": config.objective.logit_loss,
-                "k": config.objective.k if config.method == "FFAQD" else 0,
-                "seed": config.seed,
-                "epochs": config.optimization.epochs,
-                "last": record.last_accuracy,
-                "best": record.best_accuracy,
-                "test_images": record.test_images,
-                "final_loss": final.get("loss", float("nan")),
-                "final_affinity": final.get("affinity", float("nan")),
-                "parameters": record.parameters,
-                "size_kB": record.weight_bytes / 1000,
-                "training_seconds": cost["training_seconds"],
-                "step_milliseconds": cost["step_milliseconds"],
-                "images_per_second": cost["images_per_second"],
-                "peak_step_MB": cost["peak_step_bytes"] / 1e6,
-                "cohort": int(cost["cohort"]),
-            }
-        )
+        row = {
+            "run": record.run_id,
+            "dataset": config.data.name,
+            "model": config.model,
+            "teacher": config.teacher.model if config.teacher else "",
+            "bits": config.bits,
+            "weight_bits": config.quantization.weight_bits,
+            "activation_bits": config.quantization.activation_bits,
+            "variant": config.quantization.variant,
+            "regime": config.regime,
+            "method": config.method,
+            "labels": not config.label_free,
+            "logit_loss": config.objective.logit_loss,
+            "k": config.objective.k if config.method == "FFAQD" else 0,
+            "seed": config.seed,
+            "epochs": config.optimization.epochs,
+            "last": record.last_accuracy,
+            "best": record.best_accuracy,
+            "test_images": record.test_images,
+            "final_loss": final.get("loss", float("nan")),
+            "final_affinity": final.get("affinity", float("nan")),
+            "parameters": record.parameters,
+            "size_kB": record.weight_bytes / 1000,
+            **{name: cost[name] for name in ("training_seconds", "step_milliseconds", "images_per_second")},
+            "peak_step_MB": cost["peak_step_bytes"] / 1e6,
+            "cohort": int(cost["cohort"]),
+        }
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -154,14 +144,9 @@ MEASURES = {
 
 
 def history_frame(records: Iterable[RunRecord], measures: Iterable[str]) -> pd.DataFrame:
-    """Histories in long form, for charts.
+    """Histories in long form, for charts: columns ``run``, ``epoch``, ``measure`` (its label) and ``value``.
 
-    Args:
-        records: the runs.
-        measures: keys of ``MEASURES``.
-
-    Returns:
-        Columns ``run``, ``epoch``, ``measure`` (a label from ``MEASURES``) and ``value``.
+    ``measures``: keys of ``MEASURES``, whose values are the labels.
     """
     wanted = list(measures)
     rows = [
@@ -177,74 +162,69 @@ def history_frame(records: Iterable[RunRecord], measures: Iterable[str]) -> pd.D
 def percent(values: list[float]) -> str:
     """``81.04``, or mean ± standard deviation over seeds where there are several."""
     series = pd.Series(values)
-    return f"{series.mean():.2f}" if len(series) == 1 else f"{series.mean():.2f} ± {series.std(ddof=1):.2f}"
+    return f"{series.mean():.2f}" + (f" ± {series.std():.2f}" if len(series) > 1 else "")
 
 
-class _Lookup:
-    """Finds the runs of cells, and the paper's value beside them."""
+def finished(suite: Suite, runs: Iterable[RunConfig]) -> list[RunRecord]:
+    """The records of those runs that are finished."""
+    return list(filter(None, map(suite.store.record, runs)))
 
-    def __init__(self, suite: Suite, reference: pd.DataFrame, table: str) -> None:
-        self.suite, self.reference, self.table = suite, reference, table
 
-    def records(self, cell: Cell) -> list[RunRecord]:
-        """The records of those runs of a cell that are finished."""
-        return [record for record in map(self.suite.store.record, cell.runs) if record is not None]
+def _text(suite: Suite, values: list[float], show: Callable[[list[float]], str] = percent) -> str:
+    """What is said of the values of a cell's runs: a number, "not run", or "not a result"."""
+    if not values:
+        return NOT_RUN
+    return show(values) if suite.profile.shows_results else NOT_A_RESULT
 
-    def text(self, cell: Cell, value: Callable[[RunRecord], float], show: Callable[[list[float]], str]) -> str:
-        """A value over the runs of a cell, "not run", or "not a result"."""
-        records = self.records(cell)
-        if not records:
-            return NOT_RUN
-        return show([value(record) for record in records]) if self.suite.profile.shows_results else NOT_A_RESULT
 
-    def accuracy(self, cell: Cell) -> dict[str, str]:
-        """The columns paper, ours (last and best epoch), difference, n and runs of one cell."""
-        records, paper = self.records(cell), self._paper(cell.runs[0])
-        difference = ""
-        if records and paper is not None and self.suite.profile.shows_results:
-            mean = sum(record.last_accuracy for record in records) / len(records)
-            difference = f"{mean - paper:+.2f}"
-        return {
+def _printed(reference: pd.DataFrame, table: str, config: RunConfig) -> float | None:
+    """The paper's accuracy of a run's cell."""
+    if config.quantization.variant:  # the paper has its own quantizers only
+        return None
+    key = {
+        "table": table,
+        "dataset": config.data.name,
+        "teacher": config.teacher.model if config.teacher else "",
+        "student": config.model,
+        "weight_bits": str(config.quantization.weight_bits),
+        "activation_bits": str(config.quantization.activation_bits),
+        "regime": config.regime,
+        "method": config.method,
+        "labels": "false" if config.label_free else "true",
+        "logit_loss": config.objective.logit_loss,
+        "affinity": config.objective.affinity,
+        "k": str(config.objective.k) if config.objective.affinity == "ffa" else "",
+    }
+    found = reference.loc[(reference[list(key)] == pd.Series(key)).all(axis="columns"), "accuracy"]
+    return float(found.iloc[0]) if len(found) else None
+
+
+def _rows(suite: Suite, reference: pd.DataFrame, table: str, cells: list[Cell], across: str) -> list[dict[str, str]]:
+    """One row a cell: its headings (the one across is called ``across``), the paper's accuracy, ours, and the runs."""
+    rows = []
+    for cell in cells:
+        records, paper = finished(suite, cell.runs), _printed(reference, table, cell.runs[0])
+        last = [record.last_accuracy for record in records]
+        compared = last and paper is not None and suite.profile.shows_results
+        row = {
+            **cell.row,
+            across: cell.column,
             "paper": "" if paper is None else f"{paper:.2f}",
-            OURS: self.text(cell, lambda record: record.last_accuracy, percent),
-            "ours, best epoch": self.text(cell, lambda record: record.best_accuracy, percent),
-            "difference": difference,
+            OURS: _text(suite, last),
+            "ours, best epoch": _text(suite, [record.best_accuracy for record in records]),
+            "difference": f"{sum(last) / len(last) - paper:+.2f}" if compared else "",
             "n": str(len(records)),
             RUNS: " ".join(record.run_id for record in records),
         }
-
-    def _paper(self, config: RunConfig) -> float | None:
-        if config.quantization.variant:  # the paper has its own quantizers only
-            return None
-        affinity = config.objective.affinity
-        key = {
-            "table": self.table,
-            "dataset": config.data.name,
-            "teacher": config.teacher.model if config.teacher else "",
-            "student": config.model,
-            "weight_bits": str(config.quantization.weight_bits),
-            "activation_bits": str(config.quantization.activation_bits),
-            "regime": config.regime,
-            "method": config.method,
-            "labels": "false" if config.label_free else "true",
-            "logit_loss": config.objective.logit_loss,
-            "affinity": affinity,
-            "k": str(config.objective.k) if affinity == "ffa" else "",
-        }
-        rows = self.reference
-        for column, value in key.items():
-            rows = rows[rows[column] == value]
-        return float(rows["accuracy"].iloc[0]) if len(rows) else None
+        rows.append(row)
+    return rows
 
 
 def read_paper_reference(path: Path | None = None) -> pd.DataFrame:
     """Read the paper's printed values that the user filled in; see results/README.md.
 
-    Args:
-        path: the file. None: ``results/paper_reference.csv``.
-
-    Returns:
-        The columns ``REFERENCE_COLUMNS``; no rows if there is no file.
+    ``path``: None for ``results/paper_reference.csv``. The columns are ``REFERENCE_COLUMNS``; without a file there are
+    no rows.
 
     Raises:
         ResultsError: the file lacks a column, a value matches no run, an accuracy is not a percentage, or two lines
@@ -258,9 +238,9 @@ def read_paper_reference(path: Path | None = None) -> pd.DataFrame:
     if missing:
         raise ResultsError(f"{path} lacks the columns {missing}; its head must be {','.join(REFERENCE_COLUMNS)}")
     accuracies = pd.to_numeric(frame["accuracy"], errors="coerce")
-    bad = frame[~accuracies.between(0, 100)]
+    bad = frame.loc[~accuracies.between(0, 100), "accuracy"]
     if len(bad):
-        raise ResultsError(f"{path}: accuracy {bad['accuracy'].iloc[0]!r} is not a percentage between 0 and 100")
+        raise ResultsError(f"{path}: accuracy {bad.iloc[0]!r} is not a percentage between 0 and 100")
     for column, allowed in REFERENCE_VALUES.items():
         for value in frame[column]:
             check_choice(f"{path}: {column}", value, allowed, ResultsError)
@@ -271,21 +251,10 @@ def read_paper_reference(path: Path | None = None) -> pd.DataFrame:
     return frame
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tables
-
-
-def _caption(suite: Suite, what: str) -> str:
-    seeds = suite.profile.seeds
-    several = f"; mean ± standard deviation over n of {seeds} seeds" if seeds > 1 else "; one seed"
-    caption = f"{what} {suite.caption}{several}. Test accuracy in percent, last epoch unless said."
-    return caption if suite.profile.shows_results else f"{caption} This profile tests the machinery: no results."
-
-
 def span(dates: Iterable[str]) -> str:
     """First and last of some dates: ``2026-01-01 to 2026-01-03``; empty without dates."""
-    found = sorted(set(dates))
-    return "" if not found else found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
+    found = sorted(dates)
+    return " to ".join(dict.fromkeys(found[:1] + found[-1:]))
 
 
 def origin(records: Iterable[RunRecord]) -> str:
@@ -306,21 +275,16 @@ def with_origin(suite: Suite, table: Table) -> Table:
     return replace(table, caption=f"{table.caption} {origin(records)}")
 
 
-def _table(suite: Suite, name: str, title: str, what: str, rows: list[dict], overview: pd.DataFrame | None) -> Table:
-    number = name.partition("_")[0]
-    made = Table(
-        f"{name}_{suite.dataset}",
-        f"{number} {title}, {suite.dataset}",
-        _caption(suite, what),
-        pd.DataFrame(rows),
-        overview,
-    )
-    return with_origin(suite, made)
-
-
-def _rows(lookup: _Lookup, cells: Iterable[Cell], across: str) -> list[dict[str, str]]:
-    """One row a cell: its headings (the one across is called ``across``), then its accuracies."""
-    return [{**cell.row, across: cell.column, **lookup.accuracy(cell)} for cell in cells]
+def _table(suite: Suite, name: str, what: str, rows: list[dict], overview: pd.DataFrame | None = None) -> Table:
+    """A table of the suite, such as ``T1_weight_quantization``, with its title and the whole caption."""
+    number, _, words = name.partition("_")
+    title = f"{number} {words.replace('_', ' ').capitalize()}, {suite.dataset}"
+    seeds = suite.profile.seeds
+    over = f"mean ± standard deviation over n of {seeds} seeds" if seeds > 1 else "one seed"
+    caption = f"{what} {suite.caption}; {over}. Test accuracy in percent, last epoch unless said."
+    if not suite.profile.shows_results:
+        caption += " This profile tests the machinery: no results."
+    return with_origin(suite, Table(f"{name}_{suite.dataset}", title, caption, pd.DataFrame(rows), overview))
 
 
 def _overview(rows: Iterable[Mapping[str, str]], headings: Sequence[str], across: str) -> pd.DataFrame:
@@ -329,123 +293,96 @@ def _overview(rows: Iterable[Mapping[str, str]], headings: Sequence[str], across
     for row in rows:
         here = {heading: row[heading] for heading in headings}
         lines.setdefault(tuple(here.values()), here)[row[across]] = row[OURS]
-    return pd.DataFrame(lines.values())
+    return pd.DataFrame(lines.values()).fillna("")
 
 
-def _quantization_table(
-    suite: Suite, reference: pd.DataFrame, cells: list[Cell], name: str, title: str, what: str
-) -> Table:
-    rows = _rows(_Lookup(suite, reference, name.partition("_")[0]), cells, "learns from")
-    titles = [column.title for column in grids.COLUMNS]
-    placed = []
+def _quantization_table(suite: Suite, reference: pd.DataFrame, cells: list[Cell], name: str, what: str) -> Table:
+    rows = _rows(suite, reference, name.partition("_")[0], cells, "learns from")
+    titles, placed = [column.title for column in grids.COLUMNS], []
     for row in rows:
         # Reference and rounded networks learned from labels only, and stand in that column.
         column = row["learns from"] if row["learns from"] in titles else "labels only"
         placed.append({**row, "regime": row["regime"] or row["learns from"], "learns from": column})
-    overview = _overview(placed, ("teacher", "regime", "bits"), "learns from").reindex(
-        columns=["teacher", "regime", "bits", *titles], fill_value=""
-    )
-    return _table(suite, name, title, what, rows, overview.fillna(""))
+    return _table(suite, name, what, rows, _overview(placed, ("teacher", "regime", "bits"), "learns from"))
 
 
 def weight_quantization(suite: Suite, reference: pd.DataFrame) -> Table:
     """T1 for the suite's dataset."""
     losses = suite.profile.losses
-    return _quantization_table(
-        suite,
-        reference,
-        grids.weight_cells(suite),
-        "T1_weight_quantization",
-        "Weight quantization",
+    what = (
         f"Students {suite.profile.student} with quantized weights and float activations; logit loss "
         f"{losses.end_to_end_logit_loss.upper()} end to end, {losses.fine_tuning_logit_loss.upper()} in fine-tuning; "
         "fine-tuning starts from the float student, which like the teacher was trained with labels; post-training: "
-        "that student with its weights rounded and its batch normalisation estimated anew, not trained any further.",
+        "that student with its weights rounded and its batch normalisation estimated anew, not trained any further."
     )
+    return _quantization_table(suite, reference, grids.weight_cells(suite), "T1_weight_quantization", what)
 
 
 def full_quantization(suite: Suite, reference: pd.DataFrame) -> Table:
     """T2 for the suite's dataset."""
-    return _quantization_table(
-        suite,
-        reference,
-        grids.full_cells(suite),
-        "T2_full_quantization",
-        "Full quantization",
+    what = (
         f"Students {suite.profile.student} with quantized weights and activations (learned step); post-training: the "
         "float student with its weights rounded, its steps calibrated and its batch normalisation estimated anew, not "
-        "trained any further.",
+        "trained any further."
     )
+    return _quantization_table(suite, reference, grids.full_cells(suite), "T2_full_quantization", what)
 
 
 def activation_steps(suite: Suite, reference: pd.DataFrame) -> Table:
     """T2's students by the gradient of their activation steps: what learning the steps buys."""
-    rows = _rows(_Lookup(suite, reference, "T2"), grids.activation_step_cells(suite), "gradient of the steps")
+    rows = _rows(suite, reference, "T2", grids.activation_step_cells(suite), "gradient of the steps")
     what = (
         f"Label-free FAQD, student {suite.profile.student}, teacher {suite.profile.teachers[0]}. Gradient of the "
         "activation steps: learned (lsq), coarse, or none, so that the steps stay as calibrated (frozen)."
     )
-    return _table(suite, "T2_activation_steps", "Activation steps", what, rows, None)
+    return _table(suite, "T2_activation_steps", what, rows)
 
 
 def logit_losses(suite: Suite, reference: pd.DataFrame) -> Table:
     """T3: MSE against KL."""
-    rows = _rows(_Lookup(suite, reference, "T3"), grids.logit_loss_cells(suite), "logit loss")
+    rows = _rows(suite, reference, "T3", grids.logit_loss_cells(suite), "logit loss")
     what = f"Label-free FAQD, student {suite.profile.student}, teacher {suite.profile.teachers[0]}."
-    overview = _overview(rows, ("regime", "bits"), "logit loss")
-    return _table(suite, "T3_logit_loss", "Logit loss", what, rows, overview)
+    return _table(suite, "T3_logit_loss", what, rows, _overview(rows, ("regime", "bits"), "logit loss"))
 
 
 def affinity_losses(suite: Suite, reference: pd.DataFrame) -> Table:
     """T4: no affinity loss, exact, and k projections: accuracy, final affinity loss, time and memory of a step."""
-    lookup, rows = _Lookup(suite, reference, "T4"), []
+    cells = grids.affinity_loss_cells(suite)
+    rows = _rows(suite, reference, "T4", cells, "affinity loss")
 
     def number(values: list[float]) -> str:
         return f"{pd.Series(values).mean():.4g}"
 
-    for cell in grids.affinity_loss_cells(suite):
-        has_affinity = cell.runs[0].objective.affinity != "none"
-        rows += [
-            {
-                **row,
-                "final affinity loss": (
-                    lookup.text(cell, lambda record: record.history[-1]["affinity"], number) if has_affinity else ""
-                ),
-                "ms a step": lookup.text(cell, lambda record: record.cost["step_milliseconds"], number),
-                "peak MB a step": lookup.text(cell, lambda record: record.cost["peak_step_bytes"] / 1e6, number),
-            }
-            for row in _rows(lookup, [cell], "affinity loss")
-        ]
+    for cell, row in zip(cells, rows, strict=True):
+        records = finished(suite, cell.runs)
+        row["final affinity loss"] = ""
+        if cell.runs[0].objective.affinity != "none":
+            row["final affinity loss"] = _text(suite, [record.history[-1]["affinity"] for record in records], number)
+        row["ms a step"] = _text(suite, [record.cost["step_milliseconds"] for record in records], number)
+        row["peak MB a step"] = _text(suite, [record.cost["peak_step_bytes"] / 1e6 for record in records], number)
     what = (
         f"Label-free students {suite.profile.student} with quantized weights, end to end; the final affinity loss is "
         "the training loss's mean over the last epoch (FFA: an estimate of the same quantity); a step is the student's "
         "own, without data and teacher."
     )
-    return _table(suite, "T4_affinity_loss", "Affinity loss", what, rows, None)
+    return _table(suite, "T4_affinity_loss", what, rows)
 
 
 def cost(suite: Suite) -> Table:
     """T5: time, memory and size of every run."""
     frame = runs_frame(suite.store.records())
     columns = {
-        "run": "run",
-        "epochs": "epochs",
-        "training_seconds": "training s",
-        "step_milliseconds": "ms a step",
-        "images_per_second": "images/s",
-        "peak_step_MB": "peak MB a step",
-        "cohort": "cohort",
-        "parameters": "parameters",
-        "size_kB": "weights kB",
-    }
-    shown = pd.DataFrame(columns=list(columns.values()))
+        "run": "run", "epochs": "epochs", "training_seconds": "training s", "step_milliseconds": "ms a step",
+        "images_per_second": "images/s", "peak_step_MB": "peak MB a step", "cohort": "cohort",
+        "parameters": "parameters", "size_kB": "weights kB",
+    }  # fmt: skip
+    shown = frame.reindex(columns=list(columns)).rename(columns=columns)
+    total = shown["training s"].sum()
+    digits = {"training s": 1, "ms a step": 1, "images/s": 0, "peak MB a step": 1, "weights kB": 1}
+    for column, places in digits.items():
+        shown[column] = shown[column].map(f"{{:.{places}f}}".format)
     if len(frame):
-        shown = frame[list(columns)].rename(columns=columns)
-        digits = {"training s": 1, "ms a step": 1, "images/s": 0, "peak MB a step": 1, "weights kB": 1}
         shown[RUNS] = shown["run"]
-        for column, places in digits.items():
-            shown[column] = shown[column].map(lambda value, places=places: f"{value:.{places}f}")
-    total = frame["training_seconds"].sum() if len(frame) else 0.0
     what = f"{len(frame)} runs, {total:.0f} s of training in all; a cohort's data and teacher time is shared evenly."
     caption = f"{what} {suite.caption}; {suite.profile.seeds} seed(s)."
     return with_origin(suite, Table(f"T5_cost_{suite.dataset}", f"T5 Cost, {suite.dataset}", caption, shown))
@@ -458,20 +395,14 @@ def not_run(dataset: str, profile: str) -> Table:
         for regime in grids.REGIMES
         for bits in grids.PAPER_WEIGHT_BITS
     ]
-    return Table(
-        f"T1_weight_quantization_{dataset}",
-        f"T1 Weight quantization, {dataset}",
-        f"Not run: profile {profile} has no runs on {dataset}; n = 0.",
-        pd.DataFrame(rows),
-    )
+    caption = f"Not run: profile {profile} has no runs on {dataset}; n = 0."
+    return Table(f"T1_weight_quantization_{dataset}", f"T1 Weight quantization, {dataset}", caption, pd.DataFrame(rows))
 
 
 def all_tables(suite: Suite, reference: pd.DataFrame | None = None) -> list[Table]:
     """T1 for the suite's dataset and for each dataset of the paper, then T2 to T5 for the suite's dataset.
 
-    Args:
-        suite: whose records are shown.
-        reference: the paper's values. None: :func:`read_paper_reference`.
+    ``reference``: the paper's values. None: :func:`read_paper_reference`.
     """
     reference = read_paper_reference() if reference is None else reference
     tables = [weight_quantization(suite, reference)]

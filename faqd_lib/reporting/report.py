@@ -28,7 +28,7 @@ from ..runs.store import RunRecord
 from ..runs.suite import Suite
 from ..utils.files import atomic_write_text, require_writable
 from ..utils.progress import clock
-from . import claims, tables
+from . import claims, signs, tables
 from . import verdicts as verdict_rule
 from .charts import NOTE_KEY, RUNS_KEY
 
@@ -113,7 +113,7 @@ def write_report(suite: Suite) -> Path:
         claims=_shown(verdicts),
         verdicts=verdicts.frame.to_dict("records"),
         rule=(claims if suite.profile.study is None else verdict_rule).__doc__.partition("\n\n")[2],
-        tables=[_shown(table) for table in tables.all_tables(suite)],
+        tables=[_shown(table) for table in (*tables.all_tables(suite), signs.table(suite))],
         pictures=[Picture.read(path) for path in sorted((suite.folder / "figures").glob("*.png"))],
         environments=_environments(records),
         seconds=clock(sum(record.cost["training_seconds"] for record in records)),

@@ -93,12 +93,12 @@ def stability_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
 
     Returns:
         Columns ``run``, ``affinity_weight``, ``epoch``, ``norm`` (mean gradient norm over the clipping norm) and
-        ``loss`` (training loss over that of the first epoch).
+        ``loss`` (training loss over that of the first epoch). Records without gradient norms are left out.
     """
     rows = []
     for record in records:
         config = record.configuration
-        if not config.objective.uses_teacher or not config.optimization.epochs:
+        if not config.objective.uses_teacher or "gradient_norm" not in record.history[0]:
             continue
         for row in record.history:
             rows.append(

@@ -400,8 +400,9 @@ def not_run(dataset: str, profile: str) -> Table:
 
 
 def all_tables(suite: Suite, reference: pd.DataFrame | None = None) -> list[Table]:
-    """T1 for the suite's dataset and for each dataset of the paper, then T2 to T5 for the suite's dataset.
+    """T1 for the suite's dataset and for the profile's others, then T2 to T5 for the suite's dataset.
 
+    The others are the datasets of the paper that the profile's series has, or that have a results folder.
     ``reference``: the paper's values. None: :func:`read_paper_reference`.
     """
     reference = read_paper_reference() if reference is None else reference
@@ -412,7 +413,7 @@ def all_tables(suite: Suite, reference: pd.DataFrame | None = None) -> list[Tabl
         folder = suite_folder(suite.profile, dataset, suite.folder.parent)
         if (folder / "suite.json").is_file():
             tables.append(weight_quantization(Suite.read(folder), reference))
-        else:
+        elif dataset in suite.profile.series_datasets:
             tables.append(not_run(dataset, suite.profile.name))
     others = (full_quantization, activation_steps, logit_losses, affinity_losses)
     return [*tables, *(make(suite, reference) for make in others), cost(suite)]

@@ -75,7 +75,7 @@ class Batches:
     Args:
         images: the split; ``images.unlabelled()`` for label-free training.
         batch_size: 2 to ``len(images)``; batch normalisation needs two images.
-        seed: seed of order and augmentation.
+        seed: of order and augmentation.
         normalizer: mean and deviation of the dataset, on the training device.
         flip: whether images may be mirrored.
         device: where pixels are kept and batches are built; None for the normalizer's device.

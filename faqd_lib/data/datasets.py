@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ..utils.files import atomic_write, cache_dir, project_root, require_writable, tensors_digest
 from ..utils.messages import did_you_mean
@@ -31,30 +31,26 @@ def data_roots(data_root: str | os.PathLike | None = None) -> list[Path]:
     Raises:
         DatasetError: ``data_root`` or ``$FAQD_DATA`` names a folder that does not exist.
     """
-    for origin, value in (("data_root", data_root), ("FAQD_DATA", os.environ.get("FAQD_DATA"))):
-        if value and not Path(value).is_dir():
-            raise DatasetError(f"{origin} is {str(value)!r}, which is not a folder: correct it or unset it")
-        if value and origin == "data_root":
-            return [Path(value)]
-    from_environment = [Path(os.environ["FAQD_DATA"])] if os.environ.get("FAQD_DATA") else []
-    return [*from_environment, project_root() / "data"]
+    origin, value = ("data_root", data_root) if data_root else ("FAQD_DATA", os.environ.get("FAQD_DATA"))
+    if value and not Path(value).is_dir():
+        raise DatasetError(f"{origin} is {str(value)!r}, which is not a folder: correct it or unset it")
+    given = [Path(value)] if value else []
+    return given if data_root else [*given, project_root() / "data"]
 
 
 def _find(source: Source, roots: list[Path]) -> Path | None:
-    for root in roots:
-        for place in source.places:
-            if source.is_there(root / place):
-                return root / place
-    return None
+    return next(filter(source.is_there, _places(source, roots)), None)
+
+
+def _places(source: Source, roots: list[Path]) -> list[Path]:
+    return [root / place for root in roots for place in source.places]
 
 
 def _signature(path: Path) -> str:
     """A digest of names, sizes and times of all files in ``path``, which costs less than one of their content."""
     digest = hashlib.sha256(str(path.resolve()).encode())
-    files = [path.as_posix()] if path.is_file() else []
-    for folder, _, names in os.walk(path, followlinks=True):
-        files += [f"{folder}/{name}" for name in names]
-    for file in sorted(files):
+    inside = [f"{folder}/{name}" for folder, _, names in os.walk(path, followlinks=True) for name in names]
+    for file in sorted(inside) or [path.as_posix()]:
         status = os.stat(file)
         digest.update(f"{file[len(str(path)) :]}|{status.st_size}|{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
@@ -80,7 +76,7 @@ def _source(name: str, roots: list[Path]) -> Source:
     lacking = "" if there is None else f"; {there} has no {'test/' if (there / 'train').is_dir() else 'train/'}"
     raise DatasetError(
         f"unknown dataset {name!r}{did_you_mean(name, SOURCES)}: choose {', '.join(SOURCES)}, or the name of a folder "
-        f"with train/<class>/* and test/<class>/* in {' or '.join(str(root) for root in roots)}{lacking}"
+        f"with train/<class>/* and test/<class>/* in {' or '.join(map(str, roots))}{lacking}"
     )
 
 
@@ -112,7 +108,7 @@ def resolve(
     for candidate in ("cifar10", "cifar10-jpeg"):
         if on_disk(candidate, data_root):
             return candidate, f"{candidate}: found on disk"
-    places = " and ".join(str(root) for root in roots)
+    places = " and ".join(map(str, roots))
     if allow_download:
         return "cifar10", f"cifar10: not on disk in {places}; to be downloaded"
     if allow_digits:
@@ -152,7 +148,7 @@ def load(
             ) from error
         path = _find(source, roots)
     if path is None:
-        looked = ", ".join(str(root / place) for root in roots for place in source.places)
+        looked = ", ".join(map(str, _places(source, roots)))
         remedy = source.hint or "allow the download or fetch the official archive"
         if tree := next((root / name for root in roots if is_tree(root / name)), None):
             other = "ask for cifar10-jpeg, if it is CIFAR-10, or " if name == "cifar10" else ""
@@ -175,35 +171,28 @@ def _fingerprint(decoded: Decoded) -> str:
 
 
 def _tensors(decoded: Decoded) -> dict[str, torch.Tensor]:
-    return {
-        "train": decoded.train.pixels,
-        "train_labels": decoded.train.labels,
-        "test": decoded.test.pixels,
-        "test_labels": decoded.test.labels,
-    }
+    train, test = decoded.train, decoded.test
+    return {"train": train.pixels, "train_labels": train.labels, "test": test.pixels, "test_labels": test.labels}
 
 
 def _from_cache(file: Path) -> tuple[Decoded, str] | None:
     """(dataset, fingerprint) from a cache file, or None if the file is damaged."""
     try:
-        tensors = load_file(file)
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata()
+            train, test = (
+                Images(opened.get_tensor(split), opened.get_tensor(f"{split}_labels")) for split in ("train", "test")
+            )
     except SafetensorError:
         return None
-    decoded = Decoded(
-        Images(tensors["train"], tensors["train_labels"]),
-        Images(tensors["test"], tensors["test_labels"]),
-        tuple(json.loads(metadata["classes"])),
-    )
+    decoded = Decoded(train, test, tuple(json.loads(metadata["classes"])))
     return (decoded, metadata["fingerprint"]) if _fingerprint(decoded) == metadata["fingerprint"] else None
 
 
 def _cached(name: str, source: Source, path: Path, image_size: int | None) -> tuple[Decoded, str]:
     file = cache_dir() / f"{name}-{image_size or 'original'}-{_signature(path)}.safetensors"
     if file.exists():
-        cached = _from_cache(file)
-        if cached is not None:
+        if cached := _from_cache(file):
             return cached
         # The cache is only a copy: decode again, and tell the user why loading takes longer.
         print(f"the decoded copy {file.name} is damaged; decoding {path.name} again", flush=True)

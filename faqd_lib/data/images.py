@@ -54,29 +54,24 @@ class Images:
         return Images(torch.cat([self.pixels, other.pixels]), torch.cat([self.labels, other.labels]))
 
     def take(self, indices: torch.Tensor) -> "Images":
-        """The images at ``indices`` (int64), with their labels if the split has labels."""
+        """The images at ``indices`` (int64, or a mask), with their labels if the split has labels."""
         return Images(self.pixels[indices], None if self.labels is None else self.labels[indices])
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A dataset in memory.
-
-    ``mean`` and ``std`` have one value a channel, over the whole training split, in [0, 1]. ``flip`` says whether a
-    mirrored image keeps its class; a digit does not. ``fingerprint`` is the SHA-256 of pixels, labels and class names.
-    ``note`` appears in every caption, ``source`` names the file or folder.
-    """
+    """A dataset in memory."""
 
     name: str
     classes: tuple[str, ...]
     train: Images
     test: Images
-    mean: tuple[float, float, float]
+    mean: tuple[float, float, float]  # of each channel over the whole training split, in [0, 1]
     std: tuple[float, float, float]
-    fingerprint: str
-    flip: bool = True
-    note: str = ""
-    source: str = ""
+    fingerprint: str  # SHA-256 of pixels, labels and class names
+    flip: bool = True  # whether a mirrored image keeps its class; a digit does not
+    note: str = ""  # appears in every caption
+    source: str = ""  # file or folder
 
     @property
     def image_size(self) -> int:
@@ -85,12 +80,9 @@ class ImageData:
 
 
 def balanced_indices(labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """Sorted indices (int64) of a seeded subset in which class sizes differ by as little as possible.
+    """Sorted indices (int64) of a seeded subset of ``count`` images; class sizes differ by as little as possible.
 
-    Args:
-        labels: int64 (images,).
-        count: size of the subset.
-        seed: the same seed chooses the same images.
+    ``labels`` is int64 (images,).
 
     Raises:
         ValueError: ``count`` is not in 1..len(labels).
@@ -126,4 +118,4 @@ def split_validation(images: Images, count: int, seed: int) -> tuple[Images, Ima
         raise ValueError(f"validation_images={count} leaves nothing to train on: there are {len(images)} images")
     held_out = torch.zeros(len(images), dtype=torch.bool)
     held_out[balanced_indices(images.labels, count, seed)] = True
-    return images.take((~held_out).nonzero().squeeze(1)), images.take(held_out.nonzero().squeeze(1))
+    return images.take(~held_out), images.take(held_out)

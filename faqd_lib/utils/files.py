@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -55,16 +56,12 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> Path:
         OSError: the file could not be written; the message names the remedy. A ``SafetensorError`` is converted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    temporary.touch(exist_ok=False)
     try:
         write(temporary)
         with open(temporary, "r+b") as written:  # Windows syncs only files opened for writing
             os.fsync(written.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp creates files that only their owner can read
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise OSError(

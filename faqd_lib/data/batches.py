@@ -57,11 +57,7 @@ class Normalizer:
         return torch.addcmul(self._shift, pixels.float(), self._scale).permute(0, 3, 1, 2)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(batch, 3, height, width) uint8 → (batch, 3, height, width) float32, channels-last.
-
-        Raises:
-            ValueError: see :func:`faqd_lib.data.images.check_pixels`.
-        """
+        """(batch, 3, height, width) uint8 → the same in float32, channels-last; ValueError for other pixels."""
         check_pixels(pixels)
         return self.from_nhwc(pixels.permute(0, 2, 3, 1).contiguous())
 
@@ -81,7 +77,7 @@ class Batches:
         device: where pixels are kept and batches are built; None for the normalizer's device.
 
     Raises:
-        TypeError: ``images`` is no :class:`faqd_lib.data.images.Images`.
+        TypeError: ``images`` is no :class:`~faqd_lib.data.images.Images`.
         ValueError: ``batch_size`` is out of range.
     """
 
@@ -98,10 +94,8 @@ class Batches:
         if not isinstance(images, Images):
             raise TypeError(f"images must be faqd_lib.data.images.Images, got {kind_of(images)}: use Images(pixels)")
         if not 2 <= batch_size <= len(images):
-            raise ValueError(
-                f"batch_size must be between 2, for batch normalisation, and the {len(images)} images of the split, "
-                f"got {batch_size}"
-            )
+            allowed = f"between 2, for batch normalisation, and the {len(images)} images of the split"
+            raise ValueError(f"batch_size must be {allowed}, got {batch_size}")
         self.batch_size, self.seed, self.flip, self.normalizer = batch_size, seed, flip, normalizer
         self.device = normalizer.device if device is None else torch.device(device)
         self._pixels = images.pixels.permute(0, 2, 3, 1).contiguous().to(self.device)  # NHWC, as batches are built

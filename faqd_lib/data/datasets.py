@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..utils.files import atomic_write, cache_dir, project_root, require_writable, tensors_digest
+from ..utils.files import atomic_write, cache_dir, project_root, require_writable
 from ..utils.messages import did_you_mean
 from .images import DatasetError, ImageData, Images, balanced_indices, split_validation, subset
 from .sources import BUILT_IN, SOURCES, Decoded, Source, is_tree, read_tree
@@ -134,8 +134,7 @@ def load(
     roots = data_roots(data_root)
     source = _source(name, roots)
     if name in BUILT_IN:
-        decoded = source.read(Path(), image_size)
-        return _assemble(name, source, decoded, _fingerprint(decoded), "scikit-learn")
+        return _assemble(name, source, source.read(Path(), image_size), "scikit-learn")
     path = _find(source, roots)
     if path is None and download and source.download is not None:
         target = require_writable(roots[-1])
@@ -157,26 +156,17 @@ def load(
             f"dataset {name!r} was not found. Looked for: {looked}. Put it there ({remedy}), set FAQD_DATA or give "
             "--data-root."
         )
-    decoded, fingerprint = _cached(name, source, path, image_size)
+    decoded = _cached(name, source, path, image_size)
     if source.classes is not None and decoded.classes != source.classes:
         raise DatasetError(
             f"{path} is not {name}: its classes are {', '.join(decoded.classes[:4])}…, not {source.classes[0]}, "
             f"{source.classes[1]}…. Give the folder another name, and ask for that name"
         )
-    return _assemble(name, source, decoded, fingerprint, path.name)
+    return _assemble(name, source, decoded, path.name)
 
 
-def _fingerprint(decoded: Decoded) -> str:
-    return tensors_digest(_tensors(decoded), salt=json.dumps(decoded.classes))
-
-
-def _tensors(decoded: Decoded) -> dict[str, torch.Tensor]:
-    train, test = decoded.train, decoded.test
-    return {"train": train.pixels, "train_labels": train.labels, "test": test.pixels, "test_labels": test.labels}
-
-
-def _from_cache(file: Path) -> tuple[Decoded, str] | None:
-    """(dataset, fingerprint) from a cache file, or None if the file is damaged."""
+def _from_cache(file: Path) -> Decoded | None:
+    """The dataset of a cache file, or None if the file is damaged."""
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata()
@@ -186,10 +176,10 @@ def _from_cache(file: Path) -> tuple[Decoded, str] | None:
     except SafetensorError:
         return None
     decoded = Decoded(train, test, tuple(json.loads(metadata["classes"])))
-    return (decoded, metadata["fingerprint"]) if _fingerprint(decoded) == metadata["fingerprint"] else None
+    return decoded if decoded.fingerprint == metadata["fingerprint"] else None
 
 
-def _cached(name: str, source: Source, path: Path, image_size: int | None) -> tuple[Decoded, str]:
+def _cached(name: str, source: Source, path: Path, image_size: int | None) -> Decoded:
     file = cache_dir() / f"{name}-{image_size or 'original'}-{_signature(path)}.safetensors"
     if file.exists():
         if cached := _from_cache(file):
@@ -198,13 +188,12 @@ def _cached(name: str, source: Source, path: Path, image_size: int | None) -> tu
         print(f"the decoded copy {file.name} is damaged; decoding {path.name} again", flush=True)
     decoded = source.read(path, image_size)
     require_writable(file.parent)
-    fingerprint = _fingerprint(decoded)
-    metadata = {"fingerprint": fingerprint, "classes": json.dumps(decoded.classes)}
-    atomic_write(file, lambda temporary: save_file(_tensors(decoded), temporary, metadata))
-    return decoded, fingerprint
+    metadata = {"fingerprint": decoded.fingerprint, "classes": json.dumps(decoded.classes)}
+    atomic_write(file, lambda temporary: save_file(decoded.tensors, temporary, metadata))
+    return decoded
 
 
-def _assemble(name: str, source: Source, decoded: Decoded, fingerprint: str, origin: str) -> ImageData:
+def _assemble(name: str, source: Source, decoded: Decoded, origin: str) -> ImageData:
     pixels = decoded.train.pixels
     # Counts are integers, hence exact: mean and deviation do not depend on the order of summation.
     levels = torch.stack([torch.bincount(pixels[:, c].flatten(), minlength=256) for c in range(3)]).double()
@@ -213,6 +202,6 @@ def _assemble(name: str, source: Source, decoded: Decoded, fingerprint: str, ori
     mean = (share * values).sum(1)
     std = ((share * values**2).sum(1) - mean**2).clamp_min(1e-12).sqrt()
     return ImageData(
-        name, decoded.classes, decoded.train, decoded.test, tuple(mean.tolist()), tuple(std.tolist()), fingerprint,
-        source.flip, source.note, origin,
+        name, decoded.classes, decoded.train, decoded.test, tuple(mean.tolist()), tuple(std.tolist()),
+        decoded.fingerprint, source.flip, source.note, origin,
     )  # fmt: skip

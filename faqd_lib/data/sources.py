@@ -1,13 +1,14 @@
 """Recognise, read and download each dataset: CIFAR, Tiny ImageNet, folders of images, digits."""
 
 import io
+import json
 import os
 import zipfile
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..utils.files import cache_dir, require_writable
+from ..utils.files import cache_dir, require_writable, tensors_digest
 from .images import DatasetError, Images, split_validation
 
 JPEG_NOTE = "all CIFAR-10 images re-encoded as JPEG; accuracies are not comparable with the original CIFAR-10"
@@ -31,6 +32,16 @@ class Decoded:
     train: Images
     test: Images
     classes: tuple[str, ...]
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        train, test = self.train, self.test
+        return {"train": train.pixels, "train_labels": train.labels, "test": test.pixels, "test_labels": test.labels}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of pixels, labels and class names."""
+        return tensors_digest(self.tensors, salt=json.dumps(self.classes))
 
 
 @dataclass(frozen=True)

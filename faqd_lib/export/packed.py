@@ -40,6 +40,7 @@ from ..utils.files import atomic_write, canonical_json, tensors_digest
 
 FORMAT = "faqd-packed-1"
 _HEADER = {"format", "layers", "activations", "channels_last", "architecture", "metadata", "digest"}
+_LATENT = "parametrizations.weight.original"
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -70,7 +71,9 @@ def save_packed(
     architecture: Mapping[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a quantized network to a packed file, atomically.
+    """Write a quantized network to a packed file, atomically, and return ``path``.
+
+    A UserWarning names activation steps that are neither calibrated nor trained.
 
     Args:
         model: a network quantized by :func:`faqd_lib.quantize` or loaded from a packed file. Float layers are stored
@@ -80,16 +83,10 @@ def save_packed(
             With them :func:`load_packed` builds the network itself.
         metadata: JSON values that belong to the network, such as class names and normalisation.
 
-    Returns:
-        ``path``.
-
     Raises:
         ValueError: nothing in the network is quantized, a weight was changed after it was loaded from a packed file,
             ``architecture`` builds a different network, or the metadata is not JSON.
         OSError: the file could not be written.
-
-    Warns:
-        UserWarning: an activation step is neither calibrated nor trained.
     """
     model = unwrapped(model)
     layers = low_bit_weights(model)
@@ -102,9 +99,9 @@ def save_packed(
         _check_architecture(model, architecture)
     check_json("metadata", metadata)
     tied = _tied(model, layers)
-    tensors, described, done = {}, {}, set(tied)
+    tensors, described, channels_last, done = {}, {}, [], set(tied)
     for name, low in layers.items():
-        done |= {join(name, "parametrizations.weight.original"), join(name, "weight")}
+        done |= {join(name, _LATENT), join(name, "weight")}
         if join(name, "weight") in tied:
             continue
         levels = low.levels.cpu()
@@ -122,11 +119,8 @@ def save_packed(
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}: a packed file can store tensors only")
         tensors[name] = value.cpu()
-    channels_last = [
-        name
-        for name, tensor in tensors.items()
-        if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-    ]
+        if value.ndim == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last):
+            channels_last.append(name)
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     header = {
         "format": FORMAT,
@@ -137,7 +131,7 @@ def save_packed(
         "architecture": dict(architecture) if architecture else None,
         "metadata": dict(metadata or {}),
     }
-    header["digest"] = _digest(header, tensors)
+    header["digest"] = tensors_digest(tensors, canonical_json(header))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
     return atomic_write(Path(path), lambda temporary: save_file(tensors, temporary, {"faqd": text}))
 
@@ -147,7 +141,7 @@ def _tied(model: nn.Module, layers: Mapping[str, LowBitWeight]) -> dict[str, str
     first: dict[object, str] = {}
     tied = {}
     for key, parameter in model.named_parameters(remove_duplicate=False):
-        name = key.replace("parametrizations.weight.original", "weight")
+        name = key.replace(_LATENT, "weight")
         layer, _, part = name.rpartition(".")
         # A latent weight that two layers quantize differently becomes two weights after loading.
         how = (layers[layer].bits, layers[layer].scale.shape) if part == "weight" and layer in layers else None
@@ -165,8 +159,7 @@ def _check_architecture(model: nn.Module, architecture: Mapping[str, Any]) -> No
             raise ValueError(f"architecture has {name!r}, which build_model does not take; it takes {', '.join(known)}")
     with torch.random.fork_rng(devices=[]):
         built = build_model(**architecture)
-    own = {name.replace("parametrizations.weight.original", "weight"): tensor.shape
-           for name, tensor in model.state_dict().items()}  # fmt: skip
+    own = {name.replace(_LATENT, "weight"): tensor.shape for name, tensor in model.state_dict().items()}
     for name, tensor in built.state_dict().items():
         if own.get(name) != tensor.shape:
             raise ValueError(
@@ -203,9 +196,7 @@ def warn_of_uncalibrated(model: nn.Module) -> None:
 def read_header(path: str | Path) -> dict[str, Any]:
     """The header of a packed file: ``format``, ``layers``, ``activations``, ``architecture``, ``metadata``, ``digest``.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        PackedFileError: the file is not a packed network.
+    Raises FileNotFoundError if there is no such file, and PackedFileError if it is not a packed network.
     """
     return _read(Path(path))[0]
 
@@ -229,7 +220,8 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         PackedFileError: the file is not a packed network, is damaged, or does not fit ``model``.
     """
     header, tensors = _read(Path(path))
-    if _digest(header, tensors) != header["digest"]:
+    digest = header.pop("digest")
+    if tensors_digest(tensors, canonical_json(header)) != digest:
         raise PackedFileError(f"{path} is damaged: its digest does not match its content")
     if model is None:
         if header["architecture"] is None:
@@ -291,11 +283,6 @@ def _misfits(header: dict[str, Any], state: Mapping[str, torch.Tensor], model: n
     for name in own:
         if name not in state and not name.endswith("num_batches_tracked"):
             yield f"the file has no {name!r}"
-
-
-def _digest(header: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> str:
-    """Digest of the header, without its own entry, and all tensors."""
-    return tensors_digest(tensors, canonical_json({key: value for key, value in header.items() if key != "digest"}))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

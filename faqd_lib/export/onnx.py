@@ -1,7 +1,5 @@
 """Export a quantized network to ONNX: low-bit weights, folded batch normalisation, quantized activations.
 
-Needs the packages onnx and ml_dtypes.
-
 - Weights become low-bit initialisers behind a ``DequantizeLinear``: INT2 for 1 and 2 bits (opset 25), INT4 for 3 and 4
   bits (opset 21), INT8 for 5 to 8 bits. Layers compute in float32.
 - A batch normalisation behind a layer is folded: its factors into the scales, one an output channel, and its offsets
@@ -28,7 +26,7 @@ from ..quantization.network import low_bit_weights, unwrapped
 from ..utils.files import atomic_write
 from ..utils.messages import first_line
 from .onnx_operators import ALIASES, FUNCTIONS, KEYWORDS, MODULES, Handler, function_name
-from .onnx_writer import OnnxExportError, Writer, packages
+from .onnx_writer import OnnxExportError, Values, Writer, packages
 from .packed import check_json, warn_of_uncalibrated
 
 __all__ = ["OnnxExportError", "export_onnx"]
@@ -37,7 +35,10 @@ __all__ = ["OnnxExportError", "export_onnx"]
 def export_onnx(
     model: nn.Module, path: str | Path, image_shape: Sequence[int], *, metadata: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write a network to an ONNX file, atomically. The network itself is not changed.
+    """Write a network to an ONNX file, atomically, and return ``path``. The network itself is not changed.
+
+    The graph has one input ``images`` (N, channels, height, width) and one output ``logits``, float32. A UserWarning
+    names activation steps that are neither calibrated nor trained.
 
     Args:
         model: a quantized network, one loaded from a packed file, or a float network. It is exported in evaluation
@@ -47,17 +48,11 @@ def export_onnx(
         metadata: values that belong to the network, such as class names, mean and deviation of the pixels. They become
             metadata properties of the model: text unchanged, everything else as JSON.
 
-    Returns:
-        ``path``. The graph has one input ``images`` (N, channels, height, width) and one output ``logits``, float32.
-
     Raises:
         OnnxExportError: a module or function is unknown, control flow depends on data, the traced network gives
             other outputs, the network does not take images of that shape, or a package is missing.
         ValueError: a weight was changed after it was loaded from a packed file, or the metadata is not JSON.
         OSError: the file could not be written.
-
-    Warns:
-        UserWarning: an activation step is neither calibrated nor trained.
     """
     onnx, _ = packages()
     check_json("metadata", metadata)
@@ -67,8 +62,7 @@ def export_onnx(
     warn_of_uncalibrated(model)
     hooked = copy.deepcopy(model).cpu()
     quantized = low_bit_weights(hooked)  # before the conversion to float32
-    hooked = hooked.float().eval()
-    model = copy.deepcopy(hooked)
+    model = copy.deepcopy(hooked.float().eval())
     for module in model.modules():  # traced without hooks, so that _check_trace notices them
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
@@ -83,7 +77,7 @@ def export_onnx(
         if not isinstance(result, fx.Node) or not isinstance(two[result], torch.Tensor):
             raise OnnxExportError("the network must return one tensor")
         _check_trace(hooked, traced, image_shape)
-        writer = Writer(dict(model.named_modules()), quantized, two, three)
+        writer = Writer(model, quantized, two, three)
         for node in graph.nodes:
             # Skipped: batch normalisations folded before, tuples whose pieces are written one by one, constant sizes.
             if node.op != "output" and node not in writer.names and isinstance(two[node], torch.Tensor):
@@ -103,8 +97,7 @@ def export_onnx(
     return atomic_write(Path(path), lambda temporary: temporary.write_bytes(file.SerializeToString()))
 
 
-def _values(traced: fx.GraphModule, images: int, image_shape: Sequence[int]) -> dict[fx.Node, Any]:
-    """Value of each node of a traced network for some images."""
+def _values(traced: fx.GraphModule, images: int, image_shape: Sequence[int]) -> Values:
     interpreter = fx.Interpreter(traced, garbage_collect_values=False)
     try:
         interpreter.run(torch.zeros(images, *image_shape))
@@ -161,8 +154,7 @@ def _write_call(writer: Writer, node: fx.Node) -> str:
     else:
         what = function_name(node)
         inplace = node.kwargs.get("inplace", False) or node.target in (operator.iadd, operator.imul)
-        unknown = {name for name, value in node.kwargs.items() if value is not None} - KEYWORDS
-        if unknown:
+        if unknown := {name for name, value in node.kwargs.items() if value is not None} - KEYWORDS:
             raise OnnxExportError(f"{what} with {', '.join(sorted(unknown))} is not known here (node {node.name})")
     if handler is None:
         known = ", ".join(sorted(kind.__name__ for kind in MODULES))

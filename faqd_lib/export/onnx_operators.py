@@ -233,26 +233,25 @@ KEYWORDS = {
     "negative_slope", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "count_include_pad",
     "divisor_override", "return_indices", "_stacklevel",
 }  # fmt: skip
-_RELU, _SIGMOID, _TANH = _elementwise("Relu"), _elementwise("Sigmoid"), _elementwise("Tanh")
-_HARD_SWISH, _HARD_SIGMOID = _elementwise("HardSwish"), _elementwise("HardSigmoid", alpha=1 / 6, beta=0.5)
-_SOFTMAX, _LOG_SOFTMAX = partial(_softmax, "Softmax"), partial(_softmax, "LogSoftmax")
 _ADD, _SUB, _MUL, _DIV = (_elementwise(kind, 2) for kind in ("Add", "Sub", "Mul", "Div"))
+_BOTH: dict[tuple[type[nn.Module], str], Handler] = {  # modules, and functions that do the same
+    (nn.ReLU, "relu"): _elementwise("Relu"), (nn.ReLU6, "relu6"): _relu6, (nn.LeakyReLU, "leaky_relu"): _leaky_relu,
+    (nn.SiLU, "silu"): _silu, (nn.GELU, "gelu"): _gelu, (nn.Tanh, "tanh"): _elementwise("Tanh"),
+    (nn.Sigmoid, "sigmoid"): _elementwise("Sigmoid"), (nn.Hardswish, "hardswish"): _elementwise("HardSwish"),
+    (nn.Hardsigmoid, "hardsigmoid"): _elementwise("HardSigmoid", alpha=1 / 6, beta=0.5),
+    (nn.Softmax, "softmax"): partial(_softmax, "Softmax"),
+    (nn.LogSoftmax, "log_softmax"): partial(_softmax, "LogSoftmax"), (nn.MaxPool2d, "max_pool2d"): _max_pool,
+    (nn.AvgPool2d, "avg_pool2d"): _average_pool, (nn.AdaptiveAvgPool2d, "adaptive_avg_pool2d"): _global_pool,
+    (nn.Flatten, "flatten"): _reshape, (nn.Dropout, "dropout"): _same, (nn.Dropout2d, "dropout2d"): _same,
+}  # fmt: skip
 MODULES: dict[type[nn.Module], Handler] = {
-    nn.Conv2d: _layer, nn.Linear: _layer, nn.BatchNorm1d: _norm, nn.BatchNorm2d: _norm,
-    QuantizedReLU: _quantized_relu, nn.ReLU6: _relu6, nn.ReLU: _RELU, nn.SiLU: _silu, nn.GELU: _gelu,
-    nn.LeakyReLU: _leaky_relu, nn.Sigmoid: _SIGMOID, nn.Tanh: _TANH,
-    nn.Hardswish: _HARD_SWISH, nn.Hardsigmoid: _HARD_SIGMOID, nn.Softmax: _SOFTMAX, nn.LogSoftmax: _LOG_SOFTMAX,
-    nn.MaxPool2d: _max_pool, nn.AvgPool2d: _average_pool, nn.AdaptiveAvgPool2d: _global_pool,
-    nn.Flatten: _reshape, nn.Dropout: _same, nn.Dropout2d: _same, nn.Identity: _same, SubsampleAndPad: _subsample,
+    nn.Conv2d: _layer, nn.Linear: _layer, nn.BatchNorm1d: _norm, nn.BatchNorm2d: _norm, QuantizedReLU: _quantized_relu,
+    nn.Identity: _same, SubsampleAndPad: _subsample, **{kind: handler for (kind, _), handler in _BOTH.items()},
 }  # fmt: skip
 FUNCTIONS: dict[str, Handler] = {
-    "add": _ADD, "iadd": _ADD, "sub": _SUB, "mul": _MUL, "imul": _MUL, "div": _DIV, "truediv": _DIV,
-    "relu": _RELU, "relu6": _relu6, "silu": _silu, "gelu": _gelu, "leaky_relu": _leaky_relu,
-    "sigmoid": _SIGMOID, "tanh": _TANH, "hardswish": _HARD_SWISH, "hardsigmoid": _HARD_SIGMOID,
-    "softmax": _SOFTMAX, "log_softmax": _LOG_SOFTMAX,
-    "max_pool2d": _max_pool, "avg_pool2d": _average_pool, "adaptive_avg_pool2d": _global_pool, "mean": _mean,
-    "flatten": _reshape, "view": _reshape, "reshape": _reshape, "transpose": _transpose, "permute": _transpose,
+    "add": _ADD, "iadd": _ADD, "sub": _SUB, "mul": _MUL, "imul": _MUL, "div": _DIV, "truediv": _DIV, "mean": _mean,
+    "view": _reshape, "reshape": _reshape, "transpose": _transpose, "permute": _transpose, "contiguous": _same,
     "cat": _concatenate, "getitem": _part, "chunk": _same, "split": _same,  # getitem writes each piece
-    "dropout": _same, "dropout2d": _same, "contiguous": _same,
     "stochastic_depth": _same,  # torchvision's: the identity in evaluation mode
+    **{name: handler for (_, name), handler in _BOTH.items()},
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Nodes and initialisers of an ONNX graph, and what a traced network knows of its values."""
+"""Nodes and initialisers of an ONNX graph."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,17 +10,15 @@ from torch import fx, nn
 
 from ..quantization.network import LowBitWeight
 
+Values = Mapping[fx.Node, Any]  # value of each node of a traced network
+
 
 class OnnxExportError(ValueError):
     """The exporter does not know a part of the network, or a package is missing."""
 
 
 def packages():
-    """The modules (onnx, ml_dtypes), imported here because only the export needs them.
-
-    Raises:
-        OnnxExportError: one of them is not installed.
-    """
+    """The modules (onnx, ml_dtypes), imported here because only the export needs them."""
     try:
         import ml_dtypes
         import onnx
@@ -32,21 +30,14 @@ def packages():
 class Writer:
     """Collects nodes and initialisers of an ONNX graph in order.
 
-    Args:
-        modules: the modules of the network by name.
-        quantized: its low-bit weights by the name of their layer.
-        two, three: value of each node for two and for three images. Values that differ depend on that number.
+    ``quantized`` has the network's low-bit weights by the name of their layer. ``two`` and ``three`` have the value of
+    each node for two and for three images: values that differ depend on that number.
     """
 
-    def __init__(
-        self,
-        modules: Mapping[str, nn.Module],
-        quantized: Mapping[str, LowBitWeight],
-        two: Mapping[fx.Node, Any],
-        three: Mapping[fx.Node, Any],
-    ) -> None:
+    def __init__(self, network: nn.Module, quantized: Mapping[str, LowBitWeight], two: Values, three: Values) -> None:
         self.onnx, types = packages()
-        self.modules, self._quantized, self.values, self._three = modules, quantized, two, three
+        self.modules = dict(network.named_modules())
+        self._quantized, self.values, self._three = quantized, two, three
         self.nodes, self.constants = [], {}
         self.names: dict[fx.Node, str] = {}  # of the values written so far
         self.calls: Counter[str] = Counter()  # of each layer, written so far
@@ -80,13 +71,9 @@ class Writer:
         return shape[:1] == (2,) and self._three[node].shape == (3, *shape[1:])
 
     def weight(self, name: str, label: str, module: nn.Module, factor: torch.Tensor | None) -> str:
-        """Add the weight of layer ``name`` in its bits and return its name.
+        """Add the weight of layer ``name``, times ``factor`` (output channels,), in its bits and return its name.
 
-        Args:
-            name: name of the layer; its integer levels are stored once, however often it is called.
-            label: name for the scale, or for a float weight.
-            module: the layer.
-            factor: (output channels,) to multiply the weight by, or None.
+        Integer levels are stored once, however often the layer is called. ``label`` is for the scale or a float weight.
         """
         if name not in self._quantized:
             weight = module.weight.detach().float()

@@ -32,14 +32,9 @@ class Batch:
 
 
 class Normalizer:
-    """Converts uint8 pixels to float32: (pixels / 255 − mean) / std per channel, in channels-last memory.
+    """Converts uint8 pixels on ``device`` to float32: (pixels / 255 − mean) / std, in channels-last memory.
 
-    Args:
-        mean, std: one value a channel, for pixels in [0, 1]; ``std`` above 0.
-        device: device of the pixels to convert.
-
-    Raises:
-        ValueError: ``mean`` and ``std`` differ in length, or a value is out of range.
+    ``mean`` and ``std`` have one value a channel, for pixels in [0, 1], and ``std`` is above 0; else ValueError.
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
@@ -76,9 +71,7 @@ class Batches:
         flip: whether images may be mirrored.
         device: where pixels are kept and batches are built; None for the normalizer's device.
 
-    Raises:
-        TypeError: ``images`` is no :class:`~faqd_lib.data.images.Images`.
-        ValueError: ``batch_size`` is out of range.
+    Raises TypeError for other images than :class:`Images`, and ValueError for a ``batch_size`` out of range.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ An explicit ``data_root`` is the only folder searched. Without one, ``$FAQD_DATA
 the project. A dataset found nowhere is downloaded into the last folder searched, if the caller allows it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,11 +27,7 @@ __all__ = [
 
 
 def data_roots(data_root: str | os.PathLike | None = None) -> list[Path]:
-    """The folders to search, in order.
-
-    Raises:
-        DatasetError: ``data_root`` or ``$FAQD_DATA`` names a folder that does not exist.
-    """
+    """The folders to search, in order. Raises DatasetError if ``data_root`` or ``$FAQD_DATA`` is no folder."""
     origin, value = ("data_root", data_root) if data_root else ("FAQD_DATA", os.environ.get("FAQD_DATA"))
     if value and not Path(value).is_dir():
         raise DatasetError(f"{origin} is {str(value)!r}, which is not a folder: correct it or unset it")
@@ -81,11 +78,7 @@ def _source(name: str, roots: list[Path]) -> Source:
 
 
 def on_disk(name: str, data_root: str | os.PathLike | None = None) -> bool:
-    """Whether the dataset can be read without a download.
-
-    Raises:
-        DatasetError: unknown name, or a data root that does not exist.
-    """
+    """Whether the dataset can be read without a download. Raises DatasetError for an unknown name or data root."""
     roots = data_roots(data_root)
     return name in BUILT_IN or _find(_source(name, roots), roots) is not None
 
@@ -97,9 +90,7 @@ def resolve(
 
     ``"auto"`` means the first of these: the original CIFAR-10 on disk; CIFAR-10 as JPEGs on disk; a download of the
     original, if ``allow_download``; the digits, if ``allow_digits``. Any other name is checked and returned unchanged.
-
-    Raises:
-        DatasetError: unknown name, a data root that does not exist, or nothing to choose for ``"auto"``.
+    Raises DatasetError for an unknown name or data root, or if there is nothing to choose for ``"auto"``.
     """
     roots = data_roots(data_root)
     if name != "auto":
@@ -165,25 +156,17 @@ def load(
     return _assemble(name, source, decoded, path.name)
 
 
-def _from_cache(file: Path) -> Decoded | None:
-    """The dataset of a cache file, or None if the file is damaged."""
-    try:
-        with safe_open(file, "pt") as opened:
+def _cached(name: str, source: Source, path: Path, image_size: int | None) -> Decoded:
+    file = cache_dir() / f"{name}-{image_size or 'original'}-{_signature(path)}.safetensors"
+    if file.exists():
+        with contextlib.suppress(SafetensorError), safe_open(file, "pt") as opened:
             metadata = opened.metadata()
             train, test = (
                 Images(opened.get_tensor(split), opened.get_tensor(f"{split}_labels")) for split in ("train", "test")
             )
-    except SafetensorError:
-        return None
-    decoded = Decoded(train, test, tuple(json.loads(metadata["classes"])))
-    return decoded if decoded.fingerprint == metadata["fingerprint"] else None
-
-
-def _cached(name: str, source: Source, path: Path, image_size: int | None) -> Decoded:
-    file = cache_dir() / f"{name}-{image_size or 'original'}-{_signature(path)}.safetensors"
-    if file.exists():
-        if cached := _from_cache(file):
-            return cached
+            cached = Decoded(train, test, tuple(json.loads(metadata["classes"])))
+            if cached.fingerprint == metadata["fingerprint"]:
+                return cached
         # The cache is only a copy: decode again, and tell the user why loading takes longer.
         print(f"the decoded copy {file.name} is damaged; decoding {path.name} again", flush=True)
     decoded = source.read(path, image_size)

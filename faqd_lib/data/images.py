@@ -12,11 +12,7 @@ class DatasetError(RuntimeError):
 
 
 def check_pixels(pixels: object) -> None:
-    """Check that ``pixels`` is a uint8 tensor (count, channels, height, width).
-
-    Raises:
-        ValueError: another type, dtype or number of dimensions, or channels in the last dimension.
-    """
+    """Raise ValueError unless ``pixels`` is a uint8 tensor (count, channels, height, width), channels not last."""
     if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8 or pixels.ndim != 4:
         raise ValueError(f"pixels must be a uint8 tensor (count, channels, height, width), got {kind_of(pixels)}")
     if pixels.shape[1] not in (1, 3) and pixels.shape[3] in (1, 3):
@@ -28,14 +24,10 @@ def check_pixels(pixels: object) -> None:
 
 @dataclass(frozen=True)
 class Images:
-    """A split: ``pixels`` uint8 (count, 3, height, width), and ``labels`` int64 (count,) or None without labels.
+    """A split. Raises ValueError for other pixels (:func:`check_pixels`), or if their number is not that of labels."""
 
-    Raises:
-        ValueError: see :func:`check_pixels`; or the numbers of pixels and labels differ.
-    """
-
-    pixels: torch.Tensor
-    labels: torch.Tensor | None = None
+    pixels: torch.Tensor  # uint8 (count, 3, height, width)
+    labels: torch.Tensor | None = None  # int64 (count,), or None without labels
 
     def __post_init__(self) -> None:
         check_pixels(self.pixels)
@@ -82,10 +74,7 @@ class ImageData:
 def balanced_indices(labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """Sorted indices (int64) of a seeded subset of ``count`` images; class sizes differ by as little as possible.
 
-    ``labels`` is int64 (images,).
-
-    Raises:
-        ValueError: ``count`` is not in 1..len(labels).
+    ``labels`` is int64 (images,). Raises ValueError if ``count`` is not in 1..len(labels).
     """
     if not 1 <= count <= len(labels):
         raise ValueError(f"cannot take {count} images from {len(labels)}: choose 1 to {len(labels)}")
@@ -109,8 +98,7 @@ def subset(images: Images, count: int | None, seed: int) -> Images:
 def split_validation(images: Images, count: int, seed: int) -> tuple[Images, Images | None]:
     """(training images, ``count`` class-balanced validation images); the latter is None if ``count`` is 0.
 
-    Raises:
-        ValueError: no image would be left for training.
+    Raises ValueError if no image would be left for training.
     """
     if count == 0:
         return images, None

@@ -135,7 +135,7 @@ def read_tree(path: Path, image_size: int | None) -> Decoded:
     return Decoded(*splits, tuple(classes))
 
 
-def _read_tiny_imagenet(path: Path, image_size: int | None) -> Decoded:
+def _read_tiny(path: Path, image_size: int | None) -> Decoded:
     """Read the official layout, from a folder or straight from the official zip archive."""
     if path.is_dir():
         root, names = path, sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
@@ -215,17 +215,14 @@ def _read_digits(path: Path, image_size: int | None) -> Decoded:
     small = torch.from_numpy(bunch.images).float().unsqueeze(1) * (255 / 16)
     large = F.interpolate(small, size=image_size or 32, mode="bilinear", align_corners=False)
     images = Images(large.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(bunch.target))
-    train, test = split_validation(images, 360, seed=0)
-    return Decoded(train, test, tuple(str(digit) for digit in range(10)))
+    return Decoded(*split_validation(images, 360, seed=0), tuple("0123456789"))
 
 
 _JPEG_HINT = "a folder with train/<class>/*.jpg and test/<class>/*.jpg"
 SOURCES: dict[str, Source] = {
     "cifar10": _cifar("cifar10", "cifar-10-batches-py", "cifar-10-python.tar.gz"),
     "cifar100": _cifar("cifar100", "cifar-100-python", "cifar-100-python.tar.gz"),
-    "tiny-imagenet": Source(
-        ("tiny-imagenet-200", "tiny-imagenet-200.zip"), _read_tiny_imagenet, download=_download_tiny
-    ),
+    "tiny-imagenet": Source(("tiny-imagenet-200", "tiny-imagenet-200.zip"), _read_tiny, download=_download_tiny),
     "cifar10-jpeg": Source(
         ("cifar10-jpeg", "cifar10"), read_tree, is_tree, note=JPEG_NOTE, hint=_JPEG_HINT, classes=CIFAR10_CLASSES
     ),

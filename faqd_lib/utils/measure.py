@@ -21,8 +21,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "scikit-le
 def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """Peak tensor memory of ``call()`` in bytes, above the memory in use before the call.
 
-    On CUDA the figure comes from the allocator's statistics. On the CPU it comes from the profiler's allocation events:
-    only tensors count, and earlier work of the process does not.
+    The figure comes from the allocator's statistics on CUDA, and from the profiler's allocation events on the CPU.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -57,8 +56,7 @@ def _native_stderr_silenced():
 class Stopwatch:
     """Durations of repeated pieces of work on a device, in seconds.
 
-    On CUDA a duration is the time between two events in the stream. Only :meth:`read` makes the host wait, not
-    :meth:`start` or :meth:`stop`.
+    On CUDA a duration is the time between two events in the stream, and only :meth:`read` makes the host wait.
     """
 
     def __init__(self, device: torch.device | str) -> None:

@@ -1,9 +1,8 @@
 """Import torchvision with any build of torch.
 
 A torchvision wheel built for CUDA registers kernels for ``torchvision::nms`` on import. A CPU-only torch cannot load
-the compiled extension that defines the schemas, and ``import torchvision`` raises ``RuntimeError: operator
-torchvision::nms does not exist``. Defining two schemas first is enough for the datasets and models, which are pure
-Python.
+the compiled extension that defines the schemas, and the import raises ``RuntimeError``. Defining two schemas first is
+enough for the datasets and models, which are pure Python.
 """
 
 import sys

@@ -57,9 +57,8 @@ def _download(source: Source, target: Path) -> None:
     """Download into a temporary folder, then move the result: an interrupted download never looks complete."""
     with tempfile.TemporaryDirectory(dir=target, prefix=".download-") as folder:
         source.download(Path(folder))
-        for place in source.places:
-            if (Path(folder) / place).exists():
-                os.replace(Path(folder) / place, target / place)
+        for made in Path(folder).iterdir():
+            os.replace(made, target / made.name)
 
 
 def _source(name: str, roots: list[Path]) -> Source:

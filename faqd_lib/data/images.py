@@ -78,9 +78,8 @@ def balanced_indices(labels: torch.Tensor, count: int, seed: int) -> torch.Tenso
     """
     if not 1 <= count <= len(labels):
         raise ValueError(f"cannot take {count} images from {len(labels)}: choose 1 to {len(labels)}")
-    generator = torch.Generator().manual_seed(seed)
     # Images are sorted by rank within their class: all n-th images come before all (n+1)-th. Any prefix is balanced.
-    shuffled = torch.randperm(len(labels), generator=generator)
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     rank = torch.empty_like(labels)
     for label in labels.unique():
         members = (labels[shuffled] == label).nonzero().squeeze(1)

@@ -155,7 +155,6 @@ def _read_tiny(path: Path, image_size: int | None) -> Decoded:
     wnids = sorted(wnids.split())
     words = dict(line.split("\t", 1) for line in words.splitlines() if "\t" in line)
     index = {wnid: position for position, wnid in enumerate(wnids)}
-    # Of each image, its file and its class.
     train = [(name, name.split("/")[1]) for name in names if name.startswith("train/") and name.endswith(".JPEG")]
     annotated = [line.split("\t") for line in annotations.splitlines() if line.strip()]
     val = [(f"val/images/{fields[0]}", fields[1]) for fields in annotated]
@@ -165,7 +164,7 @@ def _read_tiny(path: Path, image_size: int | None) -> Decoded:
     if unknown := {wnid for _, wnid in train + val} - index.keys():
         raise DatasetError(f"{path}: {min(unknown)} is not in wnids.txt: fetch the archive again")
 
-    def split(files: list[tuple[str, str]]) -> Images:
+    def split(files: list[tuple[str, str]]) -> Images:  # the file and the class of each image
         jobs = [(f"{path}/{name}", (root / name).read_bytes) for name, _ in files]
         return Images(_decode(jobs, image_size), torch.tensor([index[wnid] for _, wnid in files]))
 

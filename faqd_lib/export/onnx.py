@@ -7,9 +7,8 @@
 - A quantized ReLU becomes ``Min``, ``QuantizeLinear`` to UINT8 and ``DequantizeLinear``. UINT8 holds all levels of up
   to 8 bits.
 
-``torch.fx`` traces the network. :mod:`faqd_lib.export.onnx_operators` lists the ``MODULES`` and ``FUNCTIONS`` that can
-be exported. These cover this project's networks and most convolutional networks of torchvision. Any other part raises
-an error that names it.
+``torch.fx`` traces the network. :mod:`faqd_lib.export.onnx_operators` lists what can be exported. It covers this
+project's networks and most convolutional networks of torchvision. Any other part raises an error that names it.
 """
 
 import copy

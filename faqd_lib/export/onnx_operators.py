@@ -1,8 +1,7 @@
 """The ONNX form of each module and function that :mod:`faqd_lib.export.onnx` can export.
 
 A handler gets the writer, a node of the traced graph, and the module that the node calls, None for a function. It adds
-ONNX nodes to the writer and returns the name of the value. ``MODULES`` lists the handlers by class, ``FUNCTIONS`` those
-of functions and methods by name.
+ONNX nodes and returns the name of the value. ``MODULES`` lists handlers by class, ``FUNCTIONS`` by name.
 """
 
 from collections.abc import Callable

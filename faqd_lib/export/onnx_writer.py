@@ -61,7 +61,7 @@ class Writer:
         value = self.values[argument] if isinstance(argument, fx.Node) else argument
         if isinstance(value, torch.Tensor):
             return self.names[argument]
-        if value != self._three.get(argument, value):
+        if value != self._three.get(argument, value):  # a plain number is the same for any number of images
             raise OnnxExportError(f"a value depends on the number of images (node {argument.name})")
         return self.constant(np.float32(value))
 

@@ -32,14 +32,9 @@ class Batch:
 
 
 class Normalizer:
-    """Converts uint8 pixels to float32: (pixels / 255 − mean) / std per channel, in channels-last memory.
+    """Converts uint8 pixels on ``device`` to float32: (pixels / 255 − mean) / std, in channels-last memory.
 
-    Args:
-        mean, std: one value a channel, for pixels in [0, 1]; ``std`` above 0.
-        device: device of the pixels to convert.
-
-    Raises:
-        ValueError: ``mean`` and ``std`` differ in length, or a value is out of range.
+    ``mean`` and ``std`` have one value a channel, for pixels in [0, 1], and ``std`` is above 0; else ValueError.
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
@@ -57,11 +52,7 @@ class Normalizer:
         return torch.addcmul(self._shift, pixels.float(), self._scale).permute(0, 3, 1, 2)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(batch, 3, height, width) uint8 → (batch, 3, height, width) float32, channels-last.
-
-        Raises:
-            ValueError: see :func:`faqd_lib.data.images.check_pixels`.
-        """
+        """(batch, 3, height, width) uint8 → the same in float32, channels-last; ValueError for other pixels."""
         check_pixels(pixels)
         return self.from_nhwc(pixels.permute(0, 2, 3, 1).contiguous())
 
@@ -75,14 +66,12 @@ class Batches:
     Args:
         images: the split; ``images.unlabelled()`` for label-free training.
         batch_size: 2 to ``len(images)``; batch normalisation needs two images.
-        seed: seed of order and augmentation.
+        seed: of order and augmentation.
         normalizer: mean and deviation of the dataset, on the training device.
         flip: whether images may be mirrored.
         device: where pixels are kept and batches are built; None for the normalizer's device.
 
-    Raises:
-        TypeError: ``images`` is no :class:`faqd_lib.data.images.Images`.
-        ValueError: ``batch_size`` is out of range.
+    Raises TypeError for other images than :class:`Images`, and ValueError for a ``batch_size`` out of range.
     """
 
     def __init__(
@@ -98,10 +87,8 @@ class Batches:
         if not isinstance(images, Images):
             raise TypeError(f"images must be faqd_lib.data.images.Images, got {kind_of(images)}: use Images(pixels)")
         if not 2 <= batch_size <= len(images):
-            raise ValueError(
-                f"batch_size must be between 2, for batch normalisation, and the {len(images)} images of the split, "
-                f"got {batch_size}"
-            )
+            allowed = f"between 2, for batch normalisation, and the {len(images)} images of the split"
+            raise ValueError(f"batch_size must be {allowed}, got {batch_size}")
         self.batch_size, self.seed, self.flip, self.normalizer = batch_size, seed, flip, normalizer
         self.device = normalizer.device if device is None else torch.device(device)
         self._pixels = images.pixels.permute(0, 2, 3, 1).contiguous().to(self.device)  # NHWC, as batches are built

@@ -4,6 +4,7 @@ An explicit ``data_root`` is the only folder searched. Without one, ``$FAQD_DATA
 the project. A dataset found nowhere is downloaded into the last folder searched, if the caller allows it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from ..utils.files import atomic_write, cache_dir, project_root, require_writable, tensors_digest
+from ..utils.files import atomic_write, cache_dir, project_root, require_writable
 from ..utils.messages import did_you_mean
 from .images import DatasetError, ImageData, Images, balanced_indices, split_validation, subset
 from .sources import BUILT_IN, SOURCES, Decoded, Source, is_tree, read_tree
@@ -26,35 +27,27 @@ __all__ = [
 
 
 def data_roots(data_root: str | os.PathLike | None = None) -> list[Path]:
-    """The folders to search, in order.
-
-    Raises:
-        DatasetError: ``data_root`` or ``$FAQD_DATA`` names a folder that does not exist.
-    """
-    for origin, value in (("data_root", data_root), ("FAQD_DATA", os.environ.get("FAQD_DATA"))):
-        if value and not Path(value).is_dir():
-            raise DatasetError(f"{origin} is {str(value)!r}, which is not a folder: correct it or unset it")
-        if value and origin == "data_root":
-            return [Path(value)]
-    from_environment = [Path(os.environ["FAQD_DATA"])] if os.environ.get("FAQD_DATA") else []
-    return [*from_environment, project_root() / "data"]
+    """The folders to search, in order. Raises DatasetError if ``data_root`` or ``$FAQD_DATA`` is no folder."""
+    origin, value = ("data_root", data_root) if data_root else ("FAQD_DATA", os.environ.get("FAQD_DATA"))
+    if value and not Path(value).is_dir():
+        raise DatasetError(f"{origin} is {str(value)!r}, which is not a folder: correct it or unset it")
+    given = [Path(value)] if value else []
+    return given if data_root else [*given, project_root() / "data"]
 
 
 def _find(source: Source, roots: list[Path]) -> Path | None:
-    for root in roots:
-        for place in source.places:
-            if source.is_there(root / place):
-                return root / place
-    return None
+    return next(filter(source.is_there, _places(source, roots)), None)
+
+
+def _places(source: Source, roots: list[Path]) -> list[Path]:
+    return [root / place for root in roots for place in source.places]
 
 
 def _signature(path: Path) -> str:
     """A digest of names, sizes and times of all files in ``path``, which costs less than one of their content."""
     digest = hashlib.sha256(str(path.resolve()).encode())
-    files = [path.as_posix()] if path.is_file() else []
-    for folder, _, names in os.walk(path, followlinks=True):
-        files += [f"{folder}/{name}" for name in names]
-    for file in sorted(files):
+    inside = [f"{folder}/{name}" for folder, _, names in os.walk(path, followlinks=True) for name in names]
+    for file in sorted(inside) or [path.as_posix()]:
         status = os.stat(file)
         digest.update(f"{file[len(str(path)) :]}|{status.st_size}|{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
@@ -64,9 +57,8 @@ def _download(source: Source, target: Path) -> None:
     """Download into a temporary folder, then move the result: an interrupted download never looks complete."""
     with tempfile.TemporaryDirectory(dir=target, prefix=".download-") as folder:
         source.download(Path(folder))
-        for place in source.places:
-            if (Path(folder) / place).exists():
-                os.replace(Path(folder) / place, target / place)
+        for made in Path(folder).iterdir():
+            os.replace(made, target / made.name)
 
 
 def _source(name: str, roots: list[Path]) -> Source:
@@ -80,16 +72,12 @@ def _source(name: str, roots: list[Path]) -> Source:
     lacking = "" if there is None else f"; {there} has no {'test/' if (there / 'train').is_dir() else 'train/'}"
     raise DatasetError(
         f"unknown dataset {name!r}{did_you_mean(name, SOURCES)}: choose {', '.join(SOURCES)}, or the name of a folder "
-        f"with train/<class>/* and test/<class>/* in {' or '.join(str(root) for root in roots)}{lacking}"
+        f"with train/<class>/* and test/<class>/* in {' or '.join(map(str, roots))}{lacking}"
     )
 
 
 def on_disk(name: str, data_root: str | os.PathLike | None = None) -> bool:
-    """Whether the dataset can be read without a download.
-
-    Raises:
-        DatasetError: unknown name, or a data root that does not exist.
-    """
+    """Whether the dataset can be read without a download. Raises DatasetError for an unknown name or data root."""
     roots = data_roots(data_root)
     return name in BUILT_IN or _find(_source(name, roots), roots) is not None
 
@@ -101,9 +89,7 @@ def resolve(
 
     ``"auto"`` means the first of these: the original CIFAR-10 on disk; CIFAR-10 as JPEGs on disk; a download of the
     original, if ``allow_download``; the digits, if ``allow_digits``. Any other name is checked and returned unchanged.
-
-    Raises:
-        DatasetError: unknown name, a data root that does not exist, or nothing to choose for ``"auto"``.
+    Raises DatasetError for an unknown name or data root, or if there is nothing to choose for ``"auto"``.
     """
     roots = data_roots(data_root)
     if name != "auto":
@@ -112,7 +98,7 @@ def resolve(
     for candidate in ("cifar10", "cifar10-jpeg"):
         if on_disk(candidate, data_root):
             return candidate, f"{candidate}: found on disk"
-    places = " and ".join(str(root) for root in roots)
+    places = " and ".join(map(str, roots))
     if allow_download:
         return "cifar10", f"cifar10: not on disk in {places}; to be downloaded"
     if allow_digits:
@@ -138,8 +124,7 @@ def load(
     roots = data_roots(data_root)
     source = _source(name, roots)
     if name in BUILT_IN:
-        decoded = source.read(Path(), image_size)
-        return _assemble(name, source, decoded, _fingerprint(decoded), "scikit-learn")
+        return _assemble(name, source, source.read(Path(), image_size), "scikit-learn")
     path = _find(source, roots)
     if path is None and download and source.download is not None:
         target = require_writable(roots[-1])
@@ -152,7 +137,7 @@ def load(
             ) from error
         path = _find(source, roots)
     if path is None:
-        looked = ", ".join(str(root / place) for root in roots for place in source.places)
+        looked = ", ".join(map(str, _places(source, roots)))
         remedy = source.hint or "allow the download or fetch the official archive"
         if tree := next((root / name for root in roots if is_tree(root / name)), None):
             other = "ask for cifar10-jpeg, if it is CIFAR-10, or " if name == "cifar10" else ""
@@ -161,61 +146,36 @@ def load(
             f"dataset {name!r} was not found. Looked for: {looked}. Put it there ({remedy}), set FAQD_DATA or give "
             "--data-root."
         )
-    decoded, fingerprint = _cached(name, source, path, image_size)
+    decoded = _cached(name, source, path, image_size)
     if source.classes is not None and decoded.classes != source.classes:
         raise DatasetError(
             f"{path} is not {name}: its classes are {', '.join(decoded.classes[:4])}…, not {source.classes[0]}, "
             f"{source.classes[1]}…. Give the folder another name, and ask for that name"
         )
-    return _assemble(name, source, decoded, fingerprint, path.name)
+    return _assemble(name, source, decoded, path.name)
 
 
-def _fingerprint(decoded: Decoded) -> str:
-    return tensors_digest(_tensors(decoded), salt=json.dumps(decoded.classes))
-
-
-def _tensors(decoded: Decoded) -> dict[str, torch.Tensor]:
-    return {
-        "train": decoded.train.pixels,
-        "train_labels": decoded.train.labels,
-        "test": decoded.test.pixels,
-        "test_labels": decoded.test.labels,
-    }
-
-
-def _from_cache(file: Path) -> tuple[Decoded, str] | None:
-    """(dataset, fingerprint) from a cache file, or None if the file is damaged."""
-    try:
-        tensors = load_file(file)
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata()
-    except SafetensorError:
-        return None
-    decoded = Decoded(
-        Images(tensors["train"], tensors["train_labels"]),
-        Images(tensors["test"], tensors["test_labels"]),
-        tuple(json.loads(metadata["classes"])),
-    )
-    return (decoded, metadata["fingerprint"]) if _fingerprint(decoded) == metadata["fingerprint"] else None
-
-
-def _cached(name: str, source: Source, path: Path, image_size: int | None) -> tuple[Decoded, str]:
+def _cached(name: str, source: Source, path: Path, image_size: int | None) -> Decoded:
     file = cache_dir() / f"{name}-{image_size or 'original'}-{_signature(path)}.safetensors"
     if file.exists():
-        cached = _from_cache(file)
-        if cached is not None:
-            return cached
+        with contextlib.suppress(SafetensorError), safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+            train, test = (
+                Images(opened.get_tensor(split), opened.get_tensor(f"{split}_labels")) for split in ("train", "test")
+            )
+            cached = Decoded(train, test, tuple(json.loads(metadata["classes"])))
+            if cached.fingerprint == metadata["fingerprint"]:
+                return cached
         # The cache is only a copy: decode again, and tell the user why loading takes longer.
         print(f"the decoded copy {file.name} is damaged; decoding {path.name} again", flush=True)
     decoded = source.read(path, image_size)
     require_writable(file.parent)
-    fingerprint = _fingerprint(decoded)
-    metadata = {"fingerprint": fingerprint, "classes": json.dumps(decoded.classes)}
-    atomic_write(file, lambda temporary: save_file(_tensors(decoded), temporary, metadata))
-    return decoded, fingerprint
+    metadata = {"fingerprint": decoded.fingerprint, "classes": json.dumps(decoded.classes)}
+    atomic_write(file, lambda temporary: save_file(decoded.tensors, temporary, metadata))
+    return decoded
 
 
-def _assemble(name: str, source: Source, decoded: Decoded, fingerprint: str, origin: str) -> ImageData:
+def _assemble(name: str, source: Source, decoded: Decoded, origin: str) -> ImageData:
     pixels = decoded.train.pixels
     # Counts are integers, hence exact: mean and deviation do not depend on the order of summation.
     levels = torch.stack([torch.bincount(pixels[:, c].flatten(), minlength=256) for c in range(3)]).double()
@@ -224,6 +184,6 @@ def _assemble(name: str, source: Source, decoded: Decoded, fingerprint: str, ori
     mean = (share * values).sum(1)
     std = ((share * values**2).sum(1) - mean**2).clamp_min(1e-12).sqrt()
     return ImageData(
-        name, decoded.classes, decoded.train, decoded.test, tuple(mean.tolist()), tuple(std.tolist()), fingerprint,
-        source.flip, source.note, origin,
+        name, decoded.classes, decoded.train, decoded.test, tuple(mean.tolist()), tuple(std.tolist()),
+        decoded.fingerprint, source.flip, source.note, origin,
     )  # fmt: skip

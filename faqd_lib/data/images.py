@@ -12,11 +12,7 @@ class DatasetError(RuntimeError):
 
 
 def check_pixels(pixels: object) -> None:
-    """Check that ``pixels`` is a uint8 tensor (count, channels, height, width).
-
-    Raises:
-        ValueError: another type, dtype or number of dimensions, or channels in the last dimension.
-    """
+    """Raise ValueError unless ``pixels`` is a uint8 tensor (count, channels, height, width), channels not last."""
     if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8 or pixels.ndim != 4:
         raise ValueError(f"pixels must be a uint8 tensor (count, channels, height, width), got {kind_of(pixels)}")
     if pixels.shape[1] not in (1, 3) and pixels.shape[3] in (1, 3):
@@ -28,14 +24,10 @@ def check_pixels(pixels: object) -> None:
 
 @dataclass(frozen=True)
 class Images:
-    """A split: ``pixels`` uint8 (count, 3, height, width), and ``labels`` int64 (count,) or None without labels.
+    """A split. Raises ValueError for pixels that :func:`check_pixels` refuses, and for another number of labels."""
 
-    Raises:
-        ValueError: see :func:`check_pixels`; or the numbers of pixels and labels differ.
-    """
-
-    pixels: torch.Tensor
-    labels: torch.Tensor | None = None
+    pixels: torch.Tensor  # uint8 (count, 3, height, width)
+    labels: torch.Tensor | None = None  # int64 (count,), or None without labels
 
     def __post_init__(self) -> None:
         check_pixels(self.pixels)
@@ -54,29 +46,24 @@ class Images:
         return Images(torch.cat([self.pixels, other.pixels]), torch.cat([self.labels, other.labels]))
 
     def take(self, indices: torch.Tensor) -> "Images":
-        """The images at ``indices`` (int64), with their labels if the split has labels."""
+        """The images at ``indices`` (int64, or a mask), with their labels if the split has labels."""
         return Images(self.pixels[indices], None if self.labels is None else self.labels[indices])
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A dataset in memory.
-
-    ``mean`` and ``std`` have one value a channel, over the whole training split, in [0, 1]. ``flip`` says whether a
-    mirrored image keeps its class; a digit does not. ``fingerprint`` is the SHA-256 of pixels, labels and class names.
-    ``note`` appears in every caption, ``source`` names the file or folder.
-    """
+    """A dataset in memory."""
 
     name: str
     classes: tuple[str, ...]
     train: Images
     test: Images
-    mean: tuple[float, float, float]
+    mean: tuple[float, float, float]  # of each channel over the whole training split, in [0, 1]
     std: tuple[float, float, float]
-    fingerprint: str
-    flip: bool = True
-    note: str = ""
-    source: str = ""
+    fingerprint: str  # SHA-256 of pixels, labels and class names
+    flip: bool = True  # whether a mirrored image keeps its class; a digit does not
+    note: str = ""  # appears in every caption
+    source: str = ""  # file or folder
 
     @property
     def image_size(self) -> int:
@@ -85,21 +72,14 @@ class ImageData:
 
 
 def balanced_indices(labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """Sorted indices (int64) of a seeded subset in which class sizes differ by as little as possible.
+    """Sorted indices (int64) of a seeded subset of ``count`` images; class sizes differ by as little as possible.
 
-    Args:
-        labels: int64 (images,).
-        count: size of the subset.
-        seed: the same seed chooses the same images.
-
-    Raises:
-        ValueError: ``count`` is not in 1..len(labels).
+    ``labels`` is int64 (images,). Raises ValueError if ``count`` is not in 1..len(labels).
     """
     if not 1 <= count <= len(labels):
         raise ValueError(f"cannot take {count} images from {len(labels)}: choose 1 to {len(labels)}")
-    generator = torch.Generator().manual_seed(seed)
     # Images are sorted by rank within their class: all n-th images come before all (n+1)-th. Any prefix is balanced.
-    shuffled = torch.randperm(len(labels), generator=generator)
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     rank = torch.empty_like(labels)
     for label in labels.unique():
         members = (labels[shuffled] == label).nonzero().squeeze(1)
@@ -117,8 +97,7 @@ def subset(images: Images, count: int | None, seed: int) -> Images:
 def split_validation(images: Images, count: int, seed: int) -> tuple[Images, Images | None]:
     """(training images, ``count`` class-balanced validation images); the latter is None if ``count`` is 0.
 
-    Raises:
-        ValueError: no image would be left for training.
+    Raises ValueError if no image would be left for training.
     """
     if count == 0:
         return images, None
@@ -126,4 +105,4 @@ def split_validation(images: Images, count: int, seed: int) -> tuple[Images, Ima
         raise ValueError(f"validation_images={count} leaves nothing to train on: there are {len(images)} images")
     held_out = torch.zeros(len(images), dtype=torch.bool)
     held_out[balanced_indices(images.labels, count, seed)] = True
-    return images.take((~held_out).nonzero().squeeze(1)), images.take(held_out.nonzero().squeeze(1))
+    return images.take(~held_out), images.take(held_out)

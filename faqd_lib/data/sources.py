@@ -1,13 +1,14 @@
 """Recognise, read and download each dataset: CIFAR, Tiny ImageNet, folders of images, digits."""
 
 import io
-import itertools
+import json
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..utils.files import cache_dir, require_writable
+from ..utils.files import cache_dir, require_writable, tensors_digest
 from .images import DatasetError, Images, split_validation
 
 JPEG_NOTE = "all CIFAR-10 images re-encoded as JPEG; accuracies are not comparable with the original CIFAR-10"
@@ -32,29 +33,36 @@ class Decoded:
     test: Images
     classes: tuple[str, ...]
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        train, test = self.train, self.test
+        return {"train": train.pixels, "train_labels": train.labels, "test": test.pixels, "test_labels": test.labels}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of pixels, labels and class names."""
+        return tensors_digest(self.tensors, salt=json.dumps(self.classes))
+
 
 @dataclass(frozen=True)
 class Source:
-    """How to find and read one dataset.
+    """How to find and read one dataset."""
 
-    Attributes:
-        places: paths in a data root; the first for which ``is_there`` holds is read.
-        read: the reader, called with the path and the image size (None keeps the size of the images).
-        download: downloads the dataset into a folder; None if it cannot be downloaded.
-        flip: whether mirrored images keep their class.
-        note: text for every caption.
-        hint: what to put on disk if the dataset is missing.
-        classes: the expected class names, to detect another dataset in a folder of the same name.
-    """
-
-    places: tuple[str, ...]
-    read: Callable[[Path, int | None], Decoded]
+    places: tuple[str, ...]  # paths in a data root; the first for which ``is_there`` holds is read
+    read: Callable[[Path, int | None], Decoded]  # (path, image size; None keeps the size of the images)
     is_there: Callable[[Path], bool] = Path.exists
-    download: Callable[[Path], None] | None = None
-    flip: bool = True
-    note: str = ""
-    hint: str = ""
-    classes: tuple[str, ...] | None = None
+    download: Callable[[Path], None] | None = None  # into a folder; None if it cannot be downloaded
+    flip: bool = True  # whether mirrored images keep their class
+    note: str = ""  # text for every caption
+    hint: str = ""  # what to put on disk if the dataset is missing
+    classes: tuple[str, ...] | None = None  # those expected, to detect another dataset in a folder of the same name
+
+
+def _torchvision_datasets():
+    """torchvision's datasets, imported only for those that need them."""
+    from ..utils.torchvision_import import torchvision
+
+    return torchvision.datasets
 
 
 def _decode(jobs: list[tuple[str, Callable[[], bytes]]], image_size: int | None) -> torch.Tensor:
@@ -77,13 +85,12 @@ def _decode(jobs: list[tuple[str, Callable[[], bytes]]], image_size: int | None)
     if not jobs:
         raise DatasetError("the dataset has no images")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        decoded: Iterator[np.ndarray] = pool.map(one, jobs, chunksize=64)
-        first = next(decoded)
-        pixels = np.empty((len(jobs), *first.shape), np.uint8)
-        for index, picture in enumerate(itertools.chain([first], decoded)):
+        for index, picture in enumerate(pool.map(one, jobs)):
+            if index == 0:
+                pixels = np.empty((len(jobs), *picture.shape), np.uint8)
             height, width = picture.shape[1:]
-            if picture.shape != first.shape or height != width:
-                other = "" if height != width else f", but {jobs[0][0]} is {first.shape[2]}x{first.shape[1]}"
+            if picture.shape != pixels.shape[1:] or height != width:
+                other = "" if height != width else f", but {jobs[0][0]} is {pixels.shape[3]}x{pixels.shape[2]}"
                 raise DatasetError(
                     f"{jobs[index][0]} is {width}x{height}{other}: images must be square and of one size. Set "
                     "image_size in the profile to resize them"
@@ -103,12 +110,10 @@ def is_tree(path: Path) -> bool:
 
 def read_tree(path: Path, image_size: int | None) -> Decoded:
     """Read ``train/<class>/*`` and ``test/<class>/*`` (or ``val``) with torchvision's ImageFolder."""
-    from ..utils.torchvision_import import torchvision
-
     splits, classes = [], None
     for folder in (path / "train", _test_folder(path)):
         try:
-            listing = torchvision.datasets.ImageFolder(folder)
+            listing = _torchvision_datasets().ImageFolder(folder)
         except FileNotFoundError as error:
             raise DatasetError(f"{folder} is not a tree of <class>/<image> folders: {error}") from error
         if classes is not None and listing.classes != classes:
@@ -121,22 +126,19 @@ def read_tree(path: Path, image_size: int | None) -> Decoded:
         splits.append(Images(_decode(jobs, image_size), torch.tensor(listing.targets)))
     if len(classes) < 2:
         raise DatasetError(f"{path} has one class, {classes[0]}: a classifier needs at least two")
-    sizes = [tuple(split.pixels.shape[2:]) for split in splits]
-    if sizes[0] != sizes[1]:
+    train, test = (split.pixels.shape[-1] for split in splits)
+    if train != test:
         raise DatasetError(
-            f"{path}: training images are {sizes[0][1]}x{sizes[0][0]}, test images {sizes[1][1]}x{sizes[1][0]}. "
-            "Set image_size in the profile to resize them"
+            f"{path}: training images are {train}x{train}, test images {test}x{test}. Set image_size in the profile to "
+            "resize them"
         )
     return Decoded(*splits, tuple(classes))
 
 
-def _read_tiny_imagenet(path: Path, image_size: int | None) -> Decoded:
+def _read_tiny(path: Path, image_size: int | None) -> Decoded:
     """Read the official layout, from a folder or straight from the official zip archive."""
     if path.is_dir():
-        names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-
-        def read(name: str) -> bytes:
-            return (path / name).read_bytes()
+        root, names = path, sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
     else:
         try:
             archive = zipfile.ZipFile(path)
@@ -144,82 +146,64 @@ def _read_tiny_imagenet(path: Path, image_size: int | None) -> Decoded:
             raise DatasetError(f"{path} is not an intact zip archive ({error}): fetch it again") from error
         prefix = "tiny-imagenet-200/"
         names = sorted(name[len(prefix) :] for name in archive.namelist() if name.startswith(prefix))
-
-        def read(name: str) -> bytes:
-            return archive.read(prefix + name)
-
-    listed = set(names)
-    for needed in ("wnids.txt", "words.txt", "val/val_annotations.txt"):
+        root = zipfile.Path(archive, prefix)
+    listed, tables = set(names), ("wnids.txt", "words.txt", "val/val_annotations.txt")
+    for needed in tables:
         if needed not in listed:
             raise DatasetError(f"{path} has no {needed}, so Tiny ImageNet is incomplete: fetch the official archive")
-    wnids = sorted(read("wnids.txt").decode().split())
-    words = dict(line.split("\t", 1) for line in read("words.txt").decode().splitlines() if "\t" in line)
+    wnids, words, annotations = ((root / name).read_text(encoding="utf-8") for name in tables)
+    wnids = sorted(wnids.split())
+    words = dict(line.split("\t", 1) for line in words.splitlines() if "\t" in line)
     index = {wnid: position for position, wnid in enumerate(wnids)}
-    train = [name for name in names if name.startswith("train/") and name.endswith(".JPEG")]
-    annotations = [line.split("\t") for line in read("val/val_annotations.txt").decode().splitlines() if line.strip()]
-    val = [(f"val/images/{fields[0]}", fields[1]) for fields in annotations]
+    train = [(name, name.split("/")[1]) for name in names if name.startswith("train/") and name.endswith(".JPEG")]
+    annotated = [line.split("\t") for line in annotations.splitlines() if line.strip()]
+    val = [(f"val/images/{fields[0]}", fields[1]) for fields in annotated]
     missing = [name for name, _ in val if name not in listed]
     if missing or not train:
         raise DatasetError(f"{path} lacks {missing[0] if missing else 'train/<wnid>/images/*.JPEG'}: fetch it again")
-    unknown = {wnid for _, wnid in val} - index.keys() | {name.split("/")[1] for name in train} - index.keys()
-    if unknown:
-        raise DatasetError(f"{path}: {sorted(unknown)[0]} is not in wnids.txt: fetch the archive again")
+    if unknown := {wnid for _, wnid in train + val} - index.keys():
+        raise DatasetError(f"{path}: {min(unknown)} is not in wnids.txt: fetch the archive again")
 
-    def split(files: list[str], labels: list[int]) -> Images:
-        jobs = [(f"{path}/{name}", lambda name=name: read(name)) for name in files]
-        return Images(_decode(jobs, image_size), torch.tensor(labels))
+    def split(files: list[tuple[str, str]]) -> Images:  # the file and the class of each image
+        jobs = [(f"{path}/{name}", (root / name).read_bytes) for name, _ in files]
+        return Images(_decode(jobs, image_size), torch.tensor([index[wnid] for _, wnid in files]))
 
-    return Decoded(
-        split(train, [index[name.split("/")[1]] for name in train]),
-        split([name for name, _ in val], [index[wnid] for _, wnid in val]),
-        tuple(words.get(wnid, wnid).split(",")[0] for wnid in wnids),
-    )
+    return Decoded(split(train), split(val), tuple(words.get(wnid, wnid).split(",")[0] for wnid in wnids))
 
 
-def _cifar_class(name: str):
-    from ..utils.torchvision_import import torchvision
-
-    return {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-
-
-def _read_cifar(name: str) -> Callable[[Path, int | None], Decoded]:
-    def read(path: Path, image_size: int | None) -> Decoded:
-        """Read with torchvision's loader, after a check of every file's MD5."""
-        from ..utils.torchvision_import import torchvision
-
-        dataset = _cifar_class(name)
-        if path.is_file():  # an archive is unpacked into the cache: its folder may be read-only
-            if not torchvision.datasets.utils.check_integrity(str(path), dataset.tgz_md5):
-                raise DatasetError(f"{path} is truncated or not the official archive, by its MD5: fetch it again")
-            unpacked = require_writable(cache_dir() / f"{name}-unpacked")
-            torchvision.datasets.utils.extract_archive(str(path), str(unpacked))
-            path = unpacked / dataset.base_folder
-        for file, md5 in [*dataset.train_list, *dataset.test_list, [dataset.meta["filename"], dataset.meta["md5"]]]:
-            if not torchvision.datasets.utils.check_integrity(str(path / file), md5):
-                state = "is truncated or damaged, by its MD5" if (path / file).exists() else "is missing"
-                raise DatasetError(f"{path / file} {state}: remove {path} and fetch the dataset again")
-        splits = [dataset(str(path.parent), train=train) for train in (True, False)]
-        if image_size not in (None, 32):
-            raise DatasetError(f"{name} has 32x32 images; image_size={image_size} is for folders of images")
-        return Decoded(
-            *(
-                Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets))
-                for s in splits
-            ),
-            tuple(splits[0].classes),
-        )
-
-    return read
+def _read_cifar(name: str, path: Path, image_size: int | None) -> Decoded:
+    """Read with torchvision's loader, after a check of every file's MD5."""
+    if image_size not in (None, 32):
+        raise DatasetError(f"{name} has 32x32 images; image_size={image_size} is for folders of images")
+    datasets = _torchvision_datasets()
+    dataset, utils = getattr(datasets, name.upper()), datasets.utils
+    if path.is_file():  # an archive is unpacked into the cache: its folder may be read-only
+        if not utils.check_integrity(str(path), dataset.tgz_md5):
+            raise DatasetError(f"{path} is truncated or not the official archive, by its MD5: fetch it again")
+        unpacked = require_writable(cache_dir() / f"{name}-unpacked")
+        utils.extract_archive(str(path), str(unpacked))
+        path = unpacked / dataset.base_folder
+    for file, md5 in [*dataset.train_list, *dataset.test_list, [dataset.meta["filename"], dataset.meta["md5"]]]:
+        if not utils.check_integrity(str(path / file), md5):
+            state = "is truncated or damaged, by its MD5" if (path / file).exists() else "is missing"
+            raise DatasetError(f"{path / file} {state}: remove {path} and fetch the dataset again")
+    splits = []
+    for train in (True, False):
+        loaded = dataset(str(path.parent), train=train)
+        pixels = torch.from_numpy(loaded.data).permute(0, 3, 1, 2).contiguous()
+        splits.append(Images(pixels, torch.tensor(loaded.targets)))
+    return Decoded(*splits, tuple(loaded.classes))
 
 
-def _download_cifar(name: str) -> Callable[[Path], None]:
-    return lambda root: _cifar_class(name)(str(root), download=True)
+def _cifar(name: str, *places: str) -> Source:
+    def download(root: Path) -> None:
+        getattr(_torchvision_datasets(), name.upper())(str(root), download=True)
+
+    return Source(places, partial(_read_cifar, name), download=download)
 
 
 def _download_tiny(root: Path) -> None:
-    from ..utils.torchvision_import import torchvision
-
-    torchvision.datasets.utils.download_url(TINY_ADDRESS, str(root), "tiny-imagenet-200.zip", TINY_MD5)
+    _torchvision_datasets().utils.download_url(TINY_ADDRESS, str(root), "tiny-imagenet-200.zip", TINY_MD5)
 
 
 def _read_digits(path: Path, image_size: int | None) -> Decoded:
@@ -228,24 +212,16 @@ def _read_digits(path: Path, image_size: int | None) -> Decoded:
 
     bunch = load_digits()
     small = torch.from_numpy(bunch.images).float().unsqueeze(1) * (255 / 16)
-    size = image_size or 32
-    large = F.interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
+    large = F.interpolate(small, size=image_size or 32, mode="bilinear", align_corners=False)
     images = Images(large.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(bunch.target))
-    train, test = split_validation(images, 360, seed=0)
-    return Decoded(train, test, tuple(str(digit) for digit in range(10)))
+    return Decoded(*split_validation(images, 360, seed=0), tuple("0123456789"))
 
 
 _JPEG_HINT = "a folder with train/<class>/*.jpg and test/<class>/*.jpg"
 SOURCES: dict[str, Source] = {
-    "cifar10": Source(
-        ("cifar-10-batches-py", "cifar-10-python.tar.gz"), _read_cifar("cifar10"), download=_download_cifar("cifar10")
-    ),
-    "cifar100": Source(
-        ("cifar-100-python", "cifar-100-python.tar.gz"), _read_cifar("cifar100"), download=_download_cifar("cifar100")
-    ),
-    "tiny-imagenet": Source(
-        ("tiny-imagenet-200", "tiny-imagenet-200.zip"), _read_tiny_imagenet, download=_download_tiny
-    ),
+    "cifar10": _cifar("cifar10", "cifar-10-batches-py", "cifar-10-python.tar.gz"),
+    "cifar100": _cifar("cifar100", "cifar-100-python", "cifar-100-python.tar.gz"),
+    "tiny-imagenet": Source(("tiny-imagenet-200", "tiny-imagenet-200.zip"), _read_tiny, download=_download_tiny),
     "cifar10-jpeg": Source(
         ("cifar10-jpeg", "cifar10"), read_tree, is_tree, note=JPEG_NOTE, hint=_JPEG_HINT, classes=CIFAR10_CLASSES
     ),

@@ -1,7 +1,5 @@
 """Export a quantized network to ONNX: low-bit weights, folded batch normalisation, quantized activations.
 
-Needs the packages onnx and ml_dtypes.
-
 - Weights become low-bit initialisers behind a ``DequantizeLinear``: INT2 for 1 and 2 bits (opset 25), INT4 for 3 and 4
   bits (opset 21), INT8 for 5 to 8 bits. Layers compute in float32.
 - A batch normalisation behind a layer is folded: its factors into the scales, one an output channel, and its offsets
@@ -9,18 +7,14 @@ Needs the packages onnx and ml_dtypes.
 - A quantized ReLU becomes ``Min``, ``QuantizeLinear`` to UINT8 and ``DequantizeLinear``. UINT8 holds all levels of up
   to 8 bits.
 
-``torch.fx`` traces the network. The modules in :data:`faqd_lib.export.onnx_operators.MODULES` and the functions in
-:data:`faqd_lib.export.onnx_operators.FUNCTIONS` can be exported. These cover this project's networks and most
-convolutional networks of torchvision. Any other part raises an error that names it.
-
-A trace shows neither hooks nor values that are overwritten and read again. The export therefore compares outputs of
-network and trace, and refuses a network for which they differ.
+``torch.fx`` traces the network. :mod:`faqd_lib.export.onnx_operators` lists what can be exported. It covers this
+project's networks and most convolutional networks of torchvision. Any other part raises an error that names it.
 """
 
 import copy
 import json
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +24,20 @@ from torch import fx, nn
 from ..quantization.network import low_bit_weights, unwrapped
 from ..utils.files import atomic_write
 from ..utils.messages import first_line
-from .onnx_operators import ALIASES, FUNCTIONS, KEYWORDS, MODULES, Handler
+from .onnx_operators import ALIASES, FUNCTIONS, KEYWORDS, MODULES, Handler, function_name
 from .onnx_writer import OnnxExportError, Values, Writer, packages
 from .packed import check_json, warn_of_uncalibrated
 
 __all__ = ["OnnxExportError", "export_onnx"]
 
-_ONE_TENSOR = "the network must return one tensor"
-
 
 def export_onnx(
     model: nn.Module, path: str | Path, image_shape: Sequence[int], *, metadata: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write a network to an ONNX file, atomically. The network itself is not changed.
+    """Write a network to an ONNX file, atomically, and return ``path``. The network itself is not changed.
+
+    The graph has one input ``images`` (N, channels, height, width) and one output ``logits``, float32. A UserWarning
+    names activation steps that are neither calibrated nor trained.
 
     Args:
         model: a quantized network, one loaded from a packed file, or a float network. It is exported in evaluation
@@ -52,17 +47,11 @@ def export_onnx(
         metadata: values that belong to the network, such as class names, mean and deviation of the pixels. They become
             metadata properties of the model: text unchanged, everything else as JSON.
 
-    Returns:
-        ``path``. The graph has one input ``images`` (N, channels, height, width) and one output ``logits``, float32.
-
     Raises:
-        OnnxExportError: a module or function is unknown, control flow depends on data, the network does not take
-            images of that shape, or a package is missing.
+        OnnxExportError: a module or function is unknown, control flow depends on data, the traced network gives
+            other outputs, the network does not take images of that shape, or a package is missing.
         ValueError: a weight was changed after it was loaded from a packed file, or the metadata is not JSON.
         OSError: the file could not be written.
-
-    Warns:
-        UserWarning: an activation step is neither calibrated nor trained.
     """
     onnx, _ = packages()
     check_json("metadata", metadata)
@@ -70,10 +59,9 @@ def export_onnx(
         raise OnnxExportError(f"image_shape must be (channels, height, width) of one image, got {image_shape!r}")
     model = unwrapped(model)
     warn_of_uncalibrated(model)
-    model = copy.deepcopy(model).cpu()
-    quantized = low_bit_weights(model)  # before the conversion to float32
-    model = model.float().eval()
-    hooked, model = model, copy.deepcopy(model)
+    hooked = copy.deepcopy(model).cpu()
+    quantized = low_bit_weights(hooked)  # before the conversion to float32
+    model = copy.deepcopy(hooked.float().eval())
     for module in model.modules():  # traced without hooks, so that _check_trace notices them
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
@@ -81,26 +69,27 @@ def export_onnx(
         graph = _Tracer().trace(model)
     except (fx.proxy.TraceError, TypeError, RuntimeError) as error:  # len() of a traced value raises RuntimeError
         raise OnnxExportError(f"the network cannot be traced: {error}") from error
-    if not all(isinstance(node.args[0], fx.Node) for node in graph.nodes if node.op == "output"):
-        raise OnnxExportError(_ONE_TENSOR)
     traced = fx.GraphModule(model, graph)
+    (result,) = graph.output_node().args
     with torch.no_grad():
         two, three = (_values(traced, images, image_shape) for images in (2, 3))
+        if not isinstance(result, fx.Node) or not isinstance(two[result], torch.Tensor):
+            raise OnnxExportError("the network must return one tensor")
         _check_trace(hooked, traced, image_shape)
-        writer = Writer(dict(model.named_modules()), quantized, two, three)
-        result = _write_graph(writer, graph)
+        writer = Writer(model, quantized, two, three)
+        for node in graph.nodes:
+            # Skipped: batch normalisations folded before, tuples whose pieces are written one by one, constant sizes.
+            if node.op != "output" and node not in writer.names and isinstance(two[node], torch.Tensor):
+                writer.names[node] = "images" if node.op == "placeholder" else _write_call(writer, node)
+    writer.add("Identity", [writer.names[result]], output="logits")
     helper, real = onnx.helper, onnx.TensorProto.FLOAT
-    made = helper.make_graph(
-        writer.nodes,
-        type(model).__name__,
-        [helper.make_tensor_value_info("images", real, ["N", *image_shape])],
-        [helper.make_tensor_value_info("logits", real, ["N", *writer.shapes[result][1:]])],
-        writer.initializers,
-    )
-    opset, version = (25, 13) if writer.uses_int2 else (21, 11)
-    file = helper.make_model(
-        made, opset_imports=[helper.make_opsetid("", opset)], producer_name="faqd", ir_version=version
-    )
+    images = helper.make_tensor_value_info("images", real, ["N", *image_shape])
+    logits = helper.make_tensor_value_info("logits", real, ["N", *two[result].shape[1:]])
+    constants = list(writer.constants.values())
+    made = helper.make_graph(writer.nodes, type(model).__name__, [images], [logits], constants)
+    has_int2 = any(tensor.data_type == onnx.TensorProto.INT2 for tensor in constants)
+    opset, version = (helper.make_opsetid("", 25), 13) if has_int2 else (helper.make_opsetid("", 21), 11)
+    file = helper.make_model(made, opset_imports=[opset], producer_name="faqd", ir_version=version)
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
     helper.set_model_props(file, texts)
     onnx.checker.check_model(file)
@@ -108,28 +97,28 @@ def export_onnx(
 
 
 def _values(traced: fx.GraphModule, images: int, image_shape: Sequence[int]) -> Values:
-    values = Values(traced)
+    interpreter = fx.Interpreter(traced, garbage_collect_values=False)
     try:
-        values.run(torch.zeros(images, *image_shape))
+        interpreter.run(torch.zeros(images, *image_shape))
     except RuntimeError as error:
         raise OnnxExportError(
             f"the network cannot take {images} images of image_shape {tuple(image_shape)}: {first_line(error)}"
         ) from error
-    return values
+    return interpreter.env
 
 
 def _check_trace(model: nn.Module, traced: nn.Module, image_shape: Sequence[int]) -> None:
-    """Raise OnnxExportError unless the traced network computes what the network computes."""
+    """Compare outputs, because a trace shows neither hooks nor values that are overwritten and read again."""
     images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
     with torch.random.fork_rng(devices=[]):
         expected, found = model(images.clone()), traced(images.clone())
-    if isinstance(expected, torch.Tensor) and isinstance(found, torch.Tensor):
-        tolerance = 1e-4 * float(expected.abs().max())
-        if not torch.allclose(found, expected, rtol=1e-4, atol=tolerance, equal_nan=True):
-            raise OnnxExportError(
-                "traced, the network gives other outputs. It overwrites a value that is read again (write x = x + y "
-                "for x += y), drops at random in evaluation (give F.dropout training=self.training), or has hooks"
-            )
+    if not isinstance(expected, torch.Tensor) or not torch.allclose(
+        found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()), equal_nan=True
+    ):
+        raise OnnxExportError(
+            "traced, the network gives other outputs. It overwrites a value that is read again (write x = x + y "
+            "for x += y), drops at random in evaluation (give F.dropout training=self.training), or has hooks"
+        )
 
 
 class _Tracer(fx.Tracer):
@@ -147,30 +136,10 @@ def _module_handler(module: nn.Module) -> Handler | None:
     return None
 
 
-def _function_name(node: fx.Node) -> str:
-    return getattr(node.target, "__name__", node.target)
-
-
-def _write_graph(writer: Writer, graph: fx.Graph) -> fx.Node:
-    """Write the nodes of a traced graph in order; return the node of the result."""
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            writer.names[node] = "images"
-        elif node.op == "output":
-            (result,) = node.args
-            if result not in writer.shapes:
-                raise OnnxExportError(_ONE_TENSOR)
-            writer.add("Identity", [writer.names[result]], output="logits")
-        # Skipped: batch normalisations folded before, tuples whose pieces are written one by one, constant sizes.
-        elif node not in writer.names and node not in writer.pieces and node not in writer.sizes:
-            writer.names[node] = _write_call(writer, node)
-    return result
-
-
 def _handler(writer: Writer, node: fx.Node) -> Handler | None:
     if node.op == "call_module":
         return _module_handler(writer.modules[node.target])
-    return FUNCTIONS.get(_function_name(node)) if node.op in ("call_function", "call_method") else None
+    return FUNCTIONS.get(function_name(node))
 
 
 def _write_call(writer: Writer, node: fx.Node) -> str:
@@ -178,15 +147,14 @@ def _write_call(writer: Writer, node: fx.Node) -> str:
     if node.op == "call_module":
         module = writer.modules[node.target]
         what, inplace = type(module).__name__, getattr(module, "inplace", False)
-    elif node.op in ("call_function", "call_method"):
-        what = _function_name(node)
-        inplace = node.kwargs.get("inplace", False) or node.target in (operator.iadd, operator.imul)
-        unknown = {name for name, value in node.kwargs.items() if value is not None} - KEYWORDS
-        if unknown:
-            raise OnnxExportError(f"{what} with {', '.join(sorted(unknown))} is not known here (node {node.name})")
-    else:  # a parameter that a module without a handler reads: name that module
+    elif node.op == "get_attr":  # a parameter that a module without a handler reads: name that module
         owner = str(node.target).rpartition(".")[0]
         what = f"{type(writer.modules[owner]).__name__} ({owner})" if owner else f"the parameter {node.target}"
+    else:
+        what = function_name(node)
+        inplace = node.kwargs.get("inplace", False) or node.target in (operator.iadd, operator.imul)
+        if unknown := {name for name, value in node.kwargs.items() if value is not None} - KEYWORDS:
+            raise OnnxExportError(f"{what} with {', '.join(sorted(unknown))} is not known here (node {node.name})")
     if handler is None:
         known = ", ".join(sorted(kind.__name__ for kind in MODULES))
         raise OnnxExportError(
@@ -195,18 +163,18 @@ def _write_call(writer: Writer, node: fx.Node) -> str:
     if not node.args and "tensors" not in node.kwargs:
         raise OnnxExportError(f"{what} (node {node.name}): give its input by position, not by name")
     if inplace and handler not in ALIASES and isinstance(node.args[0], fx.Node):
-        same_memory = _aliases(lambda other: _handler(writer, other), node.args[0])
-        readers = {user for alias in same_memory for user in alias.users if user not in writer.sizes}
-        if readers - {node, *same_memory}:
+        same_memory = _aliases(writer, node.args[0])
+        readers = {user for alias in same_memory for user in alias.users} - {node, *same_memory}
+        if any(isinstance(writer.values[reader], torch.Tensor) for reader in readers):  # others read its shape
             raise OnnxExportError(f"{what} (node {node.name}) overwrites a value that is read again: use inplace=False")
     return handler(writer, node, module)
 
 
-def _aliases(handler_of: Callable[[fx.Node], Handler | None], node: fx.Node) -> list[fx.Node]:
+def _aliases(writer: Writer, node: fx.Node) -> list[fx.Node]:
     """All nodes in the memory of ``node``: a dropout or a flattening returns its input's memory."""
-    while handler_of(node) in ALIASES:
+    while _handler(writer, node) in ALIASES:
         (node, *_) = node.all_input_nodes
     found = [node]
     for alias in found:
-        found += [user for user in alias.users if handler_of(user) in ALIASES]
+        found += [user for user in alias.users if _handler(writer, user) in ALIASES]
     return found

@@ -1,16 +1,17 @@
 """The ONNX form of each module and function that :mod:`faqd_lib.export.onnx` can export.
 
 A handler gets the writer, a node of the traced graph, and the module that the node calls, None for a function. It adds
-ONNX nodes to the writer and returns the name of the value. ``MODULES`` lists the handlers by class, ``FUNCTIONS`` those
-of functions and methods by name.
+ONNX nodes and returns the name of the value. ``MODULES`` lists handlers by class, ``FUNCTIONS`` by name.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.nn.modules.utils import _pair
 
 from ..models import SubsampleAndPad
 from ..quantization.relu import QuantizedReLU
@@ -18,6 +19,11 @@ from ..quantization.relu_kernels import SMALLEST_STEP
 from .onnx_writer import OnnxExportError, Writer
 
 Handler = Callable[[Writer, fx.Node, Any], str]
+
+
+def function_name(node: fx.Node) -> str:
+    """Name of the function or method that a node calls; empty if it calls none."""
+    return getattr(node.target, "__name__", node.target) if node.op in ("call_function", "call_method") else ""
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
@@ -44,15 +50,15 @@ def _layer(w: Writer, node: fx.Node, module: nn.Module) -> str:
     if norm is not None:
         factor, offset = _affine_of(norm)
         bias = offset if bias is None else bias * factor + offset
-    inputs = [w.name_of(node.args[0]), w.weight(node.target, label, module, None if factor is None else factor.float())]
+        factor = factor.float()
+    inputs = [w.name_of(node.args[0]), w.weight(node.target, label, module, factor)]
     if bias is not None:
         inputs.append(w.constant(bias.float().numpy(), f"{label}.bias"))
-    if isinstance(module, nn.Linear):
-        if len(w.shapes[node]) == 2:
-            output = w.add("Gemm", inputs, transB=1)
-        else:
-            output = w.add("MatMul", [inputs[0], w.add("Transpose", [inputs[1]], perm=[1, 0])])
-            output = w.add("Add", [output, inputs[2]]) if bias is not None else output
+    if isinstance(module, nn.Linear) and w.values[node].ndim == 2:
+        output = w.add("Gemm", inputs, transB=1)
+    elif isinstance(module, nn.Linear):
+        output = w.add("MatMul", [inputs[0], w.add("Transpose", [inputs[1]], perm=[1, 0])])
+        output = w.add("Add", [output, inputs[2]]) if bias is not None else output
     else:
         if module.padding_mode != "zeros":
             raise OnnxExportError(f"{node.target}: padding_mode must be 'zeros', got {module.padding_mode!r}")
@@ -76,7 +82,7 @@ def _pads(module: nn.Conv2d) -> list[int]:
 def _norm(w: Writer, node: fx.Node, module: nn.Module) -> str:
     if module.running_mean is None:
         raise OnnxExportError(f"{node.target}: a batch normalisation must have running statistics")
-    factor, offset = (part.float().view(-1, *[1] * (len(w.shapes[node]) - 2)) for part in _affine_of(module))
+    factor, offset = (part.float().view(-1, *[1] * (w.values[node].ndim - 2)) for part in _affine_of(module))
     scaled = w.add("Mul", [w.name_of(node.args[0]), w.constant(factor.numpy())])
     return w.add("Add", [scaled, w.constant(offset.numpy())])
 
@@ -89,10 +95,6 @@ def _quantized_relu(w: Writer, node: fx.Node, module: QuantizedReLU) -> str:
     scale, zero = w.constant(step), w.constant(np.uint8(0))
     levels = w.add("QuantizeLinear", [clipped, scale, zero])
     return w.add("DequantizeLinear", [levels, scale, zero])
-
-
-def _pair(value: int | Sequence[int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
 
 
 def _pool(w: Writer, node: fx.Node, module: nn.MaxPool2d | nn.AvgPool2d, kind: str, **attributes: Any) -> str:
@@ -117,27 +119,26 @@ def _average_pool(w: Writer, node: fx.Node, module: nn.AvgPool2d | None) -> str:
 
 
 def _global_pool(w: Writer, node: fx.Node, module: nn.AdaptiveAvgPool2d | None) -> str:
-    source = node.args[0]
-    size = tuple(w.shapes[node][2:])
-    height, width = w.shapes[source][2:]
-    if size == (1, 1):
-        return w.add("GlobalAveragePool", [w.name_of(source)])
-    if height % size[0] or width % size[1]:
-        if size[0] % height or size[1] % width:
-            raise OnnxExportError(f"{node.name}: pooling {height}×{width} to {size[0]}×{size[1]} has no ONNX form")
-        # The output has more pixels than the input: each pixel is repeated.
-        factors = np.array([1, 1, size[0] / height, size[1] / width], np.float32)
-        return w.add("Resize", [w.name_of(source), "", w.constant(factors)], mode="nearest",
-                     coordinate_transformation_mode="asymmetric", nearest_mode="floor")  # fmt: skip
-    kernel = [height // size[0], width // size[1]]
-    return w.add("AveragePool", [w.name_of(source)], kernel_shape=kernel, strides=kernel)
+    source = w.name_of(node.args[0])
+    (height, width), (rows, columns) = w.values[node.args[0]].shape[2:], w.values[node].shape[2:]
+    if rows == columns == 1:
+        return w.add("GlobalAveragePool", [source])
+    if height % rows == width % columns == 0:
+        kernel = [height // rows, width // columns]
+        return w.add("AveragePool", [source], kernel_shape=kernel, strides=kernel)
+    if rows % height or columns % width:
+        raise OnnxExportError(f"{node.name}: pooling {height}×{width} to {rows}×{columns} has no ONNX form")
+    # The output has more pixels than the input: each pixel is repeated.
+    factors = w.constant(np.array([1, 1, rows / height, columns / width], np.float32))
+    return w.add("Resize", [source, "", factors], mode="nearest", nearest_mode="floor",
+                 coordinate_transformation_mode="asymmetric")  # fmt: skip
 
 
 def _mean(w: Writer, node: fx.Node, _: None) -> str:
-    dims, keep = _argument(node, 1, "dim", None), bool(_argument(node, 2, "keepdim", False))
+    dims, keep = _argument(node, 1, "dim", None), _argument(node, 2, "keepdim", False)
     if dims is None:
         raise OnnxExportError(f"{node.name}: a mean over all dimensions would mix the images: give it a dim")
-    axes = w.constant(np.array([dims] if isinstance(dims, int) else list(dims), np.int64))
+    axes = w.constant(np.atleast_1d(np.array(dims, np.int64)))
     return w.add("ReduceMean", [w.name_of(node.args[0]), axes], keepdims=int(keep))
 
 
@@ -145,47 +146,39 @@ def _reshape(w: Writer, node: fx.Node, _: nn.Flatten | None) -> str:
     """``flatten``, ``view`` and ``reshape``: the shape is known, except for the number of images."""
     if not w.has_all_images(node) or not w.has_all_images(node.args[0]):
         raise OnnxExportError(f"{node.name}: images must stay apart, but would be flattened together")
-    return w.add("Reshape", [w.name_of(node.args[0]), w.constant(np.array([0, *w.shapes[node][1:]], np.int64))])
+    return w.add("Reshape", [w.name_of(node.args[0]), w.constant(np.array([0, *w.values[node].shape[1:]], np.int64))])
 
 
 def _transpose(w: Writer, node: fx.Node, _: None) -> str:
     """``permute`` and ``transpose``."""
-    rank = len(w.shapes[node])
-    order = list(range(rank))
-    if node.target == "transpose" or node.target is torch.transpose:
-        first, second = (dim % rank for dim in node.args[1:3])
-        order[first], order[second] = second, first
+    order = list(range(w.values[node].ndim))
+    dims = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
+    if function_name(node) == "transpose":
+        first, second = dims
+        order[first], order[second] = order[second], order[first]
     else:
-        dims = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
-        order = [dim % rank for dim in dims]
+        order = [order[dim] for dim in dims]
     return w.add("Transpose", [w.name_of(node.args[0])], perm=order)
 
 
 def _part(w: Writer, node: fx.Node, _: None) -> str:
     """One of the pieces of ``chunk`` or ``split``."""
     pieces, index = node.args
-    if (
-        getattr(pieces.target, "__name__", pieces.target) not in ("chunk", "split")
-        or pieces not in w.pieces
-        or not isinstance(index, int)
-    ):
+    if function_name(pieces) not in ("chunk", "split") or not isinstance(index, int):
         raise OnnxExportError(f"no ONNX form is known for getitem of a tensor (node {node.name})")
     source = pieces.args[0]
-    rank = len(w.shapes[source])
-    dim = _argument(pieces, 2, "dim", 0) % rank
+    dim = _argument(pieces, 2, "dim", 0) % w.values[source].ndim
     if dim == 0:
         raise OnnxExportError(f"{pieces.name}: images would be parted, give it a dim above 0")
-    sizes = [shape[dim] for shape in w.pieces[pieces]]
+    sizes = [piece.shape[dim] for piece in w.values[pieces]]
     index %= len(sizes)
     ends = (sum(sizes[:index]), sum(sizes[: index + 1]), dim)
     return w.add("Slice", [w.name_of(source), *(w.constant(np.array([end], np.int64)) for end in ends)])
 
 
 def _subsample(w: Writer, node: fx.Node, module: SubsampleAndPad) -> str:
-    ends = np.array([2**31 - 1] * 2, np.int64)
-    steps = np.array([module.stride] * 2, np.int64)
-    inputs = [np.zeros(2, np.int64), ends, np.array([2, 3], np.int64), steps]
-    sliced = w.add("Slice", [w.name_of(node.args[0]), *map(w.constant, inputs)])
+    starts, ends, axes, steps = np.array([(0, 0), (2**31 - 1,) * 2, (2, 3), (module.stride,) * 2], np.int64)
+    sliced = w.add("Slice", [w.name_of(node.args[0]), *map(w.constant, (starts, ends, axes, steps))])
     before = module.new_channels // 2
     pads = np.array([0, before, 0, 0, 0, module.new_channels - before, 0, 0], np.int64)
     return w.add("Pad", [sliced, w.constant(pads)])
@@ -208,16 +201,12 @@ def _relu6(w: Writer, node: fx.Node, _: Any) -> str:
     return w.add("Clip", [w.name_of(node.args[0]), w.constant(np.float32(0)), w.constant(np.float32(6))])
 
 
-def _with_dim(kind: str) -> Handler:
-    """Softmax and its logarithm."""
-
-    def handler(w: Writer, node: fx.Node, module: nn.Module | None) -> str:
-        dim = _argument(node, 1, "dim", None) if module is None else module.dim
-        if dim is None:
-            raise OnnxExportError(f"{node.name}: give it a dim")
-        return w.add(kind, [w.name_of(node.args[0])], axis=dim)
-
-    return handler
+def _softmax(kind: str, w: Writer, node: fx.Node, module: nn.Module | None) -> str:
+    """``Softmax`` or ``LogSoftmax``."""
+    dim = _argument(node, 1, "dim", None) if module is None else module.dim
+    if dim is None:
+        raise OnnxExportError(f"{node.name}: give it a dim")
+    return w.add(kind, [w.name_of(node.args[0])], axis=dim)
 
 
 def _gelu(w: Writer, node: fx.Node, module: nn.GELU | None) -> str:
@@ -243,26 +232,25 @@ KEYWORDS = {
     "negative_slope", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "count_include_pad",
     "divisor_override", "return_indices", "_stacklevel",
 }  # fmt: skip
-_RELU, _SIGMOID, _TANH = _elementwise("Relu"), _elementwise("Sigmoid"), _elementwise("Tanh")
-_HARD_SWISH, _HARD_SIGMOID = _elementwise("HardSwish"), _elementwise("HardSigmoid", alpha=1 / 6, beta=0.5)
-_SOFTMAX, _LOG_SOFTMAX = _with_dim("Softmax"), _with_dim("LogSoftmax")
 _ADD, _SUB, _MUL, _DIV = (_elementwise(kind, 2) for kind in ("Add", "Sub", "Mul", "Div"))
+_BOTH: dict[tuple[type[nn.Module], str], Handler] = {  # modules, and functions that do the same
+    (nn.ReLU, "relu"): _elementwise("Relu"), (nn.ReLU6, "relu6"): _relu6, (nn.LeakyReLU, "leaky_relu"): _leaky_relu,
+    (nn.SiLU, "silu"): _silu, (nn.GELU, "gelu"): _gelu, (nn.Tanh, "tanh"): _elementwise("Tanh"),
+    (nn.Sigmoid, "sigmoid"): _elementwise("Sigmoid"), (nn.Hardswish, "hardswish"): _elementwise("HardSwish"),
+    (nn.Hardsigmoid, "hardsigmoid"): _elementwise("HardSigmoid", alpha=1 / 6, beta=0.5),
+    (nn.Softmax, "softmax"): partial(_softmax, "Softmax"),
+    (nn.LogSoftmax, "log_softmax"): partial(_softmax, "LogSoftmax"), (nn.MaxPool2d, "max_pool2d"): _max_pool,
+    (nn.AvgPool2d, "avg_pool2d"): _average_pool, (nn.AdaptiveAvgPool2d, "adaptive_avg_pool2d"): _global_pool,
+    (nn.Flatten, "flatten"): _reshape, (nn.Dropout, "dropout"): _same, (nn.Dropout2d, "dropout2d"): _same,
+}  # fmt: skip
 MODULES: dict[type[nn.Module], Handler] = {
-    nn.Conv2d: _layer, nn.Linear: _layer, nn.BatchNorm1d: _norm, nn.BatchNorm2d: _norm,
-    QuantizedReLU: _quantized_relu, nn.ReLU6: _relu6, nn.ReLU: _RELU, nn.SiLU: _silu, nn.GELU: _gelu,
-    nn.LeakyReLU: _leaky_relu, nn.Sigmoid: _SIGMOID, nn.Tanh: _TANH,
-    nn.Hardswish: _HARD_SWISH, nn.Hardsigmoid: _HARD_SIGMOID, nn.Softmax: _SOFTMAX, nn.LogSoftmax: _LOG_SOFTMAX,
-    nn.MaxPool2d: _max_pool, nn.AvgPool2d: _average_pool, nn.AdaptiveAvgPool2d: _global_pool,
-    nn.Flatten: _reshape, nn.Dropout: _same, nn.Dropout2d: _same, nn.Identity: _same, SubsampleAndPad: _subsample,
+    nn.Conv2d: _layer, nn.Linear: _layer, nn.BatchNorm1d: _norm, nn.BatchNorm2d: _norm, QuantizedReLU: _quantized_relu,
+    nn.Identity: _same, SubsampleAndPad: _subsample, **{kind: handler for (kind, _), handler in _BOTH.items()},
 }  # fmt: skip
 FUNCTIONS: dict[str, Handler] = {
-    "add": _ADD, "iadd": _ADD, "sub": _SUB, "mul": _MUL, "imul": _MUL, "div": _DIV, "truediv": _DIV,
-    "relu": _RELU, "relu6": _relu6, "silu": _silu, "gelu": _gelu, "leaky_relu": _leaky_relu,
-    "sigmoid": _SIGMOID, "tanh": _TANH, "hardswish": _HARD_SWISH, "hardsigmoid": _HARD_SIGMOID,
-    "softmax": _SOFTMAX, "log_softmax": _LOG_SOFTMAX,
-    "max_pool2d": _max_pool, "avg_pool2d": _average_pool, "adaptive_avg_pool2d": _global_pool, "mean": _mean,
-    "flatten": _reshape, "view": _reshape, "reshape": _reshape, "transpose": _transpose, "permute": _transpose,
+    "add": _ADD, "iadd": _ADD, "sub": _SUB, "mul": _MUL, "imul": _MUL, "div": _DIV, "truediv": _DIV, "mean": _mean,
+    "view": _reshape, "reshape": _reshape, "transpose": _transpose, "permute": _transpose, "contiguous": _same,
     "cat": _concatenate, "getitem": _part, "chunk": _same, "split": _same,  # getitem writes each piece
-    "dropout": _same, "dropout2d": _same, "contiguous": _same,
     "stochastic_depth": _same,  # torchvision's: the identity in evaluation mode
+    **{name: handler for (_, name), handler in _BOTH.items()},
 }  # fmt: skip

@@ -14,7 +14,7 @@ A packed file is a safetensors file with these parts:
 import inspect
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from ..utils.files import atomic_write, canonical_json, tensors_digest
 
 FORMAT = "faqd-packed-1"
 _HEADER = {"format", "layers", "activations", "channels_last", "architecture", "metadata", "digest"}
+_LATENT = "parametrizations.weight.original"
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -70,7 +71,9 @@ def save_packed(
     architecture: Mapping[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a quantized network to a packed file, atomically.
+    """Write a quantized network to a packed file, atomically, and return ``path``.
+
+    A UserWarning names activation steps that are neither calibrated nor trained.
 
     Args:
         model: a network quantized by :func:`faqd_lib.quantize` or loaded from a packed file. Float layers are stored
@@ -80,16 +83,10 @@ def save_packed(
             With them :func:`load_packed` builds the network itself.
         metadata: JSON values that belong to the network, such as class names and normalisation.
 
-    Returns:
-        ``path``.
-
     Raises:
         ValueError: nothing in the network is quantized, a weight was changed after it was loaded from a packed file,
             ``architecture`` builds a different network, or the metadata is not JSON.
         OSError: the file could not be written.
-
-    Warns:
-        UserWarning: an activation step is neither calibrated nor trained.
     """
     model = unwrapped(model)
     layers = low_bit_weights(model)
@@ -101,30 +98,29 @@ def save_packed(
     if architecture is not None:
         _check_architecture(model, architecture)
     check_json("metadata", metadata)
-    norms = {
-        name: module
-        for name, module in modules.items()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine and module.track_running_stats
-    }
-    tensors, described = {}, {}
     tied = _tied(model, layers)
+    tensors, described, channels_last, done = {}, {}, [], set(tied)
     for name, low in layers.items():
+        done |= {join(name, _LATENT), join(name, "weight")}
         if join(name, "weight") in tied:
             continue
         levels = low.levels.cpu()
-        codes = (levels > 0) if low.bits == 1 else levels + _offset(low.bits)
+        codes = levels > 0 if low.bits == 1 else levels + (2 ** (low.bits - 1) - 1)  # from 0 on
         tensors[join(name, "levels")], tensors[join(name, "scale")] = pack_bits(codes, low.bits), low.scale.cpu()
         described[name] = {"bits": low.bits, "shape": list(levels.shape), "dtype": str(low.dtype)[6:]}
-    for name, norm in norms.items():
-        tensors[join(name, "batch_norm")] = torch.stack([getattr(norm, part).detach().cpu() for part in _BATCH_NORM])
-    done = {join(name, key) for name in layers for key in ("parametrizations.weight.original", "weight")}
-    done |= {join(name, part) for name in norms for part in (*_BATCH_NORM, "num_batches_tracked")}
-    kept = {name: value for name, value in model.state_dict().items() if name not in done and name not in tied}
-    for name, value in kept.items():
+    for name, module in modules.items():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine and module.track_running_stats:
+            rows = [getattr(module, part).detach().cpu() for part in _BATCH_NORM]
+            tensors[join(name, "batch_norm")] = torch.stack(rows)
+            done |= {join(name, part) for part in (*_BATCH_NORM, "num_batches_tracked")}
+    for name, value in model.state_dict().items():
+        if name in done:
+            continue
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}: a packed file can store tensors only")
-    tensors |= {name: tensor.detach().cpu() for name, tensor in kept.items()}
-    channels_last = [name for name, tensor in tensors.items() if _is_channels_last(tensor)]
+        tensors[name] = value.cpu()
+        if value.ndim == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last):
+            channels_last.append(name)
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     header = {
         "format": FORMAT,
@@ -135,7 +131,7 @@ def save_packed(
         "architecture": dict(architecture) if architecture else None,
         "metadata": dict(metadata or {}),
     }
-    header["digest"] = _digest(header, tensors)
+    header["digest"] = tensors_digest(tensors, canonical_json(header))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
     return atomic_write(Path(path), lambda temporary: save_file(tensors, temporary, {"faqd": text}))
 
@@ -145,10 +141,10 @@ def _tied(model: nn.Module, layers: Mapping[str, LowBitWeight]) -> dict[str, str
     first: dict[object, str] = {}
     tied = {}
     for key, parameter in model.named_parameters(remove_duplicate=False):
-        name = key.replace("parametrizations.weight.original", "weight")
-        low = layers.get(name.removesuffix("weight").removesuffix("."))
+        name = key.replace(_LATENT, "weight")
+        layer, _, part = name.rpartition(".")
         # A latent weight that two layers quantize differently becomes two weights after loading.
-        how = (low.bits, low.scale.shape) if low is not None and name.split(".")[-1] == "weight" else None
+        how = (layers[layer].bits, layers[layer].scale.shape) if part == "weight" and layer in layers else None
         if (owner := first.setdefault((id(parameter), how), name)) != name:
             tied[name] = owner
     return tied
@@ -156,8 +152,6 @@ def _tied(model: nn.Module, layers: Mapping[str, LowBitWeight]) -> dict[str, str
 
 def _check_architecture(model: nn.Module, architecture: Mapping[str, Any]) -> None:
     """Raise ValueError unless ``architecture`` builds this network: loading may have nothing else to build it from."""
-    if not isinstance(architecture, Mapping):
-        raise ValueError(f"architecture must be a dictionary of build_model's arguments, got {architecture!r}")
     check_json("architecture", architecture)
     known = inspect.signature(build_model).parameters
     for name in architecture:
@@ -165,8 +159,7 @@ def _check_architecture(model: nn.Module, architecture: Mapping[str, Any]) -> No
             raise ValueError(f"architecture has {name!r}, which build_model does not take; it takes {', '.join(known)}")
     with torch.random.fork_rng(devices=[]):
         built = build_model(**architecture)
-    own = {name.replace("parametrizations.weight.original", "weight"): tensor.shape
-           for name, tensor in model.state_dict().items()}  # fmt: skip
+    own = {name.replace(_LATENT, "weight"): tensor.shape for name, tensor in model.state_dict().items()}
     for name, tensor in built.state_dict().items():
         if own.get(name) != tensor.shape:
             raise ValueError(
@@ -203,9 +196,7 @@ def warn_of_uncalibrated(model: nn.Module) -> None:
 def read_header(path: str | Path) -> dict[str, Any]:
     """The header of a packed file: ``format``, ``layers``, ``activations``, ``architecture``, ``metadata``, ``digest``.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        PackedFileError: the file is not a packed network.
+    Raises FileNotFoundError if there is no such file, and PackedFileError if it is not a packed network.
     """
     return _read(Path(path))[0]
 
@@ -213,13 +204,11 @@ def read_header(path: str | Path) -> dict[str, Any]:
 def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Load the network of a packed file, in evaluation mode; its outputs equal those of the saved network bit for bit.
 
-    Weights become ordinary float parameters: the network is small on disk, not in memory. Quantized ReLUs replace the
-    ReLUs. The network can be described, saved and exported. To train it with quantizers, call ``dequantize`` and
-    ``quantize`` first. The number of batches that a batch normalisation has seen is not stored. The network takes the
-    precision of the file.
+    Weights become ordinary float parameters of the file's precision: the network is small on disk, not in memory.
+    Quantized ReLUs replace the ReLUs. The network can be described, saved and exported. To train it with quantizers,
+    call ``dequantize`` and ``quantize`` first. The number of batches that a batch normalisation has seen is not stored.
 
-    Names, shapes and kinds of activations are checked against ``model``. Other settings of its modules, such as stride
-    and padding, cannot be checked.
+    Names, shapes and kinds of activations are checked against ``model``, other settings such as stride are not.
 
     Args:
         path: path of the file.
@@ -231,7 +220,8 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         PackedFileError: the file is not a packed network, is damaged, or does not fit ``model``.
     """
     header, tensors = _read(Path(path))
-    if _digest(header, tensors) != header["digest"]:
+    digest = header.pop("digest")
+    if tensors_digest(tensors, canonical_json(header)) != digest:
         raise PackedFileError(f"{path} is damaged: its digest does not match its content")
     if model is None:
         if header["architecture"] is None:
@@ -242,9 +232,10 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     state, scales = {}, {}
     for name, layer in header["layers"].items():
         bits, shape = layer["bits"], layer["shape"]
-        codes = unpack_bits(tensors.pop(join(name, "levels")), bits, torch.Size(shape).numel()).view(shape)
         scale = scales[name] = tensors.pop(join(name, "scale"))
-        levels = codes.to(scale.dtype).mul_(2).sub_(1) if bits == 1 else codes.to(scale.dtype).sub_(_offset(bits))
+        codes = unpack_bits(tensors.pop(join(name, "levels")), bits, torch.Size(shape).numel())
+        codes = codes.view(shape).to(scale.dtype)
+        levels = 2 * codes - 1 if bits == 1 else codes - (2 ** (bits - 1) - 1)
         state[join(name, "weight")] = low_bit_values(scale, levels, getattr(torch, layer["dtype"]))
     for name in [name for name in tensors if name.split(".")[-1] == "batch_norm"]:
         rows = tensors.pop(name).unbind()
@@ -257,12 +248,11 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     # A shared batch normalisation is stored under each of its names.
     tied = {name: owner for name, owner in header.get("tied", {}).items() if name not in state}
     state |= {name: state[owner] for name, owner in tied.items()}
-    _check_fit(path, header, state, model)
+    for reason in _misfits(header, state, model):
+        raise PackedFileError(f"{path} does not fit the network: {reason}")
     modules = dict(model.named_modules(remove_duplicate=False))
-    replace_modules(
-        model,
-        {modules[name]: QuantizedReLU(**relu, replaces=modules[name]) for name, relu in header["activations"].items()},
-    )
+    new = {modules[name]: QuantizedReLU(**relu, replaces=modules[name]) for name, relu in header["activations"].items()}
+    replace_modules(model, new)
     device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
     # Assigned, not copied: the network takes the precision of the file.
     model.load_state_dict(state, strict=False, assign=True)
@@ -276,44 +266,23 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     return model.to(device).eval()
 
 
-def _check_fit(path: Path | str, header: dict[str, Any], state: Mapping[str, torch.Tensor], model: nn.Module) -> None:
-    """Raise PackedFileError unless the file and the float network have the same parts. Changes nothing."""
-
-    def misfit(reason: str) -> PackedFileError:
-        return PackedFileError(f"{path} does not fit the network: {reason}")
-
-    own = model.state_dict()
-    steps = {join(name, "step") for name in header["activations"]}
-    modules = dict(model.named_modules(remove_duplicate=False))
+def _misfits(header: dict[str, Any], state: Mapping[str, torch.Tensor], model: nn.Module) -> Iterator[str]:
+    """What the file and the float network do not have in common."""
+    own, modules = model.state_dict(), dict(model.named_modules(remove_duplicate=False))
     for name in header["activations"]:
         if name not in modules:
-            raise misfit(f"it has no module {name!r}")
-        if not isinstance(modules[name], RECTIFIERS):
-            kind = type(modules[name]).__name__
-            raise misfit(f"{name} is a ReLU in the file, a {kind} in the network")
+            yield f"it has no module {name!r}"
+        elif not isinstance(modules[name], RECTIFIERS):
+            yield f"{name} is a ReLU in the file, a {type(modules[name]).__name__} in the network"
+    steps = {join(name, "step") for name in header["activations"]}
     for name, tensor in state.items():
         if name not in own and name not in steps:
-            raise misfit(f"it has no {name!r}")
-        if name in own and own[name].shape != tensor.shape:
-            shapes = f"{tuple(tensor.shape)} in the file, {tuple(own[name].shape)} in the network"
-            raise misfit(f"{name} is {shapes}")
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    if missing:
-        raise misfit(f"the file has no {missing[0]!r}")
-
-
-def _is_channels_last(tensor: torch.Tensor) -> bool:
-    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-
-
-def _digest(header: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> str:
-    """Digest of the header, without its own entry, and all tensors."""
-    return tensors_digest(tensors, canonical_json({key: value for key, value in header.items() if key != "digest"}))
-
-
-def _offset(bits: int) -> int:
-    """The largest level: level + offset is the code to pack, from 0 on."""
-    return 1 if bits == 2 else 2 ** (bits - 1) - 1
+            yield f"it has no {name!r}"
+        elif name in own and own[name].shape != tensor.shape:
+            yield f"{name} is {tuple(tensor.shape)} in the file, {tuple(own[name].shape)} in the network"
+    for name in own:
+        if name not in state and not name.endswith("num_batches_tracked"):
+            yield f"the file has no {name!r}"
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +26,7 @@ def cache_dir() -> Path:
 
 
 def require_writable(folder: Path) -> Path:
-    """Create ``folder`` if it does not exist, check that files can be written there, and return it.
-
-    Raises:
-        PermissionError: no file can be written there; the message names the folder and the remedy.
-    """
+    """Return ``folder``, made if need be. Raises PermissionError, with a remedy, if no file can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -43,28 +40,21 @@ def require_writable(folder: Path) -> Path:
 
 
 def atomic_write(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Call ``write(temporary)`` and move the finished file to ``path``.
+    """Call ``write(temporary)``, move the finished file to ``path``, and return ``path``.
 
     A reader sees the old file or the new one, never a part of it. ``temporary`` lies in the same folder. If ``write``
     raises or the process dies, ``path`` stays unchanged.
-
-    Returns:
-        ``path``.
 
     Raises:
         OSError: the file could not be written; the message names the remedy. A ``SafetensorError`` is converted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    temporary.touch(exist_ok=False)
     try:
         write(temporary)
         with open(temporary, "r+b") as written:  # Windows syncs only files opened for writing
             os.fsync(written.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp creates files that only their owner can read
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise OSError(
@@ -90,11 +80,7 @@ def set_aside(path: Path) -> Path:
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal texts.
-
-    Raises:
-        ValueError: a number is NaN or infinite.
-    """
+    """JSON with sorted keys and no spaces: equal values give equal texts. Raises ValueError for NaN and infinity."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 

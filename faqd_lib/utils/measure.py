@@ -1,6 +1,7 @@
 """Time and peak memory of calls, and the machine and software they were measured on."""
 
 import contextlib
+import itertools
 import math
 import os
 import platform
@@ -20,8 +21,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "scikit-le
 def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """Peak tensor memory of ``call()`` in bytes, above the memory in use before the call.
 
-    On CUDA the figure comes from the allocator's statistics. On the CPU it comes from the profiler's allocation events:
-    only tensors count, and earlier work of the process does not.
+    The figure comes from the allocator's statistics on CUDA, and from the profiler's allocation events on the CPU.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -37,11 +37,8 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
     ):
         call()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
 @contextlib.contextmanager
@@ -59,8 +56,7 @@ def _native_stderr_silenced():
 class Stopwatch:
     """Durations of repeated pieces of work on a device, in seconds.
 
-    On CUDA a duration is the time between two events in the stream. Only :meth:`read` makes the host wait, not
-    :meth:`start` or :meth:`stop`.
+    On CUDA a duration is the time between two events in the stream, and only :meth:`read` makes the host wait.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -113,9 +109,8 @@ def take_turns(
         call()
     for _ in range(rounds):
         for name, call in calls.items():
-            watches[name].start()
-            call()
-            watches[name].stop()
+            with watches[name]:
+                call()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # the next call's kernels must not queue behind this one's
     return {name: watch.read() for name, watch in watches.items()}
@@ -139,25 +134,24 @@ def commit() -> str:
     root = project_root()
     if not (root / ".git").exists():  # installed elsewhere: git would describe the user's repository
         return "unknown"
-    git = ["git", "-C", str(root)]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "--", "faqd_lib"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "faqd_lib") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head + ("+changes" if changes else "")
 
 
 def processor() -> str:
     """The processor's model name."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        return names[0] if names else platform.processor() or platform.machine()
-    except OSError:
-        return platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, object]:

@@ -13,15 +13,10 @@ def did_you_mean(value: object, known: Iterable[object]) -> str:
 
 
 def check_choice(name: str, value: object, known: Iterable[object], error: type[Exception] = ValueError) -> None:
-    """Check that the setting ``name`` has one of its known values: text or integers.
-
-    Raises:
-        ValueError: the value is not known. ``error`` names another exception type to raise.
-    """
+    """Raise ``error`` unless the setting ``name`` has one of its known values: text or integers."""
     known = tuple(known)
     if isinstance(value, bool) or not any(isinstance(value, type(one)) and value == one for one in known):
-        choices = ", ".join(map(str, known))
-        raise error(f"{name} must be one of {choices}, got {value!r}{did_you_mean(value, known)}")
+        raise error(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}{did_you_mean(value, known)}")
 
 
 def first_line(error: BaseException) -> str:

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from typing import Protocol, Self
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 from tqdm.auto import tqdm
 
@@ -40,7 +41,7 @@ class ProgressReporter(Protocol):
         """Show a message."""
 
 
-class Progress:
+class Progress(AbstractContextManager):
     """Counts units of work up to ``total`` and estimates the time left from the pace so far."""
 
     def __init__(self, total: float, title: str, runs: int = 1, bar: bool | None = None) -> None:
@@ -50,9 +51,6 @@ class Progress:
         self._next_line = _FIRST_LINE  # seconds from the start
         shown = not headless() if bar is None else bar
         self._bar = tqdm(total=total, desc=title, bar_format="{l_bar}{bar}| {postfix}") if shown else None
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from ..utils.files import atomic_write, cache_dir, project_root, require_writable
 from ..utils.messages import did_you_mean
+from .decoding import walk
 from .images import DatasetError, ImageData, Images, balanced_indices, split_validation, subset
 from .sources import BUILT_IN, SOURCES, Decoded, Source, is_tree, read_tree
 
@@ -24,6 +25,9 @@ __all__ = [
     "DatasetError", "ImageData", "Images", "balanced_indices", "data_roots", "load", "on_disk", "resolve",
     "split_validation", "subset",
 ]  # fmt: skip
+
+
+CACHE_FORMAT = 2  # raise it where pictures would be decoded to other pixels than before
 
 
 def data_roots(data_root: str | os.PathLike | None = None) -> list[Path]:
@@ -46,9 +50,12 @@ def _places(source: Source, roots: list[Path]) -> list[Path]:
 def _signature(path: Path) -> str:
     """A digest of names, sizes and times of all files in ``path``, which costs less than one of their content."""
     digest = hashlib.sha256(str(path.resolve()).encode())
-    inside = [f"{folder}/{name}" for folder, _, names in os.walk(path, followlinks=True) for name in names]
+    inside = [f"{folder}/{name}" for folder, _, names in walk(path) for name in names] if path.is_dir() else []
     for file in sorted(inside) or [path.as_posix()]:
-        status = os.stat(file)
+        try:
+            status = os.stat(file)
+        except OSError as error:
+            raise DatasetError(f"{file} cannot be read ({error.strerror}): replace or remove it") from error
         digest.update(f"{file[len(str(path)) :]}|{status.st_size}|{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -156,21 +163,22 @@ def load(
 
 
 def _cached(name: str, source: Source, path: Path, image_size: int | None) -> Decoded:
-    file = cache_dir() / f"{name}-{image_size or 'original'}-{_signature(path)}.safetensors"
+    file = cache_dir() / f"{name}-{image_size or 'original'}-{_signature(path)}-{CACHE_FORMAT}.safetensors"
     if file.exists():
-        with contextlib.suppress(SafetensorError), safe_open(file, "pt") as opened:
+        # A damaged header holds other keys, or other values than were written.
+        with contextlib.suppress(SafetensorError, KeyError, ValueError), safe_open(file, "pt") as opened:
             metadata = opened.metadata()
             train, test = (
                 Images(opened.get_tensor(split), opened.get_tensor(f"{split}_labels")) for split in ("train", "test")
             )
             cached = Decoded(train, test, tuple(json.loads(metadata["classes"])))
-            if cached.fingerprint == metadata["fingerprint"]:
+            if (cached.fingerprint, file.name) == (metadata["fingerprint"], metadata["file"]):
                 return cached
         # The cache is only a copy: decode again, and tell the user why loading takes longer.
         print(f"the decoded copy {file.name} is damaged; decoding {path.name} again", flush=True)
     decoded = source.read(path, image_size)
     require_writable(file.parent)
-    metadata = {"fingerprint": decoded.fingerprint, "classes": json.dumps(decoded.classes)}
+    metadata = {"fingerprint": decoded.fingerprint, "classes": json.dumps(decoded.classes), "file": file.name}
     atomic_write(file, lambda temporary: save_file(decoded.tensors, temporary, metadata))
     return decoded
 

@@ -108,9 +108,7 @@ def is_hidden(name: str) -> bool:
 
 
 def picture_files(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """The pictures below a folder, in the order of their paths, and what else is there.
-
-    Hidden entries are left out.
+    """The pictures below a folder, folder by folder, and what else is there. Hidden entries are left out.
 
     Returns:
         Paths of the pictures; and the number of other files by extension, such as ``{".gif": 3}``.
@@ -129,7 +127,7 @@ def picture_files(folder: Path) -> tuple[list[Path], Counter[str]]:
                 found.append(Path(place, name))
             else:
                 others[suffix or "no extension"] += 1
-    return sorted(found), others
+    return sorted(found, key=lambda path: (str(path.parent), path.name)), others
 
 
 def walk(folder: Path) -> Iterable[tuple[str, list[str], list[str]]]:

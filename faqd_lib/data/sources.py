@@ -1,10 +1,9 @@
 """Recognise, read and download each dataset: CIFAR, Tiny ImageNet, folders of images, digits."""
 
-import io
 import json
 import os
 import zipfile
-import zlib
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from ..utils.files import cache_dir, require_writable, tensors_digest
+from .decoding import decode, is_hidden, picture_files, summary
 from .images import DatasetError, Images, split_validation
 
 JPEG_NOTE = "all CIFAR-10 images re-encoded as JPEG; accuracies are not comparable with the original CIFAR-10"
@@ -66,26 +65,15 @@ def _torchvision_datasets():
 
 
 def _decode(jobs: list[tuple[str, Callable[[], bytes]]], image_size: int | None) -> torch.Tensor:
-    """Decode (name, read) jobs into uint8 (count, 3, size, size), in threads: Pillow releases the interpreter lock."""
+    """Decode (name, read) jobs into uint8 (count, 3, size, size), in threads: Pillow releases the interpreter lock.
 
-    def one(job: tuple[str, Callable[[], bytes]]) -> np.ndarray:
-        name, read = job
-        try:
-            with Image.open(io.BytesIO(read())) as picture:
-                picture = picture.convert("RGB")
-                if image_size is not None and picture.size != (image_size, image_size):
-                    picture = picture.resize((image_size, image_size), Image.Resampling.BILINEAR)
-                return np.asarray(picture).transpose(2, 0, 1)
-        except (OSError, zipfile.BadZipFile, zlib.error) as error:
-            raise DatasetError(
-                f"{name} cannot be decoded ({error}): the file is truncated or not an image. "
-                "Replace it with an intact copy, or remove it."
-            ) from error
-
+    Prints how many pictures were turned, composed or scaled.
+    """
     if not jobs:
         raise DatasetError("the dataset has no images")
+    notes: list[str] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for index, picture in enumerate(pool.map(one, jobs)):
+        for index, (picture, more) in enumerate(pool.map(lambda job: decode(*job, image_size), jobs)):
             if index == 0:
                 pixels = np.empty((len(jobs), *picture.shape), np.uint8)
             height, width = picture.shape[1:]
@@ -96,6 +84,9 @@ def _decode(jobs: list[tuple[str, Callable[[], bytes]]], image_size: int | None)
                     "image_size in the profile to resize them"
                 )
             pixels[index] = picture
+            notes += more
+    for line in summary(notes):
+        print(line, flush=True)
     return torch.from_numpy(pixels)
 
 
@@ -108,22 +99,38 @@ def is_tree(path: Path) -> bool:
     return (path / "train").is_dir() and _test_folder(path) is not None
 
 
+def _classes_of(folder: Path) -> tuple[dict[str, list[Path]], Counter[str]]:
+    """The pictures of each class folder, and the other files by extension. Hidden entries are left out."""
+    found, others = {}, Counter()
+    for name in sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name)):
+        found[name], more = picture_files(folder / name)
+        others += more
+        if not found[name]:
+            kinds = f", only files of {', '.join(more)}" if more else ""
+            raise DatasetError(f"{folder / name} holds no picture{kinds}: fill the class folder, or remove it")
+    if not found:
+        raise DatasetError(f"{folder} is not a tree of <class>/<image> folders: it holds no class folder")
+    return found, others
+
+
 def read_tree(path: Path, image_size: int | None) -> Decoded:
-    """Read ``train/<class>/*`` and ``test/<class>/*`` (or ``val``) with torchvision's ImageFolder."""
-    splits, classes = [], None
+    """Read ``train/<class>/*`` and ``test/<class>/*`` (or ``val``), in the order of torchvision's ImageFolder."""
+    splits, classes, others = [], None, Counter()
     for folder in (path / "train", _test_folder(path)):
-        try:
-            listing = _torchvision_datasets().ImageFolder(folder)
-        except FileNotFoundError as error:
-            raise DatasetError(f"{folder} is not a tree of <class>/<image> folders: {error}") from error
-        if classes is not None and listing.classes != classes:
+        found, more = _classes_of(folder)
+        others += more
+        if classes is not None and list(found) != classes:
             raise DatasetError(
-                f"{folder} has the classes {listing.classes[:5]}… but {path / 'train'} has {classes[:5]}…: "
+                f"{folder} has the classes {list(found)[:5]}… but {path / 'train'} has {classes[:5]}…: "
                 "both splits need the same class folders"
             )
-        classes = listing.classes
-        jobs = [(file, Path(file).read_bytes) for file, _ in listing.samples]
-        splits.append(Images(_decode(jobs, image_size), torch.tensor(listing.targets)))
+        classes = list(found)
+        jobs = [(str(file), file.read_bytes) for files in found.values() for file in files]
+        labels = [label for label, files in enumerate(found.values()) for _ in files]
+        splits.append(Images(_decode(jobs, image_size), torch.tensor(labels)))
+    if others:
+        kinds = ", ".join(f"{count} of {suffix}" for suffix, count in others.most_common())
+        print(f"{path}: files that are no pictures are left out: {kinds}", flush=True)
     if len(classes) < 2:
         raise DatasetError(f"{path} has one class, {classes[0]}: a classifier needs at least two")
     train, test = (split.pixels.shape[-1] for split in splits)
@@ -136,7 +143,10 @@ def read_tree(path: Path, image_size: int | None) -> Decoded:
 
 
 def _read_tiny(path: Path, image_size: int | None) -> Decoded:
-    """Read the official layout, from a folder or straight from the official zip archive."""
+    """Read the official layout, from a folder or straight from the official zip archive.
+
+    The folder ``val`` may also be sorted into class folders, as many tutorials do.
+    """
     if path.is_dir():
         root, names = path, sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
     else:
@@ -147,17 +157,20 @@ def _read_tiny(path: Path, image_size: int | None) -> Decoded:
         prefix = "tiny-imagenet-200/"
         names = sorted(name[len(prefix) :] for name in archive.namelist() if name.startswith(prefix))
         root = zipfile.Path(archive, prefix)
-    listed, tables = set(names), ("wnids.txt", "words.txt", "val/val_annotations.txt")
-    for needed in tables:
+    listed, annotated = set(names), "val/val_annotations.txt"
+    by_class = [(name, name.split("/")[1]) for name in names if name.startswith("val/n") and name.endswith(".JPEG")]
+    for needed in ("wnids.txt", "words.txt", *(() if by_class else (annotated,))):
         if needed not in listed:
             raise DatasetError(f"{path} has no {needed}, so Tiny ImageNet is incomplete: fetch the official archive")
-    wnids, words, annotations = ((root / name).read_text(encoding="utf-8") for name in tables)
-    wnids = sorted(wnids.split())
-    words = dict(line.split("\t", 1) for line in words.splitlines() if "\t" in line)
+
+    def lines(name: str) -> list[str]:
+        return (root / name).read_text(encoding="utf-8").splitlines()
+
+    wnids = sorted(" ".join(lines("wnids.txt")).split())
+    words = dict(line.split("\t", 1) for line in lines("words.txt") if "\t" in line)
     index = {wnid: position for position, wnid in enumerate(wnids)}
     train = [(name, name.split("/")[1]) for name in names if name.startswith("train/") and name.endswith(".JPEG")]
-    annotated = [line.split("\t") for line in annotations.splitlines() if line.strip()]
-    val = [(f"val/images/{fields[0]}", fields[1]) for fields in annotated]
+    val = by_class or [(f"val/images/{f[0]}", f[1]) for line in lines(annotated) if (f := line.split("\t"))[0].strip()]
     missing = [name for name, _ in val if name not in listed]
     if missing or not train:
         raise DatasetError(f"{path} lacks {missing[0] if missing else 'train/<wnid>/images/*.JPEG'}: fetch it again")

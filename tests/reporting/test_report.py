@@ -73,7 +73,7 @@ def test_an_empty_suite_has_a_report_too(suite):
     page = Page(report.write_report(suite).read_text())
     assert "No notebook has drawn one yet." in page.text
     assert "0 runs" in page.text
-    assert page.text.count("None of its runs is there yet") == len(tables.all_tables(suite)) + 1  # folded; one of failure signs
+    assert page.text.count("None of its runs is there yet") == len(tables.all_tables(suite)) + 1  # with failure signs
 
 
 def test_a_notebook_that_was_cut_short_is_named_and_left_out(suite, capsys):

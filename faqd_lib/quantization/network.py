@@ -1,11 +1,11 @@
 """Put quantizers into a network, take them out again, and read low-bit weights.
 
-Weights are quantized by ``torch.nn.utils.parametrize``. The float (latent) weight stays the learned parameter, the
-layer computes with the quantized weight, and the gradient passes straight through. Each ``nn.ReLU`` and ``nn.ReLU6``
-becomes a :class:`~faqd_lib.quantization.relu.QuantizedReLU` with a learned step. :func:`quantize` works in place, and
-:func:`dequantize` undoes it. A float network's ``state_dict`` loads into the quantized network unchanged.
+Weights are quantized by ``torch.nn.utils.parametrize``: the layer computes with the quantized weight, and the gradient
+passes straight through to the float (latent) weight, which is learned. Each ``nn.ReLU`` and ``nn.ReLU6`` becomes a
+:class:`~faqd_lib.quantization.relu.QuantizedReLU`. A float network's ``state_dict`` loads into the quantized network.
 """
 
+import copy
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -16,20 +16,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import update_bn
 
-from ..utils.messages import check_choice
+from ..utils.messages import check_choice, kind_of
 from .module_calls import RECTIFIERS, WEIGHTED, ActivationCalls, kept_modes
 from .relu import QuantizedReLU, sample
 from .relu_kernels import kernels
-from .weights import (
-    ACTIVATION_BITS,
-    FLOAT_BITS,
-    WEIGHT_BITS,
-    WeightQuantizer,
-    low_bit_values,
-    weight_quantizer,
-)
+from .weights import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS, WeightQuantizer, low_bit_values, weight_quantizer
 
-LAYER_POLICIES = ("quantize", "float")
 SHORTCUTS = ("shortcut", "downsample")  # parts of module names that mark a residual network's shortcut layers
 _UNPACKED = "_faqd_unpacked"  # attribute of a layer whose weight was read from a packed file: (bits, scale)
 
@@ -53,12 +45,11 @@ def quantize(
         weight_bits: 1, 2 (ternary), 3 to 8; 32 leaves all weights float.
         activation_bits: 1 to 8; 32 leaves all activations float.
         first_layer: ``"quantize"`` or ``"float"``: the first Conv2d or Linear in module order (the stem).
-        last_layer: the same for the last layer (the classifier). The defaults of ``first_layer`` and ``last_layer``
-            follow the authors' released code.
-        shortcuts: the same for layers with "shortcut" or "downsample" in a part of their name.
-        overrides: bits by module name or shell pattern: ``{"layer1.*": 8, "fc": 32}``. A pattern reaches weights only
-            if ``weight_bits`` is below 32, and activations only if ``activation_bits`` is. A whole name reaches both.
-            Overrides take precedence over the policies above, and later overrides over earlier ones.
+        last_layer: the same for the last layer (the classifier). Both defaults follow the authors' released code.
+        shortcuts: the same for layers with "shortcut" or "downsample" in their name.
+        overrides: bits by module name or shell pattern: ``{"layer1.*": 8, "fc": 32}``, stronger than the policies
+            above; later ones win. A whole name reaches every layer and ReLU. A pattern reaches weights only if
+            ``weight_bits`` is below 32, and activations only if ``activation_bits`` is.
         per_channel: one weight scale for each output channel instead of one for the tensor (the paper).
         step_gradient: how activation steps learn: ``"lsq"``, ``"coarse"``, or ``"frozen"`` for not at all.
 
@@ -73,10 +64,19 @@ def quantize(
     """
     check_choice("weight_bits", weight_bits, (*WEIGHT_BITS, FLOAT_BITS))
     check_choice("activation_bits", activation_bits, (*ACTIVATION_BITS, FLOAT_BITS))
-    for name, policy in (("first_layer", first_layer), ("last_layer", last_layer), ("shortcuts", shortcuts)):
-        check_choice(name, policy, LAYER_POLICIES)
-    layers, relus = _quantizable(model)
-    if any(map(quantizer_of, layers.values())) or any(_quantized_relus(model)) or _unpacked(model):
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
+    relus = {name: module for name, module in model.named_modules() if type(module) in RECTIFIERS}
+    bits = dict.fromkeys(layers, weight_bits) | dict.fromkeys(relus, activation_bits)
+    inside_shortcuts = [name for name in layers if any(mark in name for mark in SHORTCUTS)]
+    for setting, policy, names in (
+        ("first_layer", first_layer, list(layers)[:1]),
+        ("last_layer", last_layer, list(layers)[-1:]),
+        ("shortcuts", shortcuts, inside_shortcuts),
+    ):
+        check_choice(setting, policy, ("quantize", "float"))
+        if policy == "float":
+            bits |= dict.fromkeys(names, FLOAT_BITS)
+    if any(map(quantizer_of, layers.values())) or _quantized_relus(model) or _unpacked(model):
         raise ValueError("the network is quantized already: call dequantize(model) first")
     if weight_bits != FLOAT_BITS and not layers:
         raise ValueError("the network has no Conv2d or Linear module whose weights could be quantized")
@@ -84,16 +84,15 @@ def quantize(
         raise ValueError(
             "the network has no nn.ReLU module to quantize: replace calls of F.relu or torch.relu by modules"
         )
-    bits = dict.fromkeys(layers, weight_bits) | dict.fromkeys(relus, activation_bits)
-    bits |= dict.fromkeys(_float_by_policy(list(layers), first_layer, last_layer, shortcuts), FLOAT_BITS)
     reached = [*(layers if weight_bits != FLOAT_BITS else ()), *(relus if activation_bits != FLOAT_BITS else ())]
     bits |= _overridden(overrides or {}, layers, relus, reached)
     _check_quantizable(layers, relus, bits, weight_bits, activation_bits)
-    made = {}
-    for name, module in relus.items():
-        if bits[name] != FLOAT_BITS:
-            device = next((parameter.device for parameter in model.parameters()), None)
-            made[module] = QuantizedReLU(bits[name], step_gradient, replaces=module).to(device)
+    device = next((parameter.device for parameter in model.parameters()), None)
+    made = {
+        module: QuantizedReLU(bits[name], step_gradient, replaces=module).to(device)
+        for name, module in relus.items()
+        if bits[name] != FLOAT_BITS
+    }
     for name, layer in layers.items():
         if bits[name] != FLOAT_BITS:
             parametrize.register_parametrization(layer, "weight", weight_quantizer(bits[name], per_channel))
@@ -107,8 +106,7 @@ def quantize(
 
 def _hook_once(module: nn.Module, hook: Callable) -> None:
     """Register a hook unless the module has it already."""
-    known = module._load_state_dict_pre_hooks.values()
-    if all(getattr(one, "hook", one) is not hook for one in known):
+    if all(getattr(one, "hook", one) is not hook for one in module._load_state_dict_pre_hooks.values()):
         module.register_load_state_dict_pre_hook(hook)
 
 
@@ -128,22 +126,6 @@ def _check_quantizable(
                 f"the weight of {name or 'the network'} ({type(layer).__name__}) is no plain parameter: run a lazy "
                 "layer once, and take weight norm or another parametrization off, before you quantize"
             )
-
-
-def _quantizable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """(layers with weights, ReLUs) by name, in module order."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
-    relus = {name: module for name, module in model.named_modules() if type(module) in RECTIFIERS}
-    return layers, relus
-
-
-def _float_by_policy(layers: list[str], first_layer: str, last_layer: str, shortcuts: str) -> set[str]:
-    named = set(layers[:1]) if first_layer == "float" else set()
-    if last_layer == "float":
-        named |= set(layers[-1:])
-    if shortcuts == "float":
-        named |= {name for name in layers if any(mark in part for part in name.split(".") for mark in SHORTCUTS)}
-    return named
 
 
 def _overridden(
@@ -196,12 +178,12 @@ def _accept_float_network(model: nn.Module, state_dict: dict, prefix: str, *_) -
         if weight in state_dict:
             state_dict[prefix + join(name, "parametrizations.weight.original")] = state_dict.pop(weight)
     steps = {
-        prefix + join(name, "step"): module.step
+        prefix + join(name, "step"): module.step.detach()
         for name, module in model.named_modules(remove_duplicate=False)
-        if _is_quantized_relu(module)
+        if isinstance(module, QuantizedReLU)
     }
     if not any(name in state_dict for name in steps):
-        state_dict |= {name: step.detach() for name, step in steps.items()}
+        state_dict |= steps
 
 
 def _accept_float_part(part: nn.Module, state_dict: dict, prefix: str, *_) -> None:
@@ -214,8 +196,8 @@ def _accept_float_part(part: nn.Module, state_dict: dict, prefix: str, *_) -> No
 def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
     """Fit the step of every quantized ReLU to its input, first layer to last, in one pass over a batch of images.
 
-    Batch normalisation uses the batch's statistics, so that a freshly initialised network can be calibrated. Everything
-    else, such as dropout, is in evaluation mode. Running statistics and modes are left as they were.
+    Batch normalisation uses the batch's statistics, so that a freshly initialised network can be calibrated; all else
+    is in evaluation mode. Running statistics and modes are left as they were.
 
     Args:
         model: a network; left unchanged if it has no quantized activations.
@@ -227,7 +209,7 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
     Warns:
         UserWarning: the network calls ``F.relu`` or ``torch.relu``. Such calls stay float.
     """
-    relus = list(_quantized_relus(model))
+    relus = _quantized_relus(model)
     if not relus:
         return model
     _check_images("images", images)
@@ -251,8 +233,8 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
             handle.remove()
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-    called = (count for (_, name), count in calls.functions.items() if name.rstrip("_") in ("relu", "relu6"))
-    if rectifiers := sum(called):
+    rectifiers = sum(count for (_, name), count in calls.functions.items() if name.rstrip("_") in ("relu", "relu6"))
+    if rectifiers:
         warnings.warn(
             f"{rectifiers} ReLU(s) of {type(model).__name__} are called as functions (F.relu) and stay float: make "
             "them nn.ReLU modules (describe(model, images) lists them)",
@@ -264,10 +246,9 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
 def compile_activations(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
     """Compile the quantized activations' kernels by ``torch.compile``, for faster training on a CPU.
 
-    Call it before a training loop of your own, for a network that is not compiled as a whole. Large tensors in training
-    mode then use the kernels. Nothing changes in evaluation mode, for small tensors, in traces and on other devices. A
-    second derivative is refused. The steps' gradients differ in the last digits, and no other number does. Compiling
-    takes seconds, the first time on a machine longer.
+    Call it before a training loop of your own, for a network that is not compiled as a whole. Only large tensors in
+    training mode use the kernels; traces do not. A second derivative is refused. The steps' gradients differ in the
+    last digits, and no other number does. Compiling takes seconds, the first time on a machine longer.
 
     Args:
         model: a network with quantized activations.
@@ -284,7 +265,7 @@ def compile_activations(model: nn.Module, dtype: torch.dtype = torch.float32) ->
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype must be that of activations, torch.float32 or torch.bfloat16, got {dtype!r}")
-    relus = list(_quantized_relus(model))
+    relus = _quantized_relus(model)
     if not relus:
         raise ValueError("the network has no quantized activations: call quantize(model, activation_bits=…) first")
     for relu in relus:
@@ -295,8 +276,8 @@ def compile_activations(model: nn.Module, dtype: torch.dtype = torch.float32) ->
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> nn.Module:
     """Estimate mean and variance of every batch normalisation again, as plain averages over some batches of images.
 
-    A network that is quantized and not trained any further needs new statistics. Those of the float network can cost
-    all accuracy at few bits. Modes and momenta are left as they were (:func:`torch.optim.swa_utils.update_bn`).
+    A quantized network that is not trained any further needs them: those of the float network can cost all accuracy at
+    few bits. Modes and momenta are left as they were (:func:`torch.optim.swa_utils.update_bn`).
 
     Raises:
         ValueError: there is no batch, or a batch is no float tensor of images. The statistics are left unchanged.
@@ -306,35 +287,33 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> 
             f"batches must be batches of images, got one tensor {tuple(batches.shape)}: put it into a list"
         )
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
-    before = [(norm, norm.momentum, {key: value.clone() for key, value in norm.named_buffers()}) for norm in norms]
-    seen, done = 0, False
+    before = [(norm, norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
 
     def checked() -> Iterable[torch.Tensor]:
-        nonlocal seen
+        seen = False
         for batch in batches:
             _check_images("a batch", batch)
-            seen += 1
+            seen = True
             yield batch
+        if not seen:
+            raise ValueError("batches held nothing: give a list of image tensors, or an iterator not used up yet")
 
     try:
         with kept_modes(model):
             update_bn(checked(), model)
-        if norms and not seen:
-            raise ValueError("batches held nothing: give a list of image tensors, or an iterator not used up yet")
-        done = True
-    finally:
-        if not done:  # update_bn begins by wiping the statistics
-            for norm, momentum, buffers in before:
-                norm.momentum = momentum
-                for key, value in buffers.items():
-                    getattr(norm, key).copy_(value)
+    except BaseException:  # update_bn begins by wiping the statistics
+        for norm, momentum, state in before:
+            norm.momentum = momentum
+            norm.load_state_dict(state)
+        raise
     return model
 
 
 def _check_images(name: str, images: torch.Tensor) -> None:
     if not isinstance(images, torch.Tensor) or not images.is_floating_point() or images.ndim < 2 or len(images) < 2:
-        got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
-        raise ValueError(f"{name} must be a float tensor (batch, …) of at least 2 normalised images, got {got}")
+        raise ValueError(
+            f"{name} must be a float tensor (batch, …) of at least 2 normalised images, got {kind_of(images)}"
+        )
 
 
 def quantized_weights(model: nn.Module) -> dict[str, tuple[WeightQuantizer, nn.Parameter]]:
@@ -406,7 +385,7 @@ def _unpacked(model: nn.Module) -> list[nn.Module]:
 
 def uncalibrated(model: nn.Module) -> list[str]:
     """Names of the quantized ReLUs whose step was neither fitted nor trained."""
-    return [name for name, module in model.named_modules() if _is_quantized_relu(module) and module.is_initial]
+    return [name for name, module in model.named_modules() if isinstance(module, QuantizedReLU) and module.is_initial]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -418,13 +397,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             return model
-
-
-def _once(
-    weights: Mapping[str, tuple[WeightQuantizer, nn.Parameter]],
-) -> Iterable[tuple[WeightQuantizer, nn.Parameter]]:
-    """Each latent weight once, though several layers may share it."""
-    return {id(latent): (quantizer, latent) for quantizer, latent in weights.values()}.values()
 
 
 @torch.no_grad()
@@ -440,23 +412,20 @@ def blend(model: nn.Module, share: float) -> None:
     if not 0 <= share <= 1:
         raise ValueError(f"share must be from 0 to 1, got {share!r}")
     if share:
-        for quantizer, latent in _once(quantized_weights(model)):
+        # Each latent weight once, though several layers may share it.
+        for latent, quantizer in {latent: quantizer for quantizer, latent in quantized_weights(model).values()}.items():
             latent.lerp_(quantizer(latent), share)
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(ordinary parameters, activation steps). Weight decay belongs on the ordinary parameters only."""
     steps = [relu.step for relu in _quantized_relus(model)]
-    known = {id(step) for step in steps}
-    return [parameter for parameter in model.parameters() if id(parameter) not in known], steps
+    known = set(steps)
+    return [parameter for parameter in model.parameters() if parameter not in known], steps
 
 
-def _is_quantized_relu(module: nn.Module) -> bool:
-    return isinstance(module, QuantizedReLU)
-
-
-def _quantized_relus(model: nn.Module) -> Iterable[QuantizedReLU]:
-    return filter(_is_quantized_relu, model.modules())
+def _quantized_relus(model: nn.Module) -> list[QuantizedReLU]:
+    return [module for module in model.modules() if isinstance(module, QuantizedReLU)]
 
 
 def replace_modules(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .module_calls import WEIGHTED, ActivationCalls, is_activation, kept_modes
@@ -52,7 +52,7 @@ class Description(list[LayerBits]):
         return f"{self.frame().to_string(formatters=formats)}\n{total}"
 
 
-def describe(model: nn.Module, images: torch.Tensor | None = None) -> Description:
+def describe(model: nn.Module, images: Tensor | None = None) -> Description:
     """List every layer with weights except normalisations, and every activation: bits, levels in use, scale, size.
 
     Layers without a quantizer in :func:`faqd_lib.quantize` (Conv1d, Embedding, SiLU, …) are listed with 32 bits, so
@@ -69,8 +69,7 @@ def describe(model: nn.Module, images: torch.Tensor | None = None) -> Descriptio
     notes, functions = _run(model, images)
     for name in uncalibrated(model):
         notes.setdefault(name, []).insert(0, "not calibrated")
-    low_bits, first = low_bit_weights(model), {}
-    rows = Description()
+    low_bits, first, rows = low_bit_weights(model), {}, Description()
 
     def add(name: str, kind: str, **values) -> None:
         rows.append(LayerBits(name, kind, note=", ".join(notes.get(name, ())), **values))
@@ -94,9 +93,10 @@ def describe(model: nn.Module, images: torch.Tensor | None = None) -> Descriptio
             add(name, kind, shape=tuple(own[0].shape), size=size)
         elif is_activation(module):
             add(name, kind)
-        for function, count in functions.get(name, {}).items():
-            times = f"{count} calls" if count > 1 else "a call"
-            rows.append(LayerBits(name, f"{function}()", note=f"{times}, no module"))
+        for (caller, function), count in functions.items():
+            if caller == name:
+                times = f"{count} calls" if count > 1 else "a call"
+                rows.append(LayerBits(name, f"{function}()", note=f"{times}, no module"))
     return rows
 
 
@@ -117,17 +117,14 @@ def _stored(layer: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, images: torch.Tensor | None) -> tuple[dict[str, list[str]], dict[str, dict[str, int]]]:
-    """(notes on how often modules run, counts of function calls), both by module name; empty without images."""
+def _run(model: nn.Module, images: Tensor | None) -> tuple[dict[str, list[str]], dict[tuple[str, str], int]]:
+    """(notes by name on how often modules run, number of calls by (module, function)); empty without images."""
     notes: dict[str, list[str]] = {}
-    functions: dict[str, dict[str, int]] = {}
     if images is None:
-        return notes, functions
+        return notes, {}
     with kept_modes(model), ActivationCalls(model) as calls:
         model.eval()(images)
     for name, module in model.named_modules():
         if (count := calls.modules[module]) != 1:
             notes[name] = [f"called {count} times" if count else "its forward is not called"]
-    for (name, function), count in calls.functions.items():
-        functions.setdefault(name, {})[function] = count
-    return notes, functions
+    return notes, calls.functions

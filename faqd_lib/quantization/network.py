@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import update_bn
 
@@ -117,7 +117,7 @@ def _check_quantizable(
     for kind, modules, asked in (("Conv2d or Linear", layers, weights), ("ReLU", relus, acts)):
         if asked != FLOAT_BITS and all(bits[name] == FLOAT_BITS for name in modules):
             raise ValueError(f"every {kind} is kept float by policy: nothing would be quantized to {asked} bits")
-    if bits.get("", FLOAT_BITS) != FLOAT_BITS and "" in relus:
+    if "" in relus and bits[""] != FLOAT_BITS:
         raise ValueError("a ReLU that is the whole network cannot be replaced: put it into an nn.Sequential")
     for name, layer in layers.items():
         weight = layer._parameters.get("weight")
@@ -170,19 +170,18 @@ def join(name: str, key: str) -> str:
 
 def _accept_float_network(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
     """Load a float network's ``weight`` as the latent weight. Steps keep their values: a float network has none."""
-    latent = [prefix + join(name, "parametrizations.weight.original") for name in quantized_weights(model)]
-    if any(name in state_dict for name in latent):
+    names = [prefix + join(name, "") for name in quantized_weights(model)]
+    if any(f"{name}parametrizations.weight.original" in state_dict for name in names):
         return  # the state of a quantized network: load_state_dict reports missing names
-    for name in quantized_weights(model):
-        weight = prefix + join(name, "weight")
-        if weight in state_dict:
-            state_dict[prefix + join(name, "parametrizations.weight.original")] = state_dict.pop(weight)
+    for name in names:
+        if f"{name}weight" in state_dict:
+            state_dict[f"{name}parametrizations.weight.original"] = state_dict.pop(f"{name}weight")
     steps = {
         prefix + join(name, "step"): module.step.detach()
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, QuantizedReLU)
     }
-    if not any(name in state_dict for name in steps):
+    if not steps.keys() & state_dict.keys():
         state_dict |= steps
 
 
@@ -193,7 +192,7 @@ def _accept_float_part(part: nn.Module, state_dict: dict, prefix: str, *_) -> No
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
+def calibrate(model: nn.Module, images: Tensor) -> nn.Module:
     """Fit the step of every quantized ReLU to its input, first layer to last, in one pass over a batch of images.
 
     Batch normalisation uses the batch's statistics, so that a freshly initialised network can be calibrated; all else
@@ -213,7 +212,7 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
     if not relus:
         return model
     _check_images("images", images)
-    seen: dict[nn.Module, list[torch.Tensor]] = {relu: [] for relu in relus}
+    seen: dict[nn.Module, list[Tensor]] = {relu: [] for relu in relus}
     network = unwrapped(model)  # hooks need a forward that is not compiled
     calls = ActivationCalls(network)
 
@@ -273,7 +272,7 @@ def compile_activations(model: nn.Module, dtype: torch.dtype = torch.float32) ->
     return any(relu.compiled for relu in relus)
 
 
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> nn.Module:
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """Estimate mean and variance of every batch normalisation again, as plain averages over some batches of images.
 
     A quantized network that is not trained any further needs them: those of the float network can cost all accuracy at
@@ -282,14 +281,14 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> 
     Raises:
         ValueError: there is no batch, or a batch is no float tensor of images. The statistics are left unchanged.
     """
-    if isinstance(batches, torch.Tensor):
+    if isinstance(batches, Tensor):
         raise ValueError(
             f"batches must be batches of images, got one tensor {tuple(batches.shape)}: put it into a list"
         )
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     before = [(norm, norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
 
-    def checked() -> Iterable[torch.Tensor]:
+    def checked() -> Iterable[Tensor]:
         seen = False
         for batch in batches:
             _check_images("a batch", batch)
@@ -309,8 +308,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> 
     return model
 
 
-def _check_images(name: str, images: torch.Tensor) -> None:
-    if not isinstance(images, torch.Tensor) or not images.is_floating_point() or images.ndim < 2 or len(images) < 2:
+def _check_images(name: str, images: Tensor) -> None:
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim < 2 or len(images) < 2:
         raise ValueError(
             f"{name} must be a float tensor (batch, …) of at least 2 normalised images, got {kind_of(images)}"
         )
@@ -334,16 +333,12 @@ def quantizer_of(module: nn.Module) -> WeightQuantizer | None:
 
 @dataclass(frozen=True)
 class LowBitWeight:
-    """The weight that a layer computes with, as scale and levels; see :func:`low_bit_values`.
-
-    ``scale`` has the shape () or (C_out, 1, …), ``levels`` the shape of the weight. Both are float32, or float64 for a
-    float64 weight. Levels are whole numbers.
-    """
+    """The weight that a layer computes with; see :func:`low_bit_values`. Float32, or float64 for a float64 weight."""
 
     bits: int
-    scale: torch.Tensor
-    levels: torch.Tensor
-    dtype: torch.dtype
+    scale: Tensor  # () or (C_out, 1, …)
+    levels: Tensor  # whole numbers, in the shape of the weight
+    dtype: torch.dtype  # of the weight
 
 
 def low_bit_weights(model: nn.Module) -> dict[str, LowBitWeight]:
@@ -374,7 +369,7 @@ def low_bit_weights(model: nn.Module) -> dict[str, LowBitWeight]:
     return found
 
 
-def mark_unpacked(layer: nn.Module, bits: int, scale: torch.Tensor) -> None:
+def mark_unpacked(layer: nn.Module, bits: int, scale: Tensor) -> None:
     """Note bits and scale of a layer's float weight, for :func:`low_bit_weights`."""
     layer.__dict__[_UNPACKED] = (bits, scale)
 
@@ -403,8 +398,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def blend(model: nn.Module, share: float) -> None:
     """w ← (1 − share)·w + share·Q(w) for every quantized weight, in place.
 
-    Between ``backward()`` and ``optimizer.step()``, blending turns SGD into the blended coarse gradient descent of Yin
-    et al. 2019: w ← (1 − ρ)·w + ρ·Q(w) − lr·gradient, with the gradient taken at Q(w).
+    Between ``backward()`` and ``optimizer.step()``, it turns SGD into the blended coarse gradient descent of Yin et al.
+    2019: w ← (1 − ρ)·w + ρ·Q(w) − lr·gradient, with the gradient taken at Q(w).
 
     Raises:
         ValueError: ``share`` outside [0, 1].

@@ -5,7 +5,7 @@ import math
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..utils.messages import check_choice
 from .relu_kernels import SMALLEST_STEP, quantized_relu
@@ -69,12 +69,12 @@ class QuantizedReLU(nn.Module):
         """Whether the step still has its first value: neither fitted nor trained."""
         return bool(self.step.detach().cpu() == torch.tensor(gaussian_step(self.highest), dtype=self.step.dtype))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         step = self.step.detach() if self.step_gradient == "frozen" else self.step
         return quantized_relu(x, step, self.highest, self.is_coarse, self.compiled and self.training)
 
     @torch.no_grad()
-    def fit(self, x: torch.Tensor) -> None:
+    def fit(self, x: Tensor) -> None:
         """Set the step to the least-squares optimum for ``x``, or for its :func:`sample`; keep it if none is positive.
 
         Raises:
@@ -91,7 +91,7 @@ class QuantizedReLU(nn.Module):
         return f"bits={self.bits}, step_gradient={self.step_gradient!r}"
 
 
-def sample(x: torch.Tensor) -> torch.Tensor:
+def sample(x: Tensor) -> Tensor:
     """All values of ``x``, or a seeded random sample of 65,536 values; flat, float32 at least."""
     values = x.detach().flatten()
     if values.numel() > 2**16:  # a regular pattern would meet the same image columns again and again

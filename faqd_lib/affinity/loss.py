@@ -38,11 +38,6 @@ from torch.autograd import forward_ad
 from ..utils.messages import check_choice, kind_of
 from .kernels import EPS, accumulation_dtype, affinity_difference
 
-METHODS = ("auto", "gram", "pairwise", "projection")
-NORMS = ("l2", "l1")
-REDUCTIONS = ("mean", "released")
-DISTRIBUTIONS = ("gaussian", "rademacher")
-
 
 def affinity_matrix(features: Tensor) -> Tensor:
     """Cosines between all pairs of pixels.
@@ -279,16 +274,16 @@ def check_count(k: int) -> None:
 
 def _check_projection(k: int, distribution: str) -> None:
     check_count(k)
-    check_choice("distribution", distribution, DISTRIBUTIONS)
+    check_choice("distribution", distribution, ("gaussian", "rademacher"))
 
 
 def _check_method(method: str, norm: str, reduction: str) -> str:
     """Check the choices; return the method, "pairwise" for L1."""
     if method in ("ffa", "fast"):
         raise ValueError(f"method {method!r} is unknown: the paper's FFA is 'projection'")
-    check_choice("method", method, METHODS)
-    check_choice("norm", norm, NORMS)
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("method", method, ("auto", "gram", "pairwise", "projection"))
+    check_choice("norm", norm, ("l2", "l1"))
+    check_choice("reduction", reduction, ("mean", "released"))
     if norm == "l1" and method not in ("auto", "pairwise"):
         raise ValueError(
             f"norm 'l1' has no {method} form, because the sum of |D_ij| needs every entry of D: use method 'pairwise', "

@@ -127,28 +127,23 @@ def affinity_statistics(student: Tensor, teacher: Tensor) -> AffinityStatistics:
     teacher = check_pair(student, teacher)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         pair = MapPair(student.detach().double(), teacher.double())
-        parts, factors, kernels = [], [], []
+        parts = []
         for chunk in pair.chunks(pair.pixels * pair.width):
             q, m = chunk.q.clone(), pair.core @ (chunk.q.transpose(1, 2) @ chunk.q)
             mk, m2 = m @ pair.core, m @ m  # D² = Q (M K) Qᵀ
             diagonal = ((q @ mk) * q).sum(2)
-            parts.append((_trace_of_square(m), _trace_of_square(m2), diagonal.square().sum(1), diagonal.sum(0)))
-            factors.append(q)
-            kernels.append(mk)
-        trace, square, squared_diagonal, diagonals = zip(*parts, strict=True)
-        images = Traces(torch.cat(trace), torch.cat(square), torch.cat(squared_diagonal))
+            traces = [(each * each.mT).sum((1, 2)) for each in (m, m2)]
+            parts.append((*traces, diagonal.square().sum(1), q, mk, diagonal.sum(0, keepdim=True)))
+        *traces, q, mk, diagonals = (torch.cat(part) for part in zip(*parts, strict=True))
+        images = Traces(*traces)
         if not bool(images.trace.isfinite().all()):
             raise ValueError("the maps hold NaN or an infinity: there is no loss to estimate")
         batch = Traces(
             images.trace.mean(),
-            _square_of_mean(torch.cat(factors), torch.cat(kernels)),
-            (torch.stack(diagonals).sum(0) / pair.images).square().sum(),
+            _square_of_mean(q, mk),
+            (diagonals.sum(0) / pair.images).square().sum(),
         )
     return AffinityStatistics(pair.pixels, images, batch)
-
-
-def _trace_of_square(m: Tensor) -> Tensor:
-    return (m * m.mT).sum((1, 2))
 
 
 def _square_of_mean(q: Tensor, mk: Tensor) -> Tensor:

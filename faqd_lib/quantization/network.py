@@ -86,16 +86,14 @@ def quantize(
         )
     reached = [*(layers if weight_bits != FLOAT_BITS else ()), *(relus if activation_bits != FLOAT_BITS else ())]
     bits |= _overridden(overrides or {}, layers, relus, reached)
-    _check_quantizable(layers, relus, bits, weight_bits, activation_bits)
+    layers, relus = (
+        {name: module for name, module in modules.items() if bits[name] != FLOAT_BITS} for modules in (layers, relus)
+    )
+    _check_quantizable(layers, relus, weight_bits, activation_bits)
     device = next((parameter.device for parameter in model.parameters()), None)
-    made = {
-        module: QuantizedReLU(bits[name], step_gradient, replaces=module).to(device)
-        for name, module in relus.items()
-        if bits[name] != FLOAT_BITS
-    }
+    made = {relu: QuantizedReLU(bits[name], step_gradient, relu).to(device) for name, relu in relus.items()}
     for name, layer in layers.items():
-        if bits[name] != FLOAT_BITS:
-            parametrize.register_parametrization(layer, "weight", weight_quantizer(bits[name], per_channel))
+        parametrize.register_parametrization(layer, "weight", weight_quantizer(bits[name], per_channel))
     replace_modules(model, made)
     _hook_once(model, _accept_float_network)
     for module in model.modules():
@@ -111,17 +109,17 @@ def _hook_once(module: nn.Module, hook: Callable) -> None:
 
 
 def _check_quantizable(
-    layers: Mapping[str, nn.Module], relus: Mapping[str, nn.Module], bits: Mapping[str, int], weights: int, acts: int
+    layers: Mapping[str, nn.Module], relus: Mapping[str, nn.Module], weight_bits: int, activation_bits: int
 ) -> None:
-    """Raise the ValueErrors of :func:`quantize` that depend on the bits of each module."""
-    for kind, modules, asked in (("Conv2d or Linear", layers, weights), ("ReLU", relus, acts)):
-        if asked != FLOAT_BITS and all(bits[name] == FLOAT_BITS for name in modules):
-            raise ValueError(f"every {kind} is kept float by policy: nothing would be quantized to {asked} bits")
-    if "" in relus and bits[""] != FLOAT_BITS:
+    """Raise the ValueErrors of :func:`quantize` about the modules chosen."""
+    for kind, modules, bits in (("Conv2d or Linear", layers, weight_bits), ("ReLU", relus, activation_bits)):
+        if bits != FLOAT_BITS and not modules:
+            raise ValueError(f"every {kind} is kept float by policy: nothing would be quantized to {bits} bits")
+    if "" in relus:
         raise ValueError("a ReLU that is the whole network cannot be replaced: put it into an nn.Sequential")
     for name, layer in layers.items():
         weight = layer._parameters.get("weight")
-        if bits[name] != FLOAT_BITS and (weight is None or nn.parameter.is_lazy(weight)):
+        if weight is None or nn.parameter.is_lazy(weight):
             raise ValueError(
                 f"the weight of {name or 'the network'} ({type(layer).__name__}) is no plain parameter: run a lazy "
                 "layer once, and take weight norm or another parametrization off, before you quantize"

@@ -32,11 +32,12 @@ def quantized_relu(x: Tensor, step: Tensor, highest: int, coarse: bool, compiled
     The result has the dtype, shape and memory layout of ``x``. ``coarse`` gives α the coarse gradient. ``compiled``
     uses :func:`kernels`, forward and backward, if ``x`` is large and on the CPU.
     """
+    middle = (highest + 1) // 2 if coarse else 0  # the coarse gradient inside the range, 2^(bits−1)
     if _is_traced(x):
-        return _OnePass.apply(x, step, highest, coarse, None)
+        return _OnePass.apply(x, step, highest, middle, None)
     if compiled and x.device.type == "cpu" and x.numel() >= _COMPILED_FROM and (made := kernels(x.dtype, coarse)):
-        return _OnePass.apply(x, step, highest, coarse, made)
-    return _Chunked.apply(x, step, highest, coarse)
+        return _OnePass.apply(x, step, highest, middle, made)
+    return _Chunked.apply(x, step, highest, middle)
 
 
 def _is_traced(x: Tensor) -> bool:
@@ -58,11 +59,6 @@ def features(x: Tensor) -> int:
 def _root(x: Tensor, highest: int) -> float:
     """√(F·Q), by which LSQ divides the step's gradient."""
     return math.sqrt(max(1, features(x)) * highest)
-
-
-def _middle(highest: int) -> int:
-    """The coarse gradient inside the range, 2^(bits−1)."""
-    return (highest + 1) // 2
 
 
 def _wide(step: Tensor, x: Tensor) -> Tensor:
@@ -95,25 +91,25 @@ def _shaped(flat: Tensor, x: Tensor) -> Tensor:
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, step, highest, coarse):
+    def forward(ctx, x, step, highest, middle):
         y = torch.empty_like(x)  # without gaps: strides follow the order of the dimensions of x
         wide_step = _wide(step, x)
-        work = [] if x.dtype == wide_step.dtype else _buffers(1, x, wide_step.dtype)
-        for source, target in _chunks(_flat(x, y), _flat(y, y)):
-            if work:
-                wide = work[0][: source.numel()].copy_(source)
+        narrow = x.dtype != wide_step.dtype
+        for room, source, target in _chunks(_flat(x, y), _flat(y, y), buffers=int(narrow), dtype=wide_step.dtype):
+            if narrow:
+                wide = room[0].copy_(source)
                 target.copy_(wide.div_(wide_step).clamp_(0, highest).round_().mul_(wide_step))
             else:
                 torch.div(source, wide_step, out=target).clamp_(0, highest).round_().mul_(wide_step)
         ctx.save_for_backward(x, y, step)  # y costs no memory: the next layer keeps it, too
-        ctx.highest, ctx.coarse = highest, coarse
+        ctx.highest, ctx.middle = highest, middle
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         # Both gradients pass the guard of a step that is too small, so that such a step can recover.
-        (x, y, step), highest, coarse = ctx.saved_tensors, ctx.highest, ctx.coarse
+        (x, y, step), highest, middle = ctx.saved_tensors, ctx.highest, ctx.middle
         wide_step = _wide(step, x)
         to_x = torch.empty_like(x)
         total = torch.zeros((), dtype=wide_step.dtype, device=x.device)
@@ -121,13 +117,13 @@ class _Chunked(torch.autograd.Function):
         top = float(wide_step) * highest if x.device.type == "cpu" else wide_step * highest
         narrow = x.dtype != total.dtype
         inverse = wide_step.reciprocal()  # twice as fast as a quotient; the sum does not feel the last digit
-        work = [] if coarse else _buffers(3 if narrow else 1, x, total.dtype)
-        for source, result, g, target in _chunks(*(_flat(tensor, to_x) for tensor in (x, y, gradient, to_x))):
-            room = [buffer[: len(source)] for buffer in work]
-            if coarse:
+        flat = (_flat(tensor, to_x) for tensor in (x, y, gradient, to_x))
+        buffers = 0 if middle else 3 if narrow else 1
+        for room, source, result, g, target in _chunks(*flat, buffers=buffers, dtype=total.dtype):
+            if middle:
                 inside = _inside(g, source, top, out=target).sum(dtype=total.dtype)
                 above = torch.where(source.to(total.dtype) >= top, g.to(total.dtype), 0).sum()
-                total += inside * _middle(highest) + above * highest
+                total += inside * middle + above * highest
             elif narrow:
                 # y − x would lack digits, for y is rounded: Σ g·round(x/α) − Σ g·x/α inside, both clipped.
                 ratio, wide, inside = room
@@ -140,22 +136,17 @@ class _Chunked(torch.autograd.Function):
                 kept = _inside(source, source, top, out=room[0])
                 total += torch.dot(g, torch.sub(result, kept, out=kept))
         total /= _root(x, highest)
-        return to_x, (total if coarse or narrow else total / wide_step.squeeze()).to(step.dtype), None, None
+        return to_x, (total if middle or narrow else total / wide_step.squeeze()).to(step.dtype), None, None
 
 
-def _chunk_size(x: Tensor) -> int:
-    return _CHUNK // x.element_size() if x.device.type == "cpu" else x.numel()
-
-
-def _chunks(*tensors: Tensor):
-    """Flat tensors of one length, chunk by chunk; whole outside the CPU."""
-    return zip(*(tensor.split(_chunk_size(tensors[0])) for tensor in tensors), strict=True)
-
-
-def _buffers(number: int, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Room for a chunk's numbers, allocated once a call: memory fresh from the system costs page faults."""
-    size = min(_chunk_size(x), x.numel())
-    return [torch.empty(size, dtype=dtype, device=x.device) for _ in range(number)]
+def _chunks(*tensors: Tensor, buffers: int, dtype: torch.dtype):
+    """(buffers, chunk of each flat tensor), chunk by chunk; whole outside the CPU."""
+    x = tensors[0]
+    size = min(_CHUNK // x.element_size(), x.numel()) if x.device.type == "cpu" else x.numel()
+    # Allocated once, for all chunks: memory fresh from the system costs page faults.
+    room = [torch.empty(size, dtype=dtype, device=x.device) for _ in range(buffers)]
+    for chunks in zip(*(tensor.split(size) for tensor in tensors), strict=True):
+        yield [buffer[: len(chunks[0])] for buffer in room], *chunks
 
 
 def _inside(values: Tensor, x: Tensor, top: Tensor | float, out: Tensor) -> Tensor:
@@ -195,12 +186,12 @@ class _OnePass(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, step, highest, coarse, made):
+    def forward(x, step, highest, middle, made):
         return (made.values if made else _values)(x, _wide(step, x), highest)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, step, ctx.highest, ctx.coarse, ctx.made = inputs
+        x, step, ctx.highest, ctx.middle, ctx.made = inputs
         ctx.save_for_backward(x, step)
 
     @staticmethod
@@ -208,7 +199,7 @@ class _OnePass(torch.autograd.Function):
     def backward(ctx, gradient):
         x, step = ctx.saved_tensors
         gradients = ctx.made.gradients if ctx.made else _gradients
-        to_x, total = gradients(gradient, x, _wide(step, x), ctx.highest, _middle(ctx.highest) if ctx.coarse else 0)
+        to_x, total = gradients(gradient, x, _wide(step, x), ctx.highest, ctx.middle)
         return to_x, (total / _root(x, ctx.highest)).to(step.dtype), None, None, None
 
 
@@ -225,7 +216,7 @@ class _Kernels:
         x = torch.zeros(_PROBE, dtype=dtype, device="cpu").unsqueeze(0)
         step = torch.ones(1, dtype=torch.promote_types(dtype, torch.float32), device="cpu")
         self.values(x, step, 15)
-        self.gradients(torch.zeros_like(x), x, step, 15, _middle(15) if coarse else 0)
+        self.gradients(torch.zeros_like(x), x, step, 15, 8 if coarse else 0)
 
     @torch.no_grad()
     def values(self, x: Tensor, step: Tensor, highest: int) -> Tensor:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from ..utils.messages import check_choice
 from .step_search import best_step, nearest_levels
 
-WEIGHT_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
-ACTIVATION_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+WEIGHT_BITS = ACTIVATION_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 FLOAT_BITS = 32
 
 

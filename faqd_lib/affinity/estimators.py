@@ -2,7 +2,8 @@
 
 Every estimator takes (student, teacher, budget, generator). The maps are those of
 :func:`faqd_lib.feature_affinity_loss`; the generator is on the CPU, None for torch's global one. The result is a
-scalar with a gradient for the student. All images of a batch share the random choice.
+scalar with a gradient for the student. All images of a batch share the random choice. A budget out of its range raises
+ValueError.
 
 The quantity to estimate is the exact loss L, the mean over images of ‖D‖²_F / N².
 """
@@ -16,12 +17,9 @@ from .loss import check_pair, draw_projections, feature_affinity_loss, loss_of_m
 
 
 def orthogonal_probes(student: Tensor, teacher: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
-    """Mean of ‖D z_j‖²/N² over k projections of length √N, orthogonal to each other. Unbiased; exact at k = N.
+    """Mean of ‖D z_j‖²/N² over k = 1…N projections of length √N, orthogonal to each other. Unbiased; exact at k = N.
 
     Yu et al. (2016, "Orthogonal random features") use such projections for kernels. The QR decomposition costs O(N k²).
-
-    Raises:
-        ValueError: k is below 1 or above the number of pixels N.
     """
 
     def draw(pixels: int) -> Tensor:
@@ -40,11 +38,9 @@ def hutch_plus_plus(
     """Hutch++ (Meyer et al. 2021) for tr D²: exact on a sketched range, by random projections outside it. Unbiased.
 
     The sketch S has m = ⌊products/4⌋ random columns. An orthonormal basis V of D²S costs 2m products with D, ‖DV‖²_F
-    costs m, and ‖Dg‖² of m projections g orthogonal to V costs m. These ‖Dg‖² estimate the trace outside V.
-    The gradient treats V as constant. It is unbiased because the estimate is unbiased for every V.
-
-    Raises:
-        ValueError: fewer than 4 ``products``, the budget of products D·vector.
+    costs m, and ‖Dg‖² of m projections g orthogonal to V costs m. These ‖Dg‖² estimate the trace outside V. The budget
+    of ``products`` D·vector is at least 4. The gradient treats V as constant. It is unbiased because the estimate is
+    unbiased for every V.
     """
     teacher = check_pair(student, teacher)
     if products < 4:
@@ -67,13 +63,10 @@ def hutch_plus_plus(
 
 
 def pixel_subset(student: Tensor, teacher: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """The exact loss of ``count`` randomly chosen pixels, scaled so that it is unbiased.
+    """The exact loss of ``count`` = 2…N randomly chosen pixels, scaled so that it is unbiased.
 
     Pairs of different pixels have the weight N(N−1)/(count(count−1)). Entries of the diagonal have the weight N/count;
     only pixels without direction have an entry other than 0.
-
-    Raises:
-        ValueError: ``count`` is below 2 or above the number of pixels N.
     """
     teacher = check_pair(student, teacher)
     pixels = student.shape[2] * student.shape[3]
@@ -90,11 +83,7 @@ def pixel_subset(student: Tensor, teacher: Tensor, count: int, generator: torch.
 
 
 def average_pooling(student: Tensor, teacher: Tensor, size: int, generator: torch.Generator | None = None) -> Tensor:
-    """The exact loss of both maps after average pooling to at most size × size pixels: deterministic and biased.
-
-    Raises:
-        ValueError: ``size`` is below 1.
-    """
+    """The exact loss of both maps after average pooling to at most size × size pixels: deterministic and biased."""
     teacher = check_pair(student, teacher)
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")

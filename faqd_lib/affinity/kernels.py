@@ -46,10 +46,7 @@ class MapPair:
         self.to_student = torch.block_diag(torch.cat((-one, one)), rest if self.sign > 0 else rest[:, :0])
 
     def chunks(self, numbers_an_image: int) -> "Iterator[Chunk]":
-        """Chunks of images, so small that a buffer of ``numbers_an_image`` for each image stays in the cache.
-
-        All chunks share one buffer: a chunk is valid until the next one is made.
-        """
+        """Chunks of images, so small that ``numbers_an_image`` stay in the cache; each is valid until the next one."""
         size = min(self.images, max(1, self.limit // numbers_an_image))
         widest = max(self.width - self.channels, self.channels)
         q = self.student.new_empty((size, self.pixels, self.width), dtype=self.dtype)
@@ -157,10 +154,7 @@ def _pairwise(pair: MapPair, gradient: Tensor | None, norm: str) -> Tensor:
 def affinity_difference(
     student: Tensor, teacher: Tensor, method: str, norm: str, projections: Tensor | None, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """(sum over images, gradient). The sum is of ‖D‖²_F, of its estimate, or of ‖D‖₁.
-
-    The gradient has the shape of the student's map; it is empty unless ``with_gradient``.
-    """
+    """Sum over images of ‖D‖²_F, of its estimate, or of ‖D‖₁; its gradient, empty unless ``with_gradient``."""
     # Autocast would compute the products in a lower precision.
     with torch.autocast(student.device.type, enabled=False):
         pair = MapPair(student, teacher)

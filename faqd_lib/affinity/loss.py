@@ -202,8 +202,8 @@ class FastFeatureAffinityLoss(nn.Module):
         """Draw now the projections of the next calls, one call for maps of each size in ``pixels`` (height·width).
 
         A CUDA graph cannot draw. Each ``predraw`` therefore writes float32 projections to the place of the former ones,
-        where a replay of the calls reads them. With no ``pixels`` the module drops the projections drawn ahead, and
-        calls draw for themselves again. Between ``predraw`` and the calls, ``state_dict()`` holds the state after them.
+        where a replay of the calls reads them. With no ``pixels`` calls draw for themselves again. Between ``predraw``
+        and the calls, ``state_dict()`` holds the state after them.
         """
         drawn = [self._draw(number) for number in pixels]
         if [(z.shape, z.device.type) for z in self._ahead] != [(z.shape, device.type) for z in drawn]:
@@ -218,11 +218,7 @@ class FastFeatureAffinityLoss(nn.Module):
         return self.generator_state.clone()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Go on from a state of ``state_dict()``.
-
-        Raises:
-            RuntimeError: ``state`` is not the state of a generator.
-        """
+        """Go on from a state of ``state_dict()``; RuntimeError if it is not the state of a generator."""
         with torch.inference_mode(False):
             copy = state.detach().cpu().clone()
             torch.Generator().set_state(copy)  # raises if it is not a state

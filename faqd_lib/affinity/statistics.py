@@ -31,7 +31,6 @@ from .kernels import MapPair
 from .loss import check_count, check_error_and_confidence, check_pair
 
 PROBES = ("gaussian", "rademacher", "orthogonal")
-AGREEMENT = 1e-14  # a loss up to this may be the rounding of float64 where all cosines agree
 
 
 class Traces(NamedTuple):
@@ -84,7 +83,8 @@ class AffinityStatistics:
     def relative_error(self, k: int, probes: str = "gaussian") -> float:
         """Root-mean-square error of the batch's estimate, divided by the loss; 0 if the loss is at most 1e-14."""
         deviation = math.sqrt(self.variance(k, probes))
-        return deviation / self.loss if self.loss > AGREEMENT else 0.0
+        # A smaller loss may be the rounding of float64 where all cosines agree.
+        return deviation / self.loss if self.loss > 1e-14 else 0.0
 
     def chebyshev_bound(self, relative_error: float, k: int, probes: str = "gaussian") -> float:
         """Upper bound of P(|L_k − L| > relative_error · L), at most 1. The true probability is far smaller."""

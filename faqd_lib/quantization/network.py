@@ -22,7 +22,6 @@ from .relu import QuantizedReLU, sample
 from .relu_kernels import kernels
 from .weights import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS, WeightQuantizer, low_bit_values, weight_quantizer
 
-SHORTCUTS = ("shortcut", "downsample")  # parts of module names that mark a residual network's shortcut layers
 _UNPACKED = "_faqd_unpacked"  # attribute of a layer whose weight was read from a packed file: (bits, scale)
 
 
@@ -67,11 +66,11 @@ def quantize(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
     relus = {name: module for name, module in model.named_modules() if type(module) in RECTIFIERS}
     bits = dict.fromkeys(layers, weight_bits) | dict.fromkeys(relus, activation_bits)
-    inside_shortcuts = [name for name in layers if any(mark in name for mark in SHORTCUTS)]
+    reached = [name for name, value in bits.items() if value != FLOAT_BITS]
     for setting, policy, names in (
         ("first_layer", first_layer, list(layers)[:1]),
         ("last_layer", last_layer, list(layers)[-1:]),
-        ("shortcuts", shortcuts, inside_shortcuts),
+        ("shortcuts", shortcuts, [name for name in layers if "shortcut" in name or "downsample" in name]),
     ):
         check_choice(setting, policy, ("quantize", "float"))
         if policy == "float":
@@ -84,7 +83,6 @@ def quantize(
         raise ValueError(
             "the network has no nn.ReLU module to quantize: replace calls of F.relu or torch.relu by modules"
         )
-    reached = [*(layers if weight_bits != FLOAT_BITS else ()), *(relus if activation_bits != FLOAT_BITS else ())]
     bits |= _overridden(overrides or {}, layers, relus, reached)
     layers, relus = (
         {name: module for name, module in modules.items() if bits[name] != FLOAT_BITS} for modules in (layers, relus)
@@ -266,7 +264,7 @@ def compile_activations(model: nn.Module, dtype: torch.dtype = torch.float32) ->
     if not relus:
         raise ValueError("the network has no quantized activations: call quantize(model, activation_bits=…) first")
     for relu in relus:
-        relu.compiled = relu.step.device.type == "cpu" and kernels(dtype, relu.is_coarse) is not None
+        relu.compiled = relu.step.device.type == "cpu" and kernels(dtype, relu.step_gradient == "coarse") is not None
     return any(relu.compiled for relu in relus)
 
 

@@ -60,22 +60,17 @@ class QuantizedReLU(nn.Module):
         self.__dict__["replaces"] = nn.ReLU() if replaces is None else replaces  # no submodule: not in use
 
     @property
-    def is_coarse(self) -> bool:
-        """Whether the step has the coarse gradient."""
-        return self.step_gradient == "coarse"
-
-    @property
     def is_initial(self) -> bool:
         """Whether the step still has its first value: neither fitted nor trained."""
         return bool(self.step.detach().cpu() == torch.tensor(gaussian_step(self.highest), dtype=self.step.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         step = self.step.detach() if self.step_gradient == "frozen" else self.step
-        return quantized_relu(x, step, self.highest, self.is_coarse, self.compiled and self.training)
+        return quantized_relu(x, step, self.highest, self.step_gradient == "coarse", self.compiled and self.training)
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Set the step to the least-squares optimum for ``x``, or for its :func:`sample`; keep it if none is positive.
+        """Set the step to the least-squares optimum for a :func:`sample` of ``x``; keep it if no value is positive.
 
         Raises:
             ValueError: ``x`` holds NaN or an infinity.

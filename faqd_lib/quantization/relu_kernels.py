@@ -118,8 +118,8 @@ class _Chunked(torch.autograd.Function):
         narrow = x.dtype != total.dtype
         inverse = wide_step.reciprocal()  # twice as fast as a quotient; the sum does not feel the last digit
         flat = (_flat(tensor, to_x) for tensor in (x, y, gradient, to_x))
-        buffers = 0 if middle else 3 if narrow else 1
-        for room, source, result, g, target in _chunks(*flat, buffers=buffers, dtype=total.dtype):
+        buffers = 3 if narrow else 1  # the coarse gradient needs none
+        for room, source, result, g, target in _chunks(*flat, buffers=0 if middle else buffers, dtype=total.dtype):
             if middle:
                 inside = _inside(g, source, top, out=target).sum(dtype=total.dtype)
                 above = torch.where(source.to(total.dtype) >= top, g.to(total.dtype), 0).sum()

@@ -84,29 +84,34 @@ def _exact_step(magnitudes: Tensor, highest: int, counts: Tensor | None = None) 
 
 
 def _scanned_step(magnitudes: Tensor, highest: int) -> Tensor:
-    """The best step (rows, 1) by the scan, or by the exact search for rows of few distinct magnitudes."""
+    """The best step (rows, 1) of float64 rows by the scan, or by the exact search where few magnitudes are distinct."""
     # Several rows are channels. Each row costs as much as a whole tensor, so channels get coarser grids.
     bins, spacing = (2**15, 1 / 96) if len(magnitudes) == 1 else (2**13, 1 / 32)
     peak = magnitudes.amax(1, keepdim=True)
-    values, counts, index = _histogram(magnitudes, peak, bins)
-    # Number and sum of the magnitudes below each edge between two bins, in float64.
+    index = _bin(magnitudes, peak, bins)
+    # Integer sums do not depend on the order.
+    counts = torch.zeros(len(magnitudes), bins, dtype=torch.int64, device=magnitudes.device)
+    counts = counts.scatter_add_(1, index, torch.ones_like(index)).double()
+    centres = torch.arange(bins, device=peak.device, dtype=peak.dtype)
+    values = peak * ((centres + 0.5 - bins) * (_OCTAVES / bins)).exp2()
+    # Number and sum of the magnitudes below each edge between two bins.
     below = F.pad(counts.cumsum(1), (1, 0))
     mass = F.pad(running_sums(values * counts), (1, 0))
-    half = torch.arange(highest, device=values.device, dtype=values.dtype) + 0.5
+    half = torch.arange(highest, device=peak.device, dtype=peak.dtype) + 0.5
 
     def scan(steps: Tensor, best: int) -> Tensor:
         edges = steps.unsqueeze(2) * half  # (rows, steps, L): where a value reaches level 1, 2, …
-        place = _bin(edges, peak.unsqueeze(2), values.shape[1]).flatten(1) + 1
-        place = torch.where(edges.flatten(1) > peak, values.shape[1], place)
+        place = _bin(edges, peak.unsqueeze(2), bins).flatten(1) + 1
+        place = torch.where(edges.flatten(1) > peak, bins, place)
         above = (below[:, -1:] - below.gather(1, place)).view_as(edges)
         gain = (mass[:, -1:] - mass.gather(1, place)).view_as(edges).sum(2)
         energy = (above * (2 * half)).sum(2)
         explained = torch.where(energy > 0, gain.square() / energy.clamp_min(1), 0)
         return steps.gather(1, explained.topk(best, dim=1).indices)
 
-    grid = torch.arange(-12.0, 1.0, spacing, device=values.device, dtype=values.dtype)
-    coarse = scan(peak.to(values.dtype) / highest * grid.exp2(), best=4)
-    fine = torch.linspace(-spacing, spacing, 33, device=values.device, dtype=values.dtype)
+    grid = torch.arange(-12.0, 1.0, spacing, device=peak.device, dtype=peak.dtype)
+    coarse = scan(peak / highest * grid.exp2(), best=4)
+    fine = torch.linspace(-spacing, spacing, 33, device=peak.device, dtype=peak.dtype)
     steps = scan((coarse.unsqueeze(2) * fine.exp2()).flatten(1), best=1)
 
     few = (counts > 0).sum(1) <= _FEW
@@ -125,14 +130,3 @@ def _bin(values: Tensor, peak: Tensor, bins: int) -> Tensor:
     """Index of each value's bin. The ``bins`` divide sixteen octaves below the peak evenly in the logarithm."""
     position = (values / peak.clamp_min(torch.finfo(values.dtype).tiny)).log2().mul_(bins / _OCTAVES).add_(bins)
     return position.nan_to_num_(0, 0, 0).floor_().clamp_(0, bins - 1).long()
-
-
-def _histogram(magnitudes: Tensor, peak: Tensor, bins: int) -> tuple[Tensor, ...]:
-    """Centres of the bins, ascending, and counts: float64 (rows, bins); bin of each magnitude: int64 (rows, n)."""
-    index = _bin(magnitudes, peak, bins)
-    # Integer sums do not depend on the order.
-    counts = torch.zeros(len(magnitudes), bins, dtype=torch.int64, device=magnitudes.device)
-    counts.scatter_add_(1, index, torch.ones_like(index))
-    centres = torch.arange(bins, device=magnitudes.device, dtype=torch.float64)
-    centres = ((centres + 0.5 - bins) * (_OCTAVES / bins)).exp2()
-    return peak.double() * centres, counts.double(), index

@@ -121,10 +121,7 @@ class TernaryWeight(WeightQuantizer):
 class UniformWeight(WeightQuantizer):
     """b bits, 3 to 8: levels {−L..L}·s, L = 2^(b−1) − 1, with s by :mod:`faqd_lib.quantization.step_search`.
 
-    Example, 4 bits: (−0.7, 0.1, 0.3) → s = 0.1, levels (−7, 1, 3).
-
-    Raises:
-        ValueError: fewer than 3 or more than 8 bits.
+    Example, 4 bits: (−0.7, 0.1, 0.3) → s = 0.1, levels (−7, 1, 3). Other bits raise ValueError.
     """
 
     def __init__(self, bits: int, per_channel: bool = False) -> None:
@@ -144,11 +141,7 @@ class UniformWeight(WeightQuantizer):
 
 
 def weight_quantizer(bits: int, per_channel: bool = False) -> WeightQuantizer:
-    """The weight quantizer for 1 to 8 bits.
-
-    Raises:
-        ValueError: any other number of bits.
-    """
+    """The weight quantizer for 1 to 8 bits; ValueError for any other number."""
     check_choice("weight_bits", bits, WEIGHT_BITS)
     if bits <= 2:
         return (BinaryWeight, TernaryWeight)[bits - 1](per_channel)

@@ -83,7 +83,7 @@ def quantize(
         raise ValueError(
             "the network has no nn.ReLU module to quantize: replace calls of F.relu or torch.relu by modules"
         )
-    bits |= _overridden(overrides or {}, layers, relus, reached)
+    _override(bits, overrides or {}, layers, reached)
     layers, relus = (
         {name: module for name, module in modules.items() if bits[name] != FLOAT_BITS} for modules in (layers, relus)
     )
@@ -124,13 +124,10 @@ def _check_quantizable(
             )
 
 
-def _overridden(
-    overrides: Mapping[str, int], layers: Iterable[str], relus: Iterable[str], reached: list[str]
-) -> dict[str, int]:
-    """Bits by module name; ``reached``: the names that patterns choose from."""
-    bits, names = {}, [*layers, *relus]
+def _override(bits: dict[str, int], overrides: Mapping[str, int], layers: Iterable[str], reached: list[str]) -> None:
+    """Override the bits by module name; ``reached``: the names that patterns choose from."""
     for pattern, value in overrides.items():
-        matched = [pattern] if pattern in names else fnmatch.filter(reached, pattern)
+        matched = [pattern] if pattern in bits else fnmatch.filter(reached, pattern)
         if not matched:
             raise ValueError(
                 f"the pattern {pattern!r} matches no Conv2d, Linear or ReLU that is quantized; their names are, among "
@@ -140,7 +137,6 @@ def _overridden(
             offered = WEIGHT_BITS if name in layers else ACTIVATION_BITS
             check_choice(f"overrides[{pattern!r}]", value, (*offered, FLOAT_BITS))
             bits[name] = value
-    return bits
 
 
 def dequantize(model: nn.Module) -> nn.Module:

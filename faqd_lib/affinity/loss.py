@@ -40,10 +40,7 @@ from .kernels import EPS, accumulation_dtype, affinity_difference
 
 
 def affinity_matrix(features: Tensor) -> Tensor:
-    """Cosines between all pairs of pixels.
-
-    Args:
-        features: (batch, channels, height, width), floating point.
+    """Cosines between all pairs of pixels of a floating-point map (batch, channels, height, width).
 
     Returns:
         (batch, N, N) with N = height·width, values in [−1, 1], dtype of ``features``, differentiable. It suits small

@@ -92,9 +92,7 @@ class AffinityStatistics:
         return min(1.0, (self.relative_error(k, probes) / relative_error) ** 2)
 
     def projections_needed(self, relative_error: float, confidence: float, probes: str = "gaussian") -> int:
-        """The fewest projections, at least 1, for which Chebyshev's inequality gives this error with this confidence.
-
-        Orthogonal probes need at most N.
+        """The fewest projections for which Chebyshev's inequality gives this error with this confidence, at least 1.
 
         Raises:
             ValueError: ``relative_error`` is not above 0, ``confidence`` not inside (0, 1), or probes are unknown.

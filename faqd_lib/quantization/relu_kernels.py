@@ -62,7 +62,7 @@ def _root(x: Tensor, highest: int) -> float:
 
 
 def _wide(step: Tensor, x: Tensor) -> Tensor:
-    """The step, at least ``SMALLEST_STEP``, in float32 at least; (1,), as a scalar would be divided by in bfloat16."""
+    """The step, at least ``SMALLEST_STEP``, (1,), float32 at least. Division by a scalar would keep bfloat16."""
     return step.clamp_min(SMALLEST_STEP).to(torch.promote_types(x.dtype, torch.float32)).reshape(1)
 
 

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .utils.messages import check_choice, did_you_mean
 
-CIFAR_DEPTHS = (8, 20, 32, 44, 56, 110)
+MODEL_NAMES = (*(f"resnet{depth}" for depth in (8, 20, 32, 44, 56, 110)), "resnet18")
 
 
 class SubsampleAndPad(nn.Module):
@@ -22,7 +22,7 @@ class SubsampleAndPad(nn.Module):
         super().__init__()
         self.stride, self.new_channels = stride, new_channels
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         before = self.new_channels // 2
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new_channels - before))
 
@@ -41,7 +41,7 @@ class BasicBlock(nn.Module):
         same = stride == 1 and in_channels == channels
         self.shortcut = nn.Identity() if same else SubsampleAndPad(stride, channels - in_channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         out = self.relu1(self.bn1(self.conv1(x)))
         return self.relu2(self.bn2(self.conv2(out)) + self.shortcut(x))
 
@@ -65,20 +65,16 @@ class CifarResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU()
-        in_channels = 16
-        for stage, channels in enumerate((16, 32, 64), start=1):
-            blocks = []
-            for block in range((depth - 2) // 6):
-                stride = 2 if stage > 1 and block == 0 else 1
-                blocks.append(BasicBlock(in_channels, channels, stride))
-                in_channels = channels
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+        for stage, (in_channels, channels, stride) in enumerate(((16, 16, 1), (16, 32, 2), (32, 64, 2)), start=1):
+            first = BasicBlock(in_channels, channels, stride)
+            others = (BasicBlock(channels, channels, 1) for _ in range((depth - 8) // 6))
+            self.add_module(f"layer{stage}", nn.Sequential(first, *others))
         self.fc = nn.Linear(64, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(x.mean((2, 3)))
@@ -96,7 +92,7 @@ def _resnet18(num_classes: int, image_size: int) -> nn.Module:
             del self.relu
             self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: Tensor) -> Tensor:
             out = self.relu1(self.bn1(self.conv1(x)))
             identity = x if self.downsample is None else self.downsample(x)
             return self.relu2(self.bn2(self.conv2(out)) + identity)
@@ -110,20 +106,13 @@ def _resnet18(num_classes: int, image_size: int) -> nn.Module:
     return model
 
 
-MODEL_NAMES = tuple(f"resnet{depth}" for depth in CIFAR_DEPTHS) + ("resnet18",)
-
-
 def build_model(name: str, num_classes: int, *, image_size: int = 32, seed: int = 0) -> nn.Module:
     """A newly initialised network; the same seed gives the same weights. Torch's global generator is not touched.
 
-    Args:
-        name: one of :data:`MODEL_NAMES`.
-        num_classes: size of the output, at least 2.
-        image_size: height of the images in pixels; chooses the stem of ResNet-18.
-        seed: seed of the initial weights.
+    ``image_size``, the height of the images in pixels, chooses the stem of ResNet-18.
 
     Raises:
-        ValueError: unknown name, or fewer than 2 classes.
+        ValueError: the name is none of :data:`MODEL_NAMES`, or there are fewer than 2 classes.
     """
     check_choice("the model's name", name, MODEL_NAMES)
     if num_classes < 2:
@@ -167,14 +156,14 @@ class FeatureTap:
                 raise ValueError(f"the network has no module {name!r} to tap{hint}")
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"each module can be tapped once, got a name twice in {list(self.names)}")
-        self._caught: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._caught: OrderedDict[str, Tensor] = OrderedDict()
         # All keys exist from the start: compiled code guards on the keys, and new ones would compile it again.
         self._versions: dict[str, int | None] = dict.fromkeys(self.names)
         self._copies = any(getattr(module, "inplace", False) for module in model.modules())
         self._handles = [modules[name].register_forward_hook(self._catcher(name)) for name in self.names]
 
     def _catcher(self, name: str):
-        def catch(_module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
+        def catch(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
             counted = not torch.compiler.is_compiling() and not output.is_inference()
             # Compiled code has no version counters: copy a map that an in-place module could overwrite.
             self._caught[name] = output.clone() if self._copies and torch.compiler.is_compiling() else output
@@ -183,13 +172,12 @@ class FeatureTap:
         return catch
 
     @property
-    def features(self) -> list[torch.Tensor]:
+    def features(self) -> list[Tensor]:
         """Feature maps of the latest forward pass, in the order of ``names``."""
         missing = [name for name in self.names if name not in self._caught]
         if missing:
             raise RuntimeError(f"no forward pass has reached {missing} yet: call the network first")
-        for name in self.names:
-            version = self._versions[name]
+        for name, version in self._versions.items():
             if version is not None and self._caught[name]._version != version:
                 raise RuntimeError(
                     f"the output of {name!r} was overwritten by a later in-place module (a ReLU?): tap that module, or "

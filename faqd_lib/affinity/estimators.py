@@ -2,54 +2,45 @@
 
 Every estimator takes (student, teacher, budget, generator). The maps are those of
 :func:`faqd_lib.feature_affinity_loss`; the generator is on the CPU, None for torch's global one. The result is a
-scalar with a gradient for the student. All images of a batch share the random choice.
+scalar with a gradient for the student. All images of a batch share the random choice. A budget out of its range raises
+ValueError.
 
 The quantity to estimate is the exact loss L, the mean over images of ‖D‖²_F / N².
 """
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from .kernels import EPS, accumulation_dtype, affinity_difference
-from .loss import check_pair, draw_projections, feature_affinity_loss, unit_pixels
+from .kernels import EPS, accumulation_dtype
+from .loss import check_pair, draw_projections, feature_affinity_loss, loss_of_maps, unit_pixels
 
 
-def orthogonal_probes(
-    student: torch.Tensor, teacher: torch.Tensor, k: int, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """Mean of ‖D z_j‖²/N² over k projections of length √N, orthogonal to each other. Unbiased; exact at k = N.
+def orthogonal_probes(student: Tensor, teacher: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
+    """Mean of ‖D z_j‖²/N² over k = 1…N projections of length √N, orthogonal to each other. Unbiased; exact at k = N.
 
     Yu et al. (2016, "Orthogonal random features") use such projections for kernels. The QR decomposition costs O(N k²).
-
-    Raises:
-        ValueError: k is below 1 or above the number of pixels N.
     """
-    teacher = check_pair(student, teacher)
-    pixels = student.shape[2] * student.shape[3]
-    if not 1 <= k <= pixels:
-        raise ValueError(f"k must be from 1 to the number of pixels, {pixels}, got {k}")
-    q, r = torch.linalg.qr(draw_projections(pixels, k, generator=generator).double())
-    # Mezzadri (2007): with these signs the orthonormal system is uniformly distributed. Squares do not depend on them.
-    z = (q * r.diagonal().sign() * pixels**0.5).to(student.device, accumulation_dtype(student))
-    with_gradient = torch.is_grad_enabled() and student.requires_grad
-    total, _ = affinity_difference(student, teacher, "projection", "l2", z, with_gradient)
-    return total / (len(student) * pixels**2)
+
+    def draw(pixels: int) -> Tensor:
+        if not 1 <= k <= pixels:
+            raise ValueError(f"k must be from 1 to the number of pixels, {pixels}, got {k}")
+        q, r = torch.linalg.qr(draw_projections(pixels, k, generator=generator).double())
+        # Mezzadri (2007): with these signs the orthonormal system is uniformly distributed. Squares do not need them.
+        return q * r.diagonal().sign() * pixels**0.5
+
+    return loss_of_maps(student, teacher, "projection", "l2", "mean", draw)
 
 
 def hutch_plus_plus(
-    student: torch.Tensor, teacher: torch.Tensor, products: int, generator: torch.Generator | None = None
-) -> torch.Tensor:
+    student: Tensor, teacher: Tensor, products: int, generator: torch.Generator | None = None
+) -> Tensor:
     """Hutch++ (Meyer et al. 2021) for tr D²: exact on a sketched range, by random projections outside it. Unbiased.
 
     The sketch S has m = ⌊products/4⌋ random columns. An orthonormal basis V of D²S costs 2m products with D, ‖DV‖²_F
-    costs m, and ‖Dg‖² of m projections g orthogonal to V costs m. These ‖Dg‖² estimate the trace outside V.
-    The gradient treats V as constant. It is unbiased because the estimate is unbiased for every V.
-
-    Args:
-        products: budget of products D·vector, at least 4.
-
-    Raises:
-        ValueError: fewer than 4 products.
+    costs m, and ‖Dg‖² of m projections g orthogonal to V costs m. These ‖Dg‖² estimate the trace outside V. The budget
+    of ``products`` D·vector is at least 4. The gradient treats V as constant. It is unbiased because the estimate is
+    unbiased for every V.
     """
     teacher = check_pair(student, teacher)
     if products < 4:
@@ -61,26 +52,21 @@ def hutch_plus_plus(
     with torch.autocast(device.type, enabled=False):
         x, y = unit_pixels(student.to(dtype)), unit_pixels(teacher.to(dtype))
 
-        def times_d(v: torch.Tensor) -> torch.Tensor:
-            return x @ (x.transpose(1, 2) @ v) - y @ (y.transpose(1, 2) @ v)
+        def times_d(v: Tensor) -> Tensor:
+            return x @ (x.mT @ v) - y @ (y.mT @ v)
 
         with torch.no_grad():
             v = torch.linalg.qr(times_d(times_d(s)))[0]
-            g = g - v @ (v.transpose(1, 2) @ g)
+            g = g - v @ (v.mT @ g)
         total = times_d(v).square().sum() + times_d(g).square().sum() / m
     return total / (len(student) * pixels**2)
 
 
-def pixel_subset(
-    student: torch.Tensor, teacher: torch.Tensor, count: int, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """The exact loss of ``count`` randomly chosen pixels, scaled so that it is unbiased.
+def pixel_subset(student: Tensor, teacher: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """The exact loss of ``count`` = 2…N randomly chosen pixels, scaled so that it is unbiased.
 
     Pairs of different pixels have the weight N(N−1)/(count(count−1)). Entries of the diagonal have the weight N/count;
     only pixels without direction have an entry other than 0.
-
-    Raises:
-        ValueError: ``count`` is below 2 or above the number of pixels N.
     """
     teacher = check_pair(student, teacher)
     pixels = student.shape[2] * student.shape[3]
@@ -96,14 +82,8 @@ def pixel_subset(
     return ((squares - diagonal) * pairs + diagonal * pixels / count) / pixels**2
 
 
-def average_pooling(
-    student: torch.Tensor, teacher: torch.Tensor, size: int, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """The exact loss of both maps after average pooling to at most size × size pixels: deterministic and biased.
-
-    Raises:
-        ValueError: ``size`` is below 1.
-    """
+def average_pooling(student: Tensor, teacher: Tensor, size: int, generator: torch.Generator | None = None) -> Tensor:
+    """The exact loss of both maps after average pooling to at most size × size pixels: deterministic and biased."""
     teacher = check_pair(student, teacher)
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 EPS = 1e-6  # a pixel vector shorter than this has no direction
@@ -16,7 +17,7 @@ _GPU_CHUNK = 2**26  # limited by memory alone
 _ROWS = 64  # smallest number of rows of D at a time: matrix products of fewer rows are slow
 
 
-def accumulation_dtype(features: torch.Tensor) -> torch.dtype:
+def accumulation_dtype(features: Tensor) -> torch.dtype:
     """The dtype in which the losses compute: float64 for float64 maps, else float32."""
     return torch.float64 if features.dtype == torch.float64 else torch.float32
 
@@ -24,17 +25,11 @@ def accumulation_dtype(features: torch.Tensor) -> torch.dtype:
 class MapPair:
     """Factors of D = Q K Qᵀ for a student's and a teacher's map, made for a few images at a time.
 
-    Attributes:
-        images: batch.
-        pixels: N = height·width.
-        channels: C_s.
-        width: w = C_s + C_t.
-        shared: m, the number of channels that both maps have.
-        core: K (w, w).
-        to_student: T (w, C_s), so that X = Q T.
+    ``images`` is the batch size, ``pixels`` N = height·width, ``channels`` C_s, ``width`` w = C_s + C_t, ``shared`` m
+    the number of channels that both maps have, ``core`` K (w, w), and ``to_student`` T (w, C_s), so that X = Q T.
     """
 
-    def __init__(self, student: torch.Tensor, teacher: torch.Tensor) -> None:
+    def __init__(self, student: Tensor, teacher: Tensor) -> None:
         self.dtype = accumulation_dtype(student)
         self.student, self.teacher = (m.detach().permute(0, 2, 3, 1) for m in (student, teacher))
         self.images, self.channels = student.shape[:2]
@@ -44,41 +39,26 @@ class MapPair:
         self.shared = m = min(self.channels, teacher_channels)
         self.rest = self.width - 2 * m
         self.sign = 1 if self.channels > teacher_channels else -1  # sign in D of the further channels
-        one = torch.eye(m, dtype=self.dtype, device=student.device)
-        self.core = student.new_zeros((self.width, self.width), dtype=self.dtype)
-        self.to_student = student.new_zeros((self.width, self.channels), dtype=self.dtype)
-        self.core[:m, :m] = one
-        self.core[:m, m : 2 * m] = self.core[m : 2 * m, :m] = -one
-        self.to_student[:m, :m] = -one
-        self.to_student[m : 2 * m, :m] = one
-        if self.rest:
-            rest = torch.eye(self.rest, dtype=self.dtype, device=student.device)
-            self.core[2 * m :, 2 * m :] = self.sign * rest
-            if self.sign > 0:
-                self.to_student[2 * m :, m:] = rest
+        self.limit = _CPU_CHUNK if student.device.type == "cpu" else _GPU_CHUNK
+        one, rest = (torch.eye(size, dtype=self.dtype, device=student.device) for size in (m, self.rest))
+        shared = torch.cat((torch.cat((one, -one), 1), torch.cat((-one, torch.zeros_like(one)), 1)))
+        self.core = torch.block_diag(shared, self.sign * rest)
+        self.to_student = torch.block_diag(torch.cat((-one, one)), rest if self.sign > 0 else rest[:, :0])
 
     def chunks(self, numbers_an_image: int) -> "Iterator[Chunk]":
-        """Chunks of images, so small that a buffer of ``numbers_an_image`` for each image stays in the cache.
-
-        All chunks share one buffer: a chunk is valid until the next one is made.
-        """
-        limit = _CPU_CHUNK if self.student.device.type == "cpu" else _GPU_CHUNK
-        size = min(self.images, max(1, limit // numbers_an_image))
+        """Chunks of images, so small that ``numbers_an_image`` stay in the cache; each is valid until the next one."""
+        size = min(self.images, max(1, self.limit // numbers_an_image))
         widest = max(self.width - self.channels, self.channels)
         q = self.student.new_empty((size, self.pixels, self.width), dtype=self.dtype)
         scratch = self.student.new_empty((size, self.pixels, widest), dtype=self.dtype)
         for start in range(0, self.images, size):
-            images = slice(start, min(start + size, self.images))
-            count = images.stop - images.start
-            yield self._chunk(images, q[:count], scratch[:count])
+            yield self._chunk(slice(start, start + size), q, scratch)
 
-    def _chunk(self, images: slice, q: torch.Tensor, scratch: torch.Tensor) -> "Chunk":
+    def _chunk(self, images: slice, q: Tensor, scratch: Tensor) -> "Chunk":
         """The chunk of these images: fill ``q``, overwrite ``scratch``."""
         m = self.shared
-        f, g = (
-            features[images].reshape(-1, self.pixels, features.shape[3]).to(self.dtype)
-            for features in (self.student, self.teacher)
-        )
+        f, g = (each[images].flatten(1, 2).to(self.dtype) for each in (self.student, self.teacher))
+        q, scratch = q[: len(f)], scratch[: len(f)]
         length, length_g = _length(f, scratch), _length(g, scratch)
         alive = length >= EPS
         both_alive = alive & (length_g >= EPS)
@@ -100,25 +80,16 @@ class MapPair:
 
 
 class Chunk(NamedTuple):
-    """Normalised pixel vectors of a few images.
-
-    Attributes:
-        images: which images of the batch.
-        q: Q (b, N, w) with the columns [E, Y, rest]: E = Y − X over the shared channels, rest from the wider map.
-        f: the student's map (b, N, C_s), not normalised.
-        inverse: 1/‖F‖ of the student's pixels (b, N, 1).
-        alive: whether a pixel has a direction (b, N, 1).
-        scratch: a buffer to overwrite.
-    """
+    """Normalised pixel vectors of a few images of the batch."""
 
     images: slice
-    q: torch.Tensor
-    f: torch.Tensor
-    inverse: torch.Tensor
-    alive: torch.Tensor
-    scratch: torch.Tensor
+    q: Tensor  # Q (b, N, w) with the columns [E, Y, rest]: E = Y − X over the shared channels, rest from the wider map
+    f: Tensor  # the student's map (b, N, C_s), not normalised
+    inverse: Tensor  # 1/‖F‖ of the student's pixels (b, N, 1)
+    alive: Tensor  # whether a pixel has a direction (b, N, 1)
+    scratch: Tensor  # a buffer to overwrite
 
-    def through_normalisation(self, gradient: torch.Tensor, factor: float) -> None:
+    def through_normalisation(self, gradient: Tensor, factor: float) -> None:
         """Turn a gradient with respect to X in place into ``factor`` times the gradient with respect to F."""
         along = torch.mul(self.f, gradient, out=self.scratch[..., : self.f.shape[2]]).sum(2, keepdim=True)
         along.mul_(self.inverse).mul_(self.inverse)
@@ -126,13 +97,13 @@ class Chunk(NamedTuple):
         gradient.mul_(torch.where(self.alive, self.inverse, 0).mul_(factor))
 
 
-def _length(f: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+def _length(f: Tensor, scratch: Tensor) -> Tensor:
     # Faster than vector_norm for short vectors in adjacent memory.
     length = torch.mul(f, f, out=scratch[..., : f.shape[2]]).sum(2, keepdim=True).sqrt_()
     return length.add_(0 * length)  # a vector whose squares overflow becomes NaN instead of a wrong direction
 
 
-def _gram(pair: MapPair, gradient: torch.Tensor | None) -> torch.Tensor:
+def _gram(pair: MapPair, gradient: Tensor | None) -> Tensor:
     total = pair.student.new_zeros((), dtype=pair.dtype)
     for chunk in pair.chunks(pair.pixels * pair.width):
         core_g = pair.core @ (chunk.q.transpose(1, 2) @ chunk.q)
@@ -144,7 +115,7 @@ def _gram(pair: MapPair, gradient: torch.Tensor | None) -> torch.Tensor:
     return total.clamp_min_(0)
 
 
-def _projection(pair: MapPair, gradient: torch.Tensor | None, z: torch.Tensor) -> torch.Tensor:
+def _projection(pair: MapPair, gradient: Tensor | None, z: Tensor) -> Tensor:
     total, k = pair.student.new_zeros((), dtype=pair.dtype), z.shape[1]
     zt = z.T.contiguous()  # products with few long rows are faster than with few long columns
     for chunk in pair.chunks(pair.pixels * (pair.width + k)):
@@ -162,10 +133,9 @@ def _projection(pair: MapPair, gradient: torch.Tensor | None, z: torch.Tensor) -
     return total / k
 
 
-def _pairwise(pair: MapPair, gradient: torch.Tensor | None, norm: str) -> torch.Tensor:
+def _pairwise(pair: MapPair, gradient: Tensor | None, norm: str) -> Tensor:
     total, m, n = pair.student.new_zeros((), dtype=pair.dtype), pair.shared, pair.pixels
-    limit = _CPU_CHUNK if pair.student.device.type == "cpu" else _GPU_CHUNK
-    rows = min(n, max(_ROWS, limit // n))
+    rows = min(n, max(_ROWS, pair.limit // n))
     for chunk in pair.chunks(max(n * pair.width, rows * n)):
         q, x = chunk.q, chunk.f * chunk.inverse
         q_core = torch.cat((-x[..., :m], -q[..., :m], q[..., 2 * m :] * pair.sign), dim=2)  # Q K without a product
@@ -182,17 +152,9 @@ def _pairwise(pair: MapPair, gradient: torch.Tensor | None, norm: str) -> torch.
 
 @torch.library.custom_op("faqd::affinity_difference", mutates_args=())
 def affinity_difference(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    method: str,
-    norm: str,
-    projections: torch.Tensor | None,
-    with_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum over images, gradient). The sum is of ‖D‖²_F, of its estimate, or of ‖D‖₁.
-
-    The gradient has the shape of the student's map; it is empty unless ``with_gradient``.
-    """
+    student: Tensor, teacher: Tensor, method: str, norm: str, projections: Tensor | None, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Sum over images of ‖D‖²_F, of its estimate, or of ‖D‖₁; its gradient, empty unless ``with_gradient``."""
     # Autocast would compute the products in a lower precision.
     with torch.autocast(student.device.type, enabled=False):
         pair = MapPair(student, teacher)
@@ -207,13 +169,11 @@ def affinity_difference(
     return total, gradient
 
 
-def _empty_gradient(student: torch.Tensor, with_gradient: bool) -> torch.Tensor:
+def _empty_gradient(student: Tensor, with_gradient: bool) -> Tensor:
     """Empty memory for a gradient, channels-last in any case, because pixel vectors are read and written whole."""
     b, c, h, w = student.shape
-    dtype = accumulation_dtype(student)
-    if not with_gradient:
-        return student.new_empty(0, dtype=dtype)
-    return student.new_empty((b, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
+    empty = student.new_empty((b, h, w, c) if with_gradient else 0, dtype=accumulation_dtype(student))
+    return empty.permute(0, 3, 1, 2) if with_gradient else empty
 
 
 @affinity_difference.register_fake
@@ -227,14 +187,14 @@ def _keep_gradient(ctx, inputs, output) -> None:
     ctx.student_dtype = inputs[0].dtype
 
 
-def _scaled_gradient(ctx, of_total: torch.Tensor, of_gradient: torch.Tensor | None):
+def _scaled_gradient(ctx, of_total: Tensor, of_gradient: Tensor | None):
     if torch.is_grad_enabled():  # create_graph is on: autograd would silently treat the saved gradient as constant
         raise RuntimeError("the affinity loss has no second derivative: call backward without create_graph=True")
     if of_total is None:
         return (None,) * 6
     (gradient,) = ctx.saved_tensors
     # Multiplied before the cast: the loss scale of float16 training alone would overflow float16.
-    return (gradient * of_total).to(ctx.student_dtype), None, None, None, None, None
+    return (gradient * of_total).to(ctx.student_dtype), *(None,) * 5
 
 
 affinity_difference.register_autograd(_scaled_gradient, setup_context=_keep_gradient)
@@ -243,8 +203,8 @@ affinity_difference.register_autograd(_scaled_gradient, setup_context=_keep_grad
 @register_flop_formula(torch.ops.faqd.affinity_difference)
 def _flops(student, teacher, method, norm, projections, with_gradient, *_, **__) -> int:
     """Operations of the matrix products, for torch's own counter. The first arguments are shapes."""
-    images, channels, pixels = student[0], student[1], student[2] * student[3]
-    w = channels + teacher[1]
+    images, channels, height, width = student
+    pixels, w = height * width, channels + teacher[1]
     if method == "gram":
         products = w * w * (pixels + w) + with_gradient * w * channels * (w + pixels)
     elif method == "pairwise":

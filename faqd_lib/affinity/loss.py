@@ -18,14 +18,13 @@ The same identity gives linear CKA its feature-space form (Kornblith et al. 2019
 the other, the further channels are further columns of Q.
 
 E stands in Q instead of X for precision. The form ‖XᵀX‖² + ‖YᵀY‖² − 2‖YᵀX‖² cancels in float32 when the student is
-close to the teacher, whereas every term of D above is as small as E. One case remains: after a rotation of the channels
-E is large while D is 0. The rounding of G then leaves an absolute error of up to 5e-8 in the loss. The pairwise form,
-which computes D itself, does not have this error.
+close to the teacher, whereas every term of D above is as small as E. After a rotation of the channels, however, E is
+large while D is 0, and the rounding of G leaves an absolute error of up to 5e-8 in the loss. The pairwise form computes
+D itself and does not have this error.
 
-The forward pass computes gradients by hand, a few images at a time, so that the work stays in the processor's cache.
-Only the student receives a gradient. The normalisation turns dX into dF = (dX − X⟨X, dX⟩) / ‖F‖. A pixel vector shorter
-than ``EPS`` has no direction. It counts as F/EPS in the value and receives no gradient: the derivative 1/EPS would be
-millions of times larger than all others.
+The forward pass computes the student's gradient by hand, a few images at a time, so that the work stays in the cache.
+The normalisation turns dX into dF = (dX − X⟨X, dX⟩) / ‖F‖. A pixel vector shorter than ``EPS`` has no direction. It
+counts as F/EPS in the value and receives no gradient: 1/EPS would be millions of times larger than all others.
 """
 
 import math
@@ -33,42 +32,33 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..utils.messages import check_choice
+from ..utils.messages import check_choice, kind_of
 from .kernels import EPS, accumulation_dtype, affinity_difference
 
-METHODS = ("auto", "gram", "pairwise", "projection")
-NORMS = ("l2", "l1")
-REDUCTIONS = ("mean", "released")
-DISTRIBUTIONS = ("gaussian", "rademacher")
 
-
-def affinity_matrix(features: torch.Tensor) -> torch.Tensor:
-    """Cosines between all pairs of pixels.
-
-    Args:
-        features: (batch, channels, height, width), floating point.
+def affinity_matrix(features: Tensor) -> Tensor:
+    """Cosines between all pairs of pixels of a floating-point map (batch, channels, height, width).
 
     Returns:
-        (batch, N, N) with N = height·width, values in [−1, 1], dtype of ``features``, differentiable. N² numbers an
-        image suit small maps only. The losses never form this matrix.
+        (batch, N, N) with N = height·width, values in [−1, 1], dtype of ``features``, differentiable. It suits small
+        maps only; the losses never form it.
     """
     _check_map("features", features)
     pixels = unit_pixels(features)
-    return pixels @ pixels.transpose(1, 2)
+    return pixels @ pixels.mT
 
 
-def unit_pixels(features: torch.Tensor) -> torch.Tensor:
+def unit_pixels(features: Tensor) -> Tensor:
     """Pixel vectors divided by their lengths: (batch, channels, height, width) → (batch, N, channels)."""
-    vectors = features.flatten(2).transpose(1, 2)
-    return vectors / vectors.norm(dim=2, keepdim=True).clamp_min(EPS)
+    return F.normalize(features.flatten(2).mT, dim=2, eps=EPS)
 
 
 def feature_affinity_loss(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
+    student: Tensor,
+    teacher: Tensor,
     method: str = "auto",
     *,
     norm: str = "l2",
@@ -76,7 +66,7 @@ def feature_affinity_loss(
     k: int | None = None,
     distribution: str = "gaussian",
     generator: torch.Generator | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Mean over images of ‖S_student − S_teacher‖²_F / N², exact or estimated from ``k`` random projections.
 
     Args:
@@ -84,19 +74,18 @@ def feature_affinity_loss(
         teacher: (batch, C_t, H_t, W_t); detached. C_t may differ from C_s. A map of another height or width is resized
             to the student's (bilinear, antialiased), as in the paper.
         method: ``"gram"``: exact, from (C_s+C_t)² products, linear in N. ``"pairwise"``: exact, from the N×N matrix in
-            blocks of rows. ``"auto"``: whichever of these takes fewer multiplications, see :func:`cheaper_exact`.
-            ``"projection"``: the paper's fast estimate (FFA).
-        norm: ``"l2"``: the paper's squared norm. ``"l1"``: Σ|D_ij|, as in the released code. L1 works with the pairwise
-            method only. It has no form of linear cost, and projections give no unbiased estimate of it.
+            blocks of rows. ``"auto"``: the cheaper of these, see :func:`cheaper_exact`. ``"projection"``: the paper's
+            fast estimate (FFA).
+        norm: ``"l2"``: the paper's squared norm. ``"l1"``: Σ|D_ij|, as in the released code, pairwise only: it has no
+            form of linear cost, and projections give no unbiased estimate of it.
         reduction: ``"mean"``: mean over images, as above. ``"released"``: the scale of the released code, for
-            comparisons. With L1, the code's default, that is the sum over images of ‖D‖₁/N². With L2, its ``order=2``,
-            it is √(Σ‖D‖²_F)/N over all images. With projections it is the root of the estimate of Σ‖D‖²_F: biased.
+            comparisons: Σ‖D‖₁/N² over all images with L1, the code's default, and √(Σ‖D‖²_F)/N with L2, its
+            ``order=2``. With projections the root of the estimate is biased.
         k: number of projections, at least 1; None for the paper's 6. Only the projection method takes it. The relative
             errors of estimate and gradient fall like 1/√k; that of the gradient is larger.
         distribution: of the projections, ``"gaussian"`` (the paper) or ``"rademacher"`` (±1, smaller variance).
         generator: a CPU generator for the projections; None for torch's global one. Every call draws new projections,
-            shared by all images of the batch. For a training that can be repeated give a seeded generator, or use
-            :class:`FastFeatureAffinityLoss`.
+            shared by all images of the batch. :class:`FastFeatureAffinityLoss` has a seeded generator.
 
     Returns:
         A scalar, never negative: float64 if the student is float64, else float32. It is NaN if an input holds NaN, an
@@ -115,11 +104,9 @@ def feature_affinity_loss(
     _check_projection(k, distribution)
     if not isinstance(generator, torch.Generator | None):
         raise TypeError(f"generator must be a torch.Generator of the CPU, got {type(generator).__name__}")
-
-    def draw(pixels: int) -> torch.Tensor:
-        return draw_projections(pixels, k, distribution, generator)
-
-    return _loss(student, teacher, method, norm, reduction, draw)
+    return loss_of_maps(
+        student, teacher, method, norm, reduction, lambda pixels: draw_projections(pixels, k, distribution, generator)
+    )
 
 
 def cheaper_exact(pixels: int, student_channels: int, teacher_channels: int) -> str:
@@ -134,7 +121,7 @@ def cheaper_exact(pixels: int, student_channels: int, teacher_channels: int) -> 
 
 def draw_projections(
     pixels: int, k: int, distribution: str = "gaussian", generator: torch.Generator | None = None
-) -> torch.Tensor:
+) -> Tensor:
     """Random projections z_1…z_k as the columns of an (N, k) float32 matrix: mean 0, identity covariance."""
     _check_projection(k, distribution)
     if distribution == "gaussian":
@@ -155,7 +142,7 @@ class FeatureAffinityLoss(nn.Module):
         _check_method(method, norm, reduction)
         self.method, self.norm, self.reduction = method, norm, reduction
 
-    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return feature_affinity_loss(student, teacher, self.method, norm=self.norm, reduction=self.reduction)
 
     def extra_repr(self) -> str:
@@ -165,12 +152,12 @@ class FeatureAffinityLoss(nn.Module):
 class FastFeatureAffinityLoss(nn.Module):
     """Fast feature-affinity loss (FFA) as a module: an unbiased estimate of FA from ``k`` random projections.
 
-    The module has a generator of its own, seeded with ``seed``. Every call draws new projections. The generator's state
-    is part of ``state_dict()``, so that an interrupted training goes on with the projections that come next. Replicas
-    of ``DataParallel`` share one state: compute the loss outside of them.
+    Every call draws new projections from the module's own generator, seeded with ``seed``. Its state is part of
+    ``state_dict()``, so that an interrupted training goes on with the projections that come next. Replicas of
+    ``DataParallel`` share one state: compute the loss outside of them.
 
-    With ``frozen`` every call uses the same projections for maps of one size, as the released code does. The loss is
-    then a fixed quadratic form of rank k: for study only.
+    With ``frozen`` every call uses the same projections for maps of one size, as the released code does: a fixed
+    quadratic form of rank k, for study only.
     """
 
     def __init__(
@@ -189,22 +176,22 @@ class FastFeatureAffinityLoss(nn.Module):
         # The state of a torch.Generator is kept as a tensor, which the compiler can follow, unlike a generator.
         with torch.inference_mode(False):  # a tensor made in inference mode cannot be changed outside it
             self.generator_state = torch.Generator().manual_seed(seed).get_state()
-        self._ahead: list[torch.Tensor] = []
+        self._ahead: list[Tensor] = []
         self._ahead_used = 0
 
-    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        def draw(pixels: int) -> torch.Tensor:
-            if self._ahead_used == len(self._ahead):
-                return self._draw(pixels)
-            z = self._ahead[self._ahead_used]
-            if len(z) != pixels:
-                raise ValueError(f"projections were drawn ahead for {len(z)} pixels, and the maps have {pixels}")
-            self._ahead_used += 1
-            return z
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return loss_of_maps(student, teacher, "projection", "l2", self.reduction, self._next)
 
-        return _loss(student, teacher, "projection", "l2", self.reduction, draw)
+    def _next(self, pixels: int) -> Tensor:
+        if self._ahead_used == len(self._ahead):
+            return self._draw(pixels)
+        z = self._ahead[self._ahead_used]
+        if len(z) != pixels:
+            raise ValueError(f"projections were drawn ahead for {len(z)} pixels, and the maps have {pixels}")
+        self._ahead_used += 1
+        return z
 
-    def _draw(self, pixels: int) -> torch.Tensor:
+    def _draw(self, pixels: int) -> Tensor:
         state = self.generator_state.clone() if self.frozen else self.generator_state
         return _draw_and_advance(state, pixels, self.k, self.distribution)
 
@@ -212,28 +199,23 @@ class FastFeatureAffinityLoss(nn.Module):
         """Draw now the projections of the next calls, one call for maps of each size in ``pixels`` (height·width).
 
         A CUDA graph cannot draw. Each ``predraw`` therefore writes float32 projections to the place of the former ones,
-        where a replay of the calls reads them. With no ``pixels`` the module drops the projections drawn ahead, and
-        calls draw for themselves again. Between ``predraw`` and the calls, ``state_dict()`` holds the state after them.
+        where a replay of the calls reads them. With no ``pixels`` calls draw for themselves again. Between ``predraw``
+        and the calls, ``state_dict()`` holds the state after them.
         """
         drawn = [self._draw(number) for number in pixels]
-        places = [(z.shape, z.device.type) for z in self._ahead]
-        if places != [(z.shape, device.type) for z in drawn]:
+        if [(z.shape, z.device.type) for z in self._ahead] != [(z.shape, device.type) for z in drawn]:
             self._ahead = [torch.empty_like(z, device=device) for z in drawn]
         for buffer, z in zip(self._ahead, drawn, strict=True):
             # The host would wait for a copy from memory that is not pinned.
             buffer.copy_(z.pin_memory() if device.type == "cuda" else z, non_blocking=True)
         self._ahead_used = 0
 
-    def get_extra_state(self) -> torch.Tensor:
+    def get_extra_state(self) -> Tensor:
         """The generator's state, for ``state_dict()``."""
         return self.generator_state.clone()
 
-    def set_extra_state(self, state: torch.Tensor) -> None:
-        """Go on from a state of ``state_dict()``.
-
-        Raises:
-            RuntimeError: ``state`` is not the state of a generator.
-        """
+    def set_extra_state(self, state: Tensor) -> None:
+        """Go on from a state of ``state_dict()``; RuntimeError if it is not the state of a generator."""
         with torch.inference_mode(False):
             copy = state.detach().cpu().clone()
             torch.Generator().set_state(copy)  # raises if it is not a state
@@ -248,8 +230,8 @@ class FastFeatureAffinityLoss(nn.Module):
 def projections_needed(relative_error: float, confidence: float) -> int:
     """Number of Gaussian projections k that meets a relative error for any pair of maps.
 
-    Chebyshev's inequality and Var‖Dz‖² = 2‖D²‖²_F ≤ 2‖D‖⁴_F give P(|L_k − L| > εL) ≤ 2 / (k ε²). This bound covers the
-    worst spectrum of D, rank one. Real maps need fewer; :func:`faqd_lib.affinity_statistics` computes how many.
+    Chebyshev's inequality and Var‖Dz‖² = 2‖D²‖²_F ≤ 2‖D‖⁴_F give P(|L_k − L| > εL) ≤ 2 / (k ε²), reached at rank one.
+    Real maps need fewer; :func:`faqd_lib.affinity_statistics` computes how many.
 
     Raises:
         ValueError: ``relative_error`` is not above 0, or ``confidence`` not inside (0, 1).
@@ -264,10 +246,9 @@ def check_error_and_confidence(relative_error: float, confidence: float) -> None
         raise ValueError(f"need relative_error > 0 and 0 < confidence < 1, got {relative_error!r} and {confidence!r}")
 
 
-def _check_map(name: str, features: torch.Tensor) -> None:
-    if not isinstance(features, torch.Tensor) or not features.is_floating_point():
-        kind = features.dtype if isinstance(features, torch.Tensor) else type(features).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {kind}")
+def _check_map(name: str, features: Tensor) -> None:
+    if not isinstance(features, Tensor) or not features.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {kind_of(features)}")
     if features.ndim != 4 or 0 in features.shape:
         tokens = features.ndim == 3 and 0 not in features.shape
         hint = f"; for tokens (batch, N, channels) use {name}.transpose(1, 2).unsqueeze(3)" if tokens else ""
@@ -286,16 +267,16 @@ def check_count(k: int) -> None:
 
 def _check_projection(k: int, distribution: str) -> None:
     check_count(k)
-    check_choice("distribution", distribution, DISTRIBUTIONS)
+    check_choice("distribution", distribution, ("gaussian", "rademacher"))
 
 
 def _check_method(method: str, norm: str, reduction: str) -> str:
     """Check the choices; return the method, "pairwise" for L1."""
     if method in ("ffa", "fast"):
         raise ValueError(f"method {method!r} is unknown: the paper's FFA is 'projection'")
-    check_choice("method", method, METHODS)
-    check_choice("norm", norm, NORMS)
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("method", method, ("auto", "gram", "pairwise", "projection"))
+    check_choice("norm", norm, ("l2", "l1"))
+    check_choice("reduction", reduction, ("mean", "released"))
     if norm == "l1" and method not in ("auto", "pairwise"):
         raise ValueError(
             f"norm 'l1' has no {method} form, because the sum of |D_ij| needs every entry of D: use method 'pairwise', "
@@ -304,7 +285,7 @@ def _check_method(method: str, norm: str, reduction: str) -> str:
     return "pairwise" if norm == "l1" else method
 
 
-def check_pair(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def check_pair(student: Tensor, teacher: Tensor) -> Tensor:
     """Check both maps; return the teacher's, detached, with the device, height and width of the student's."""
     _check_map("student", student)
     _check_map("teacher", teacher)
@@ -322,14 +303,10 @@ def check_pair(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         )  # fmt: skip
 
 
-def _loss(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    method: str,
-    norm: str,
-    reduction: str,
-    draw: Callable[[int], torch.Tensor],
-) -> torch.Tensor:
+def loss_of_maps(
+    student: Tensor, teacher: Tensor, method: str, norm: str, reduction: str, draw: Callable[[int], Tensor]
+) -> Tensor:
+    """:func:`feature_affinity_loss` with checked choices; ``draw`` makes the projections (N, k) for N pixels."""
     teacher = check_pair(student, teacher)
     pixels = student.shape[2] * student.shape[3]
     if method == "auto":
@@ -350,7 +327,7 @@ def _loss(
 
 
 @torch.library.custom_op("faqd::draw_projections", mutates_args=("state",))
-def _draw_and_advance(state: torch.Tensor, pixels: int, k: int, distribution: str) -> torch.Tensor:
+def _draw_and_advance(state: Tensor, pixels: int, k: int, distribution: str) -> Tensor:
     """Draw projections from the state (uint8) of a CPU generator, and advance the state."""
     generator = torch.Generator()
     generator.set_state(state)

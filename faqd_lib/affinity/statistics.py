@@ -14,49 +14,40 @@ The estimate L_k = (1/k) Σ_j ‖D z_j‖² / N² has the mean L = tr D² / N².
 Orthogonal projections are z_j = √N u_j with a uniformly random orthonormal system u_1…u_k; they are exact at k = N.
 Chebyshev's inequality turns a variance into Proposition 4.2: P(|L_k − L| > εL) ≤ Var L_k / (εL)².
 
-The images of a batch share their projections. For the loss of the batch, the mean of D² over the images therefore takes
-the place of D². The variance is larger than that of a mean of independent estimates.
-
-These formulas are about the *value* of the loss. The estimate of its gradient is unbiased, too, but far less accurate:
-see notebook 02. The rivals in :mod:`faqd_lib.affinity.estimators` other than orthogonal projections have no variance
-formula in C×C products.
+The images of a batch share their projections. The mean of D² over the images therefore takes the place of D², and the
+variance is larger than that of a mean of independent estimates. The estimate of the loss's gradient is unbiased, too,
+but far less accurate: see notebook 02.
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..utils.messages import check_choice
 from .kernels import MapPair
 from .loss import check_count, check_error_and_confidence, check_pair
 
 PROBES = ("gaussian", "rademacher", "orthogonal")
-AGREEMENT = 1e-14  # a loss up to this may be the rounding of float64 where all cosines agree
 
 
-@dataclass(frozen=True)
-class Traces:
+class Traces(NamedTuple):
     """tr A, tr A² and Σ A_ii² of A = D² or of its mean over a batch: float64 tensors of one shape."""
 
-    trace: torch.Tensor
-    square: torch.Tensor
-    diagonal: torch.Tensor
+    trace: Tensor
+    square: Tensor
+    diagonal: Tensor
 
 
 @dataclass(frozen=True)
 class AffinityStatistics:
-    """Exact loss and variance of its estimates, for each image and for the batch; from :func:`affinity_statistics`.
+    """Exact loss and variance of its estimates, for each image and for the batch; from :func:`affinity_statistics`."""
 
-    Attributes:
-        pixels: N.
-        images: traces of D² of each image, shape (batch,).
-        batch: traces of the mean of D² over the batch, scalars.
-    """
-
-    pixels: int
-    images: Traces
-    batch: Traces
+    pixels: int  # N
+    images: Traces  # of D² of each image, shape (batch,)
+    batch: Traces  # of the mean of D² over the batch, scalars
 
     @property
     def loss(self) -> float:
@@ -64,7 +55,7 @@ class AffinityStatistics:
         return float(self.batch.trace) / self.pixels**2
 
     @property
-    def loss_of_images(self) -> torch.Tensor:
+    def loss_of_images(self) -> Tensor:
         """Exact loss of each image: (batch,) float64."""
         return self.images.trace / self.pixels**2
 
@@ -85,14 +76,15 @@ class AffinityStatistics:
         """
         return float(_variance(self.batch, self.pixels, k, probes))
 
-    def variance_of_images(self, k: int, probes: str = "gaussian") -> torch.Tensor:
+    def variance_of_images(self, k: int, probes: str = "gaussian") -> Tensor:
         """Variance of each image's own estimate: (batch,) float64."""
         return _variance(self.images, self.pixels, k, probes)
 
     def relative_error(self, k: int, probes: str = "gaussian") -> float:
         """Root-mean-square error of the batch's estimate, divided by the loss; 0 if the loss is at most 1e-14."""
         deviation = math.sqrt(self.variance(k, probes))
-        return deviation / self.loss if self.loss > AGREEMENT else 0.0
+        # A smaller loss may be the rounding of float64 where all cosines agree.
+        return deviation / self.loss if self.loss > 1e-14 else 0.0
 
     def chebyshev_bound(self, relative_error: float, k: int, probes: str = "gaussian") -> float:
         """Upper bound of P(|L_k − L| > relative_error · L), at most 1. The true probability is far smaller."""
@@ -100,9 +92,7 @@ class AffinityStatistics:
         return min(1.0, (self.relative_error(k, probes) / relative_error) ** 2)
 
     def projections_needed(self, relative_error: float, confidence: float, probes: str = "gaussian") -> int:
-        """The fewest projections, at least 1, for which Chebyshev's inequality gives this error with this confidence.
-
-        Orthogonal probes need at most N.
+        """The fewest projections for which Chebyshev's inequality gives this error with this confidence, at least 1.
 
         Raises:
             ValueError: ``relative_error`` is not above 0, ``confidence`` not inside (0, 1), or probes are unknown.
@@ -117,13 +107,11 @@ class AffinityStatistics:
         return max(1, math.ceil(one / target - 1e-9))
 
 
-def affinity_statistics(student: torch.Tensor, teacher: torch.Tensor) -> AffinityStatistics:
+def affinity_statistics(student: Tensor, teacher: Tensor) -> AffinityStatistics:
     """Exact affinity loss of a pair of maps, and the accuracy of its estimates by projections.
 
-    Time is linear in N. Memory is a few float64 copies of the two maps. There is no gradient.
-
-    Args:
-        student, teacher: maps as :func:`faqd_lib.feature_affinity_loss` takes them.
+    Maps are those of :func:`faqd_lib.feature_affinity_loss`. Time is linear in N. Memory is a few float64 copies of the
+    two maps. There is no gradient.
 
     Example:
         >>> statistics = affinity_statistics(student_map, teacher_map)
@@ -137,32 +125,26 @@ def affinity_statistics(student: torch.Tensor, teacher: torch.Tensor) -> Affinit
     teacher = check_pair(student, teacher)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         pair = MapPair(student.detach().double(), teacher.double())
-        parts, factors, kernels = [], [], []
+        parts = []
         for chunk in pair.chunks(pair.pixels * pair.width):
             q, m = chunk.q.clone(), pair.core @ (chunk.q.transpose(1, 2) @ chunk.q)
             mk, m2 = m @ pair.core, m @ m  # D² = Q (M K) Qᵀ
             diagonal = ((q @ mk) * q).sum(2)
-            parts.append((_trace_of_square(m), _trace_of_square(m2), diagonal.square().sum(1), diagonal.sum(0)))
-            factors.append(q)
-            kernels.append(mk)
-        trace, square, squared_diagonal, diagonals = zip(*parts, strict=True)
-        images = Traces(torch.cat(trace), torch.cat(square), torch.cat(squared_diagonal))
+            traces = [(each * each.mT).sum((1, 2)) for each in (m, m2)]
+            parts.append((*traces, diagonal.square().sum(1), q, mk, diagonal.sum(0, keepdim=True)))
+        *traces, q, mk, diagonals = (torch.cat(part) for part in zip(*parts, strict=True))
+        images = Traces(*traces)
         if not bool(images.trace.isfinite().all()):
             raise ValueError("the maps hold NaN or an infinity: there is no loss to estimate")
-        count = pair.images
         batch = Traces(
             images.trace.mean(),
-            _square_of_mean(torch.cat(factors), torch.cat(kernels)),
-            (torch.stack(diagonals).sum(0) / count).square().sum(),
+            _square_of_mean(q, mk),
+            (diagonals.sum(0) / pair.images).square().sum(),
         )
     return AffinityStatistics(pair.pixels, images, batch)
 
 
-def _trace_of_square(m: torch.Tensor) -> torch.Tensor:
-    return (m * m.transpose(1, 2)).sum((1, 2))
-
-
-def _square_of_mean(q: torch.Tensor, mk: torch.Tensor) -> torch.Tensor:
+def _square_of_mean(q: Tensor, mk: Tensor) -> Tensor:
     """‖mean over images of Q (M K) Qᵀ‖²_F, from the smaller Gram matrix; the N×N one in blocks of rows."""
     images, pixels, width = q.shape
     left = (q @ mk).transpose(0, 1).reshape(pixels, images * width)  # factors of all images side by side
@@ -173,7 +155,7 @@ def _square_of_mean(q: torch.Tensor, mk: torch.Tensor) -> torch.Tensor:
     return sum((rows @ right.T).square().sum() for rows in blocks) / images**2
 
 
-def _variance(traces: Traces, pixels: int, k: int, probes: str) -> torch.Tensor:
+def _variance(traces: Traces, pixels: int, k: int, probes: str) -> Tensor:
     check_choice("probes", probes, PROBES)
     check_count(k)
     if probes == "orthogonal" and k > pixels:

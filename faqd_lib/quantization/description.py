@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .module_calls import WEIGHTED, ActivationCalls, is_activation, kept_modes
@@ -25,11 +25,11 @@ class LayerBits:
 
     layer: str
     kind: str
-    shape: tuple[int, ...]
-    bits: int
-    levels: int  # in use by the weights; offered by a quantized ReLU; 0 for float
-    scale: float  # the step, or the mean of the channels' steps; NaN for float
-    size: float  # bytes of weights and scales in storage; 0 for activations and for weights of an earlier row
+    shape: tuple[int, ...] = ()
+    bits: int = FLOAT_BITS
+    levels: int = 0  # in use by the weights; offered by a quantized ReLU; 0 for float
+    scale: float = math.nan  # the step, or the mean of the channels' steps; NaN for float
+    size: float = 0.0  # bytes of weights and scales in storage; 0 for activations and for weights of an earlier row
     note: str = ""
 
 
@@ -52,7 +52,7 @@ class Description(list[LayerBits]):
         return f"{self.frame().to_string(formatters=formats)}\n{total}"
 
 
-def describe(model: nn.Module, images: torch.Tensor | None = None) -> Description:
+def describe(model: nn.Module, images: Tensor | None = None) -> Description:
     """List every layer with weights except normalisations, and every activation: bits, levels in use, scale, size.
 
     Layers without a quantizer in :func:`faqd_lib.quantize` (Conv1d, Embedding, SiLU, …) are listed with 32 bits, so
@@ -60,20 +60,19 @@ def describe(model: nn.Module, images: torch.Tensor | None = None) -> Descriptio
 
     Args:
         model: quantized, read from a packed file, or float.
-        images: (batch, …) input of the network. The network runs once on it, in evaluation mode. The table then also
-            lists activations that are function calls: ``F.relu`` becomes ``relu()``, under the name of the calling
-            module. Equivalents such as ``clamp`` or ``maximum`` are not found. Modules that run more than once, or
-            never, get a note. A quantized ReLU that is called in two places has one step for both.
+        images: (batch, …) input, on which the network runs once in evaluation mode. The table then also lists
+            activations that are function calls: ``relu()`` under the name of the module that calls ``F.relu``.
+            Equivalents such as ``clamp`` or ``maximum`` are not found. Modules that run more than once, or never, get
+            a note. A quantized ReLU that is called in two places has one step for both.
     """
     model = unwrapped(model)
     notes, functions = _run(model, images)
     for name in uncalibrated(model):
         notes.setdefault(name, []).insert(0, "not calibrated")
-    low_bits, first = low_bit_weights(model), {}
-    rows = Description()
+    low_bits, first, rows = low_bit_weights(model), {}, Description()
 
-    def add(name: str, kind: str, shape=(), bits=FLOAT_BITS, levels=0, scale=float("nan"), size=0.0) -> None:
-        rows.append(LayerBits(name, kind, tuple(shape), bits, levels, scale, size, ", ".join(notes.get(name, ()))))
+    def add(name: str, kind: str, **values) -> None:
+        rows.append(LayerBits(name, kind, note=", ".join(notes.get(name, ())), **values))
 
     for name, module in model.named_modules():
         kind = type(module).__name__.removeprefix("Parametrized")
@@ -85,26 +84,26 @@ def describe(model: nn.Module, images: torch.Tensor | None = None) -> Descriptio
                 bits, scale = low.bits, low.scale
                 levels = int(low.levels.add(2**7).int().flatten().bincount().count_nonzero())
             size = (module.weight.numel() * bits + scale.numel() * FLOAT_BITS) / 8 if owner == name else 0.0
-            add(name, kind, module.weight.shape, bits, levels, float(scale.mean()), size)
+            shape, mean = tuple(module.weight.shape), float(scale.mean())
+            add(name, kind, shape=shape, bits=bits, levels=levels, scale=mean, size=size)
         elif isinstance(module, QuantizedReLU):
-            add(name, kind, (), module.bits, 2**module.bits, float(module.step.detach()))
+            add(name, kind, bits=module.bits, levels=2**module.bits, scale=float(module.step.detach()))
         elif (own := list(module.parameters(recurse=False))) and not isinstance(module, _NOT_LAYERS):
-            add(name, kind, own[0].shape, size=sum(parameter.numel() * FLOAT_BITS / 8 for parameter in own))
+            size = sum(parameter.numel() * FLOAT_BITS / 8 for parameter in own)
+            add(name, kind, shape=tuple(own[0].shape), size=size)
         elif is_activation(module):
             add(name, kind)
-        for function, count in functions.get(name, {}).items():
-            rows.append(
-                LayerBits(name, f"{function}()", (), FLOAT_BITS, 0, float("nan"), 0.0,
-                          f"{count} calls, no module" if count > 1 else "a call, no module")
-            )  # fmt: skip
+        for (caller, function), count in functions.items():
+            if caller == name:
+                times = f"{count} calls" if count > 1 else "a call"
+                rows.append(LayerBits(name, f"{function}()", note=f"{times}, no module"))
     return rows
 
 
 def weight_bytes(model: nn.Module) -> float:
     """Bytes of all parameters: low-bit weights in their bits, with their scales in 32, all others in 32."""
     bits = sum(parameter.numel() * FLOAT_BITS for parameter in model.parameters())
-    modules = dict(model.named_modules(remove_duplicate=False))
-    once = {_stored(modules[name]): low for name, low in low_bit_weights(model).items()}
+    once = {_stored(model.get_submodule(name)): low for name, low in low_bit_weights(model).items()}
     for low in once.values():
         bits += low.levels.numel() * (low.bits - FLOAT_BITS) + low.scale.numel() * FLOAT_BITS
     return bits / 8
@@ -118,17 +117,14 @@ def _stored(layer: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, images: torch.Tensor | None) -> tuple[dict[str, list[str]], dict[str, dict[str, int]]]:
-    """(notes on how often modules run, counts of function calls), both by module name; empty without images."""
+def _run(model: nn.Module, images: Tensor | None) -> tuple[dict[str, list[str]], dict[tuple[str, str], int]]:
+    """(notes by name on how often modules run, number of calls by (module, function)); empty without images."""
     notes: dict[str, list[str]] = {}
-    functions: dict[str, dict[str, int]] = {}
     if images is None:
-        return notes, functions
+        return notes, {}
     with kept_modes(model), ActivationCalls(model) as calls:
         model.eval()(images)
     for name, module in model.named_modules():
         if (count := calls.modules[module]) != 1:
             notes[name] = [f"called {count} times" if count else "its forward is not called"]
-    for (name, function), count in calls.functions.items():
-        functions.setdefault(name, {})[function] = count
-    return notes, functions
+    return notes, calls.functions

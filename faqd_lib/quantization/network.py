@@ -1,36 +1,27 @@
 """Put quantizers into a network, take them out again, and read low-bit weights.
 
-Weights are quantized by ``torch.nn.utils.parametrize``. The float (latent) weight stays the learned parameter, the
-layer computes with the quantized weight, and the gradient passes straight through. Each ``nn.ReLU`` and ``nn.ReLU6``
-becomes a :class:`~faqd_lib.quantization.relu.QuantizedReLU` with a learned step. :func:`quantize` works in place, and
-:func:`dequantize` undoes it. A float network's ``state_dict`` loads into the quantized network unchanged.
+Weights are quantized by ``torch.nn.utils.parametrize``: the layer computes with the quantized weight, and the gradient
+passes straight through to the float (latent) weight, which is learned. Each ``nn.ReLU`` and ``nn.ReLU6`` becomes a
+:class:`~faqd_lib.quantization.relu.QuantizedReLU`. A float network's ``state_dict`` loads into the quantized network.
 """
 
+import copy
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import update_bn
 
-from ..utils.messages import check_choice
+from ..utils.messages import check_choice, kind_of
 from .module_calls import RECTIFIERS, WEIGHTED, ActivationCalls, kept_modes
 from .relu import QuantizedReLU, sample
 from .relu_kernels import kernels
-from .weights import (
-    ACTIVATION_BITS,
-    FLOAT_BITS,
-    WEIGHT_BITS,
-    WeightQuantizer,
-    low_bit_values,
-    weight_quantizer,
-)
+from .weights import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS, WeightQuantizer, low_bit_values, weight_quantizer
 
-LAYER_POLICIES = ("quantize", "float")
-SHORTCUTS = ("shortcut", "downsample")  # parts of module names that mark a residual network's shortcut layers
 _UNPACKED = "_faqd_unpacked"  # attribute of a layer whose weight was read from a packed file: (bits, scale)
 
 
@@ -53,12 +44,11 @@ def quantize(
         weight_bits: 1, 2 (ternary), 3 to 8; 32 leaves all weights float.
         activation_bits: 1 to 8; 32 leaves all activations float.
         first_layer: ``"quantize"`` or ``"float"``: the first Conv2d or Linear in module order (the stem).
-        last_layer: the same for the last layer (the classifier). The defaults of ``first_layer`` and ``last_layer``
-            follow the authors' released code.
-        shortcuts: the same for layers with "shortcut" or "downsample" in a part of their name.
-        overrides: bits by module name or shell pattern: ``{"layer1.*": 8, "fc": 32}``. A pattern reaches weights only
-            if ``weight_bits`` is below 32, and activations only if ``activation_bits`` is. A whole name reaches both.
-            Overrides take precedence over the policies above, and later overrides over earlier ones.
+        last_layer: the same for the last layer (the classifier). Both defaults follow the authors' released code.
+        shortcuts: the same for layers with "shortcut" or "downsample" in their name.
+        overrides: bits by module name or shell pattern: ``{"layer1.*": 8, "fc": 32}``, stronger than the policies
+            above; later ones win. A whole name reaches every layer and ReLU. A pattern reaches weights only if
+            ``weight_bits`` is below 32, and activations only if ``activation_bits`` is.
         per_channel: one weight scale for each output channel instead of one for the tensor (the paper).
         step_gradient: how activation steps learn: ``"lsq"``, ``"coarse"``, or ``"frozen"`` for not at all.
 
@@ -73,10 +63,19 @@ def quantize(
     """
     check_choice("weight_bits", weight_bits, (*WEIGHT_BITS, FLOAT_BITS))
     check_choice("activation_bits", activation_bits, (*ACTIVATION_BITS, FLOAT_BITS))
-    for name, policy in (("first_layer", first_layer), ("last_layer", last_layer), ("shortcuts", shortcuts)):
-        check_choice(name, policy, LAYER_POLICIES)
-    layers, relus = _quantizable(model)
-    if any(map(quantizer_of, layers.values())) or any(_quantized_relus(model)) or _unpacked(model):
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
+    relus = {name: module for name, module in model.named_modules() if type(module) in RECTIFIERS}
+    bits = dict.fromkeys(layers, weight_bits) | dict.fromkeys(relus, activation_bits)
+    reached = [name for name, value in bits.items() if value != FLOAT_BITS]
+    for setting, policy, names in (
+        ("first_layer", first_layer, list(layers)[:1]),
+        ("last_layer", last_layer, list(layers)[-1:]),
+        ("shortcuts", shortcuts, [name for name in layers if "shortcut" in name or "downsample" in name]),
+    ):
+        check_choice(setting, policy, ("quantize", "float"))
+        if policy == "float":
+            bits |= dict.fromkeys(names, FLOAT_BITS)
+    if any(map(quantizer_of, layers.values())) or _quantized_relus(model) or _unpacked(model):
         raise ValueError("the network is quantized already: call dequantize(model) first")
     if weight_bits != FLOAT_BITS and not layers:
         raise ValueError("the network has no Conv2d or Linear module whose weights could be quantized")
@@ -84,19 +83,15 @@ def quantize(
         raise ValueError(
             "the network has no nn.ReLU module to quantize: replace calls of F.relu or torch.relu by modules"
         )
-    bits = dict.fromkeys(layers, weight_bits) | dict.fromkeys(relus, activation_bits)
-    bits |= dict.fromkeys(_float_by_policy(list(layers), first_layer, last_layer, shortcuts), FLOAT_BITS)
-    reached = [*(layers if weight_bits != FLOAT_BITS else ()), *(relus if activation_bits != FLOAT_BITS else ())]
-    bits |= _overridden(overrides or {}, layers, relus, reached)
-    _check_quantizable(layers, relus, bits, weight_bits, activation_bits)
-    made = {}
-    for name, module in relus.items():
-        if bits[name] != FLOAT_BITS:
-            device = next((parameter.device for parameter in model.parameters()), None)
-            made[module] = QuantizedReLU(bits[name], step_gradient, replaces=module).to(device)
+    _override(bits, overrides or {}, layers, reached)
+    layers, relus = (
+        {name: module for name, module in modules.items() if bits[name] != FLOAT_BITS} for modules in (layers, relus)
+    )
+    _check_quantizable(layers, relus, weight_bits, activation_bits)
+    device = next((parameter.device for parameter in model.parameters()), None)
+    made = {relu: QuantizedReLU(bits[name], step_gradient, relu).to(device) for name, relu in relus.items()}
     for name, layer in layers.items():
-        if bits[name] != FLOAT_BITS:
-            parametrize.register_parametrization(layer, "weight", weight_quantizer(bits[name], per_channel))
+        parametrize.register_parametrization(layer, "weight", weight_quantizer(bits[name], per_channel))
     replace_modules(model, made)
     _hook_once(model, _accept_float_network)
     for module in model.modules():
@@ -107,52 +102,32 @@ def quantize(
 
 def _hook_once(module: nn.Module, hook: Callable) -> None:
     """Register a hook unless the module has it already."""
-    known = module._load_state_dict_pre_hooks.values()
-    if all(getattr(one, "hook", one) is not hook for one in known):
+    if all(getattr(one, "hook", one) is not hook for one in module._load_state_dict_pre_hooks.values()):
         module.register_load_state_dict_pre_hook(hook)
 
 
 def _check_quantizable(
-    layers: Mapping[str, nn.Module], relus: Mapping[str, nn.Module], bits: Mapping[str, int], weights: int, acts: int
+    layers: Mapping[str, nn.Module], relus: Mapping[str, nn.Module], weight_bits: int, activation_bits: int
 ) -> None:
-    """Raise the ValueErrors of :func:`quantize` that depend on the bits of each module."""
-    for kind, modules, asked in (("Conv2d or Linear", layers, weights), ("ReLU", relus, acts)):
-        if asked != FLOAT_BITS and all(bits[name] == FLOAT_BITS for name in modules):
-            raise ValueError(f"every {kind} is kept float by policy: nothing would be quantized to {asked} bits")
-    if bits.get("", FLOAT_BITS) != FLOAT_BITS and "" in relus:
+    """Raise the ValueErrors of :func:`quantize` about the modules chosen."""
+    for kind, modules, bits in (("Conv2d or Linear", layers, weight_bits), ("ReLU", relus, activation_bits)):
+        if bits != FLOAT_BITS and not modules:
+            raise ValueError(f"every {kind} is kept float by policy: nothing would be quantized to {bits} bits")
+    if "" in relus:
         raise ValueError("a ReLU that is the whole network cannot be replaced: put it into an nn.Sequential")
     for name, layer in layers.items():
         weight = layer._parameters.get("weight")
-        if bits[name] != FLOAT_BITS and (weight is None or nn.parameter.is_lazy(weight)):
+        if weight is None or nn.parameter.is_lazy(weight):
             raise ValueError(
                 f"the weight of {name or 'the network'} ({type(layer).__name__}) is no plain parameter: run a lazy "
                 "layer once, and take weight norm or another parametrization off, before you quantize"
             )
 
 
-def _quantizable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """(layers with weights, ReLUs) by name, in module order."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
-    relus = {name: module for name, module in model.named_modules() if type(module) in RECTIFIERS}
-    return layers, relus
-
-
-def _float_by_policy(layers: list[str], first_layer: str, last_layer: str, shortcuts: str) -> set[str]:
-    named = set(layers[:1]) if first_layer == "float" else set()
-    if last_layer == "float":
-        named |= set(layers[-1:])
-    if shortcuts == "float":
-        named |= {name for name in layers if any(mark in part for part in name.split(".") for mark in SHORTCUTS)}
-    return named
-
-
-def _overridden(
-    overrides: Mapping[str, int], layers: Iterable[str], relus: Iterable[str], reached: list[str]
-) -> dict[str, int]:
-    """Bits by module name; ``reached``: the names that patterns choose from."""
-    bits, names = {}, [*layers, *relus]
+def _override(bits: dict[str, int], overrides: Mapping[str, int], layers: Iterable[str], reached: list[str]) -> None:
+    """Override the bits by module name; ``reached``: the names that patterns choose from."""
     for pattern, value in overrides.items():
-        matched = [pattern] if pattern in names else fnmatch.filter(reached, pattern)
+        matched = [pattern] if pattern in bits else fnmatch.filter(reached, pattern)
         if not matched:
             raise ValueError(
                 f"the pattern {pattern!r} matches no Conv2d, Linear or ReLU that is quantized; their names are, among "
@@ -162,7 +137,6 @@ def _overridden(
             offered = WEIGHT_BITS if name in layers else ACTIVATION_BITS
             check_choice(f"overrides[{pattern!r}]", value, (*offered, FLOAT_BITS))
             bits[name] = value
-    return bits
 
 
 def dequantize(model: nn.Module) -> nn.Module:
@@ -188,20 +162,19 @@ def join(name: str, key: str) -> str:
 
 def _accept_float_network(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
     """Load a float network's ``weight`` as the latent weight. Steps keep their values: a float network has none."""
-    latent = [prefix + join(name, "parametrizations.weight.original") for name in quantized_weights(model)]
-    if any(name in state_dict for name in latent):
+    names = [prefix + join(name, "") for name in quantized_weights(model)]
+    if any(f"{name}parametrizations.weight.original" in state_dict for name in names):
         return  # the state of a quantized network: load_state_dict reports missing names
-    for name in quantized_weights(model):
-        weight = prefix + join(name, "weight")
-        if weight in state_dict:
-            state_dict[prefix + join(name, "parametrizations.weight.original")] = state_dict.pop(weight)
+    for name in names:
+        if f"{name}weight" in state_dict:
+            state_dict[f"{name}parametrizations.weight.original"] = state_dict.pop(f"{name}weight")
     steps = {
-        prefix + join(name, "step"): module.step
+        prefix + join(name, "step"): module.step.detach()
         for name, module in model.named_modules(remove_duplicate=False)
-        if _is_quantized_relu(module)
+        if isinstance(module, QuantizedReLU)
     }
-    if not any(name in state_dict for name in steps):
-        state_dict |= {name: step.detach() for name, step in steps.items()}
+    if not steps.keys() & state_dict.keys():
+        state_dict |= steps
 
 
 def _accept_float_part(part: nn.Module, state_dict: dict, prefix: str, *_) -> None:
@@ -211,11 +184,11 @@ def _accept_float_part(part: nn.Module, state_dict: dict, prefix: str, *_) -> No
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
+def calibrate(model: nn.Module, images: Tensor) -> nn.Module:
     """Fit the step of every quantized ReLU to its input, first layer to last, in one pass over a batch of images.
 
-    Batch normalisation uses the batch's statistics, so that a freshly initialised network can be calibrated. Everything
-    else, such as dropout, is in evaluation mode. Running statistics and modes are left as they were.
+    Batch normalisation uses the batch's statistics, so that a freshly initialised network can be calibrated; all else
+    is in evaluation mode. Running statistics and modes are left as they were.
 
     Args:
         model: a network; left unchanged if it has no quantized activations.
@@ -227,11 +200,11 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
     Warns:
         UserWarning: the network calls ``F.relu`` or ``torch.relu``. Such calls stay float.
     """
-    relus = list(_quantized_relus(model))
+    relus = _quantized_relus(model)
     if not relus:
         return model
     _check_images("images", images)
-    seen: dict[nn.Module, list[torch.Tensor]] = {relu: [] for relu in relus}
+    seen: dict[nn.Module, list[Tensor]] = {relu: [] for relu in relus}
     network = unwrapped(model)  # hooks need a forward that is not compiled
     calls = ActivationCalls(network)
 
@@ -251,8 +224,8 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
             handle.remove()
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-    called = (count for (_, name), count in calls.functions.items() if name.rstrip("_") in ("relu", "relu6"))
-    if rectifiers := sum(called):
+    rectifiers = sum(count for (_, name), count in calls.functions.items() if name.rstrip("_") in ("relu", "relu6"))
+    if rectifiers:
         warnings.warn(
             f"{rectifiers} ReLU(s) of {type(model).__name__} are called as functions (F.relu) and stay float: make "
             "them nn.ReLU modules (describe(model, images) lists them)",
@@ -264,10 +237,9 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> nn.Module:
 def compile_activations(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
     """Compile the quantized activations' kernels by ``torch.compile``, for faster training on a CPU.
 
-    Call it before a training loop of your own, for a network that is not compiled as a whole. Large tensors in training
-    mode then use the kernels. Nothing changes in evaluation mode, for small tensors, in traces and on other devices. A
-    second derivative is refused. The steps' gradients differ in the last digits, and no other number does. Compiling
-    takes seconds, the first time on a machine longer.
+    Call it before a training loop of your own, for a network that is not compiled as a whole. Only large tensors in
+    training mode use the kernels; traces do not. A second derivative is refused. The steps' gradients differ in the
+    last digits, and no other number does. Compiling takes seconds, the first time on a machine longer.
 
     Args:
         model: a network with quantized activations.
@@ -284,57 +256,55 @@ def compile_activations(model: nn.Module, dtype: torch.dtype = torch.float32) ->
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype must be that of activations, torch.float32 or torch.bfloat16, got {dtype!r}")
-    relus = list(_quantized_relus(model))
+    relus = _quantized_relus(model)
     if not relus:
         raise ValueError("the network has no quantized activations: call quantize(model, activation_bits=…) first")
     for relu in relus:
-        relu.compiled = relu.step.device.type == "cpu" and kernels(dtype, relu.is_coarse) is not None
+        relu.compiled = relu.step.device.type == "cpu" and kernels(dtype, relu.step_gradient == "coarse") is not None
     return any(relu.compiled for relu in relus)
 
 
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> nn.Module:
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """Estimate mean and variance of every batch normalisation again, as plain averages over some batches of images.
 
-    A network that is quantized and not trained any further needs new statistics. Those of the float network can cost
-    all accuracy at few bits. Modes and momenta are left as they were (:func:`torch.optim.swa_utils.update_bn`).
+    A quantized network that is not trained any further needs them: those of the float network can cost all accuracy at
+    few bits. Modes and momenta are left as they were (:func:`torch.optim.swa_utils.update_bn`).
 
     Raises:
         ValueError: there is no batch, or a batch is no float tensor of images. The statistics are left unchanged.
     """
-    if isinstance(batches, torch.Tensor):
+    if isinstance(batches, Tensor):
         raise ValueError(
             f"batches must be batches of images, got one tensor {tuple(batches.shape)}: put it into a list"
         )
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
-    before = [(norm, norm.momentum, {key: value.clone() for key, value in norm.named_buffers()}) for norm in norms]
-    seen, done = 0, False
+    before = [(norm, norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
 
-    def checked() -> Iterable[torch.Tensor]:
-        nonlocal seen
+    def checked() -> Iterable[Tensor]:
+        seen = False
         for batch in batches:
             _check_images("a batch", batch)
-            seen += 1
+            seen = True
             yield batch
+        if not seen:
+            raise ValueError("batches held nothing: give a list of image tensors, or an iterator not used up yet")
 
     try:
         with kept_modes(model):
             update_bn(checked(), model)
-        if norms and not seen:
-            raise ValueError("batches held nothing: give a list of image tensors, or an iterator not used up yet")
-        done = True
-    finally:
-        if not done:  # update_bn begins by wiping the statistics
-            for norm, momentum, buffers in before:
-                norm.momentum = momentum
-                for key, value in buffers.items():
-                    getattr(norm, key).copy_(value)
+    except BaseException:  # update_bn begins by wiping the statistics
+        for norm, momentum, state in before:
+            norm.momentum = momentum
+            norm.load_state_dict(state)
+        raise
     return model
 
 
-def _check_images(name: str, images: torch.Tensor) -> None:
-    if not isinstance(images, torch.Tensor) or not images.is_floating_point() or images.ndim < 2 or len(images) < 2:
-        got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, torch.Tensor) else type(images).__name__
-        raise ValueError(f"{name} must be a float tensor (batch, …) of at least 2 normalised images, got {got}")
+def _check_images(name: str, images: Tensor) -> None:
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim < 2 or len(images) < 2:
+        raise ValueError(
+            f"{name} must be a float tensor (batch, …) of at least 2 normalised images, got {kind_of(images)}"
+        )
 
 
 def quantized_weights(model: nn.Module) -> dict[str, tuple[WeightQuantizer, nn.Parameter]]:
@@ -355,16 +325,12 @@ def quantizer_of(module: nn.Module) -> WeightQuantizer | None:
 
 @dataclass(frozen=True)
 class LowBitWeight:
-    """The weight that a layer computes with, as scale and levels; see :func:`low_bit_values`.
-
-    ``scale`` has the shape () or (C_out, 1, …), ``levels`` the shape of the weight. Both are float32, or float64 for a
-    float64 weight. Levels are whole numbers.
-    """
+    """The weight that a layer computes with; see :func:`low_bit_values`. Float32, or float64 for a float64 weight."""
 
     bits: int
-    scale: torch.Tensor
-    levels: torch.Tensor
-    dtype: torch.dtype
+    scale: Tensor  # () or (C_out, 1, …)
+    levels: Tensor  # whole numbers, in the shape of the weight
+    dtype: torch.dtype  # of the weight
 
 
 def low_bit_weights(model: nn.Module) -> dict[str, LowBitWeight]:
@@ -395,7 +361,7 @@ def low_bit_weights(model: nn.Module) -> dict[str, LowBitWeight]:
     return found
 
 
-def mark_unpacked(layer: nn.Module, bits: int, scale: torch.Tensor) -> None:
+def mark_unpacked(layer: nn.Module, bits: int, scale: Tensor) -> None:
     """Note bits and scale of a layer's float weight, for :func:`low_bit_weights`."""
     layer.__dict__[_UNPACKED] = (bits, scale)
 
@@ -406,7 +372,7 @@ def _unpacked(model: nn.Module) -> list[nn.Module]:
 
 def uncalibrated(model: nn.Module) -> list[str]:
     """Names of the quantized ReLUs whose step was neither fitted nor trained."""
-    return [name for name, module in model.named_modules() if _is_quantized_relu(module) and module.is_initial]
+    return [name for name, module in model.named_modules() if isinstance(module, QuantizedReLU) and module.is_initial]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -420,19 +386,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _once(
-    weights: Mapping[str, tuple[WeightQuantizer, nn.Parameter]],
-) -> Iterable[tuple[WeightQuantizer, nn.Parameter]]:
-    """Each latent weight once, though several layers may share it."""
-    return {id(latent): (quantizer, latent) for quantizer, latent in weights.values()}.values()
-
-
 @torch.no_grad()
 def blend(model: nn.Module, share: float) -> None:
     """w ← (1 − share)·w + share·Q(w) for every quantized weight, in place.
 
-    Between ``backward()`` and ``optimizer.step()``, blending turns SGD into the blended coarse gradient descent of Yin
-    et al. 2019: w ← (1 − ρ)·w + ρ·Q(w) − lr·gradient, with the gradient taken at Q(w).
+    Between ``backward()`` and ``optimizer.step()``, it turns SGD into the blended coarse gradient descent of Yin et al.
+    2019: w ← (1 − ρ)·w + ρ·Q(w) − lr·gradient, with the gradient taken at Q(w).
 
     Raises:
         ValueError: ``share`` outside [0, 1].
@@ -440,23 +399,20 @@ def blend(model: nn.Module, share: float) -> None:
     if not 0 <= share <= 1:
         raise ValueError(f"share must be from 0 to 1, got {share!r}")
     if share:
-        for quantizer, latent in _once(quantized_weights(model)):
+        # Each latent weight once, though several layers may share it.
+        for latent, quantizer in {latent: quantizer for quantizer, latent in quantized_weights(model).values()}.items():
             latent.lerp_(quantizer(latent), share)
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(ordinary parameters, activation steps). Weight decay belongs on the ordinary parameters only."""
     steps = [relu.step for relu in _quantized_relus(model)]
-    known = {id(step) for step in steps}
-    return [parameter for parameter in model.parameters() if id(parameter) not in known], steps
+    known = set(steps)
+    return [parameter for parameter in model.parameters() if parameter not in known], steps
 
 
-def _is_quantized_relu(module: nn.Module) -> bool:
-    return isinstance(module, QuantizedReLU)
-
-
-def _quantized_relus(model: nn.Module) -> Iterable[QuantizedReLU]:
-    return filter(_is_quantized_relu, model.modules())
+def _quantized_relus(model: nn.Module) -> list[QuantizedReLU]:
+    return [module for module in model.modules() if isinstance(module, QuantizedReLU)]
 
 
 def replace_modules(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:

@@ -5,7 +5,7 @@ import math
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..utils.messages import check_choice
 from .relu_kernels import SMALLEST_STEP, quantized_relu
@@ -31,17 +31,17 @@ class QuantizedReLU(nn.Module):
     average. Backward to x: straight through inside (0, Qα), 0 outside. Backward to α, summed over all elements:
 
     - ``"lsq"`` (Esser et al. 2020): 0 below the range, round(x/α) − x/α inside, Q above. The sum is scaled by
-      1/√(F·Q), so that the step learns at the pace of a weight. F is the number of elements of one image. The batch
+      1/√(F·Q), with F the number of elements of one image, so that the step learns at the pace of a weight. The batch
       size is left out, since the gradient of a mean over images does not grow with it.
-    - ``"coarse"`` (Yin et al. 2019): 0 below the range, 2^(bits−1) inside, Q above, with the same scale. Blended coarse
-      gradient descent, the paper's line of work, uses these three values.
+    - ``"coarse"`` (Yin et al. 2019, the paper's line of work): 0 below the range, 2^(bits−1) inside, Q above, with the
+      same scale.
     - ``"frozen"``: no gradient. The step keeps the value from :meth:`fit`, as in the released code.
 
     Example for 4 bits, α = 0.1 and one image: (−1, 0.26, 9) → (0, 0.3, 1.5). The gradients to α are (0, 0.4, 15) for
     LSQ and (0, 8, 15) for coarse, each times 1/√45.
 
-    ``step`` starts at the least-squares optimum for standard normal input, and :meth:`fit` sets it from data. In a
-    network the quantized ReLU replaces the module ``replaces``. Dequantizing the network puts that module back.
+    ``step`` starts at the least-squares optimum for standard normal input, and :meth:`fit` sets it from data.
+    Dequantizing the network puts the module ``replaces`` back.
 
     Raises:
         ValueError: ``bits`` outside 1 to 8, or an unknown ``step_gradient``.
@@ -60,24 +60,17 @@ class QuantizedReLU(nn.Module):
         self.__dict__["replaces"] = nn.ReLU() if replaces is None else replaces  # no submodule: not in use
 
     @property
-    def is_coarse(self) -> bool:
-        """Whether the step has the coarse gradient."""
-        return self.step_gradient == "coarse"
-
-    @property
     def is_initial(self) -> bool:
         """Whether the step still has its first value: neither fitted nor trained."""
         return bool(self.step.detach().cpu() == torch.tensor(gaussian_step(self.highest), dtype=self.step.dtype))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         step = self.step.detach() if self.step_gradient == "frozen" else self.step
-        return quantized_relu(x, step, self.highest, self.is_coarse, self.compiled and self.training)
+        return quantized_relu(x, step, self.highest, self.step_gradient == "coarse", self.compiled and self.training)
 
     @torch.no_grad()
-    def fit(self, x: torch.Tensor) -> None:
-        """Set the step to the least-squares optimum for ``x``, or keep it if nothing in ``x`` is positive.
-
-        A large ``x`` is sampled; see :func:`sample`.
+    def fit(self, x: Tensor) -> None:
+        """Set the step to the least-squares optimum for a :func:`sample` of ``x``; keep it if no value is positive.
 
         Raises:
             ValueError: ``x`` holds NaN or an infinity.
@@ -93,13 +86,10 @@ class QuantizedReLU(nn.Module):
         return f"bits={self.bits}, step_gradient={self.step_gradient!r}"
 
 
-def sample(x: torch.Tensor, most: int = 65536) -> torch.Tensor:
-    """All values of ``x``, or a seeded random sample of ``most`` values; flat, float32 at least.
-
-    The sample is random because a regular pattern would meet the same image columns again and again.
-    """
+def sample(x: Tensor) -> Tensor:
+    """All values of ``x``, or a seeded random sample of 65,536 values; flat, float32 at least."""
     values = x.detach().flatten()
-    if values.numel() > most:
-        chosen = torch.randint(values.numel(), (most,), generator=torch.Generator().manual_seed(0))
+    if values.numel() > 2**16:  # a regular pattern would meet the same image columns again and again
+        chosen = torch.randint(values.numel(), (2**16,), generator=torch.Generator().manual_seed(0))
         values = values[chosen.to(x.device)]
     return values.to(torch.promote_types(x.dtype, torch.float32))

@@ -5,20 +5,21 @@ the explained share ⟨w, q⟩²/⟨q, q⟩, which has many local maxima. Levels
 m = 1..L: one value then rises by one level. Two searches follow from that.
 
 Exact. Sort all w_i/(m − ½) in descending order. Two cumulative sums along that order give ⟨w, q⟩ and ⟨q, q⟩ between any
-two of them, and the largest share is the global optimum. This costs a sort of n·L numbers, so it serves short rows, and
-longer ones of at most 128 distinct magnitudes, counted in a histogram. Weights that are quantized to 8 bits already
-have that many, and their optimum is too narrow for a scan.
+two of them, and the largest share is the global optimum. The sort of n·L numbers serves short rows, and longer ones of
+at most 128 distinct magnitudes, counted in a histogram. Weights that are quantized to 8 bits already have that many,
+and their optimum is too narrow for a scan.
 
 Scanned. A fine histogram gives the share of any step by a few look-ups. A coarse grid of steps over thirteen octaves is
-tried, then fine grids around the best four. Where magnitudes are spread, the error comes within 1 % of the best one.
-It may miss by more where a few magnitudes out of hundreds hold nearly all the energy.
+tried, then fine grids around the best four. The error comes within 1 % of the best one, unless a few magnitudes out of
+hundreds hold nearly all the energy.
 
-Nearest level and least-squares step then alternate twice on the magnitudes themselves. Every device follows the same
-rules; its sums differ in the last digits only.
+Nearest level and least-squares step then alternate twice on the magnitudes themselves. Devices differ in the last
+digits of sums only.
 """
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 _EXACT = 2**13  # largest n·L of a row for the exact search
 _FEW = 128  # most distinct magnitudes of a longer row for the exact search
@@ -26,13 +27,12 @@ _FOLD = 1024  # numbers that one block of CUDA adds up
 _OCTAVES = 16  # range of the histogram, downward from the largest magnitude
 
 
-def nearest_levels(values: torch.Tensor, step: torch.Tensor, lowest: int, highest: int) -> torch.Tensor:
+def nearest_levels(values: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
     """Integer level closest to values/step, within [lowest, highest]; all zero where the step is 0."""
-    safe = torch.where(step > 0, step, torch.ones_like(step))
-    return (values / safe).round_().clamp_(lowest, highest) * (step > 0)
+    return (values / torch.where(step > 0, step, 1)).round_().clamp_(lowest, highest) * (step > 0)
 
 
-def best_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
+def best_step(magnitudes: Tensor, highest: int) -> Tensor:
     """The least-squares step s (rows, 1) of {0..highest}·s for ``magnitudes`` (rows, n) ≥ 0.
 
     Returns:
@@ -50,11 +50,11 @@ def best_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
     return (step * peak + 0 * peak).to(magnitudes.dtype)  # 0·NaN is NaN
 
 
-def running_sums(rows: torch.Tensor) -> torch.Tensor:
+def running_sums(rows: Tensor) -> Tensor:
     """Cumulative sums along each row of (rows, n), the same bits at every call.
 
-    On CUDA several blocks share a single row, and add up in an order that varies. With several rows, each row has one
-    block. A single row is therefore folded into several rows.
+    On CUDA several blocks would share a single row, and add up in an order that varies: it is folded into several rows,
+    which have one block each.
     """
     if len(rows) != 1 or rows.device.type != "cuda":
         return rows.cumsum(1)
@@ -66,14 +66,14 @@ def running_sums(rows: torch.Tensor) -> torch.Tensor:
     return folded.view(1, -1)[:, :count]
 
 
-def _exact_step(magnitudes: torch.Tensor, highest: int, counts: torch.Tensor | None = None) -> torch.Tensor:
+def _exact_step(magnitudes: Tensor, highest: int, counts: Tensor | None = None) -> Tensor:
     """The best step (rows, 1) by the exact search; ``counts`` says how often each magnitude occurs, None means once."""
     # On its way down s passes these breakpoints; each raises one value from level m − 1 to m.
     m = torch.arange(1, highest + 1, device=magnitudes.device, dtype=magnitudes.dtype)
     _, order = (magnitudes.unsqueeze(2) / (m - 0.5)).flatten(1).sort(dim=1, descending=True, stable=True)
     counts = torch.ones_like(magnitudes) if counts is None else counts
 
-    def up_to(terms: torch.Tensor) -> torch.Tensor:
+    def up_to(terms: Tensor) -> Tensor:
         return running_sums(terms.flatten(1).gather(1, order))
 
     gain = up_to((counts * magnitudes).unsqueeze(2).expand(-1, -1, highest))
@@ -83,30 +83,35 @@ def _exact_step(magnitudes: torch.Tensor, highest: int, counts: torch.Tensor | N
     return gain.gather(1, best) / energy.gather(1, best)
 
 
-def _scanned_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
-    """The best step (rows, 1) by the scan, or by the exact search for rows of few distinct magnitudes."""
+def _scanned_step(magnitudes: Tensor, highest: int) -> Tensor:
+    """The best step (rows, 1) of float64 rows by the scan, or by the exact search where few magnitudes are distinct."""
     # Several rows are channels. Each row costs as much as a whole tensor, so channels get coarser grids.
     bins, spacing = (2**15, 1 / 96) if len(magnitudes) == 1 else (2**13, 1 / 32)
     peak = magnitudes.amax(1, keepdim=True)
-    values, counts, index = _histogram(magnitudes, peak, bins)
-    # Number and sum of the magnitudes below each edge between two bins, in float64.
+    index = _bin(magnitudes, peak, bins)
+    # Integer sums do not depend on the order.
+    counts = torch.zeros(len(magnitudes), bins, dtype=torch.int64, device=magnitudes.device)
+    counts = counts.scatter_add_(1, index, torch.ones_like(index)).double()
+    centres = torch.arange(bins, device=peak.device, dtype=peak.dtype)
+    values = peak * ((centres + 0.5 - bins) * (_OCTAVES / bins)).exp2()
+    # Number and sum of the magnitudes below each edge between two bins.
     below = F.pad(counts.cumsum(1), (1, 0))
     mass = F.pad(running_sums(values * counts), (1, 0))
-    half = torch.arange(highest, device=values.device, dtype=values.dtype) + 0.5
+    half = torch.arange(highest, device=peak.device, dtype=peak.dtype) + 0.5
 
-    def scan(steps: torch.Tensor, best: int) -> torch.Tensor:
+    def scan(steps: Tensor, best: int) -> Tensor:
         edges = steps.unsqueeze(2) * half  # (rows, steps, L): where a value reaches level 1, 2, …
-        place = _bin(edges, peak.unsqueeze(2), values.shape[1]).flatten(1) + 1
-        place = torch.where(edges.flatten(1) > peak, values.shape[1], place)
+        place = _bin(edges, peak.unsqueeze(2), bins).flatten(1) + 1
+        place = torch.where(edges.flatten(1) > peak, bins, place)
         above = (below[:, -1:] - below.gather(1, place)).view_as(edges)
         gain = (mass[:, -1:] - mass.gather(1, place)).view_as(edges).sum(2)
         energy = (above * (2 * half)).sum(2)
         explained = torch.where(energy > 0, gain.square() / energy.clamp_min(1), 0)
         return steps.gather(1, explained.topk(best, dim=1).indices)
 
-    grid = torch.arange(-12.0, 1.0, spacing, device=values.device, dtype=values.dtype)
-    coarse = scan(peak.to(values.dtype) / highest * grid.exp2(), best=4)
-    fine = torch.linspace(-spacing, spacing, 33, device=values.device, dtype=values.dtype)
+    grid = torch.arange(-12.0, 1.0, spacing, device=peak.device, dtype=peak.dtype)
+    coarse = scan(peak / highest * grid.exp2(), best=4)
+    fine = torch.linspace(-spacing, spacing, 33, device=peak.device, dtype=peak.dtype)
     steps = scan((coarse.unsqueeze(2) * fine.exp2()).flatten(1), best=1)
 
     few = (counts > 0).sum(1) <= _FEW
@@ -121,21 +126,7 @@ def _scanned_step(magnitudes: torch.Tensor, highest: int) -> torch.Tensor:
     return steps
 
 
-def _bin(values: torch.Tensor, peak: torch.Tensor, bins: int) -> torch.Tensor:
+def _bin(values: Tensor, peak: Tensor, bins: int) -> Tensor:
     """Index of each value's bin. The ``bins`` divide sixteen octaves below the peak evenly in the logarithm."""
     position = (values / peak.clamp_min(torch.finfo(values.dtype).tiny)).log2().mul_(bins / _OCTAVES).add_(bins)
     return position.nan_to_num_(0, 0, 0).floor_().clamp_(0, bins - 1).long()
-
-
-def _histogram(magnitudes: torch.Tensor, peak: torch.Tensor, bins: int) -> tuple[torch.Tensor, ...]:
-    """Values at the centres of the bins (ascending), number of magnitudes in each bin, bin of each magnitude.
-
-    The first two are float64 (rows, bins), the last int64 (rows, n).
-    """
-    index = _bin(magnitudes, peak, bins)
-    # Integer sums do not depend on the order.
-    counts = torch.zeros(len(magnitudes), bins, dtype=torch.int64, device=magnitudes.device)
-    counts.scatter_add_(1, index, torch.ones_like(index))
-    centres = torch.arange(bins, device=magnitudes.device, dtype=torch.float64)
-    centres = ((centres + 0.5 - bins) * (_OCTAVES / bins)).exp2()
-    return peak.double() * centres, counts.double(), index

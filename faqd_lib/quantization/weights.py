@@ -6,13 +6,12 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..utils.messages import check_choice
 from .step_search import best_step, nearest_levels
 
-WEIGHT_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
-ACTIVATION_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+WEIGHT_BITS = ACTIVATION_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 FLOAT_BITS = 32
 
 
@@ -32,10 +31,8 @@ class WeightQuantizer(nn.Module):
     """A map from float weights to at most 2^bits values s·q, q integer; the gradient passes straight through.
 
     The tensor has one scale s, as in the paper, or each output channel (first dimension) has one. Scales are computed
-    from the weights, in float64, and are no parameters. Quantizing quantized weights again leaves them unchanged, in
-    float16 and bfloat16 to one unit in the last place.
-
-    Subclasses define :meth:`fit`.
+    from the weights, in float64, by :meth:`fit` of the subclasses. Quantizing quantized weights again leaves them
+    unchanged, in float16 and bfloat16 to one unit in the last place.
     """
 
     bits: int
@@ -44,16 +41,14 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.per_channel = per_channel
 
-    def fit(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def fit(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Scale ≥ 0 and integer levels of each row (rows, n), by least squares: (rows, 1) and (rows, n), float64."""
         raise TypeError(f"{type(self).__name__} does not define fit")
 
-    def levels(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and integer levels of a weight tensor.
+    def levels(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and integer levels of a weight tensor; ``scale·levels`` is the quantized weight.
 
-        Returns:
-            (scale, levels), float32, or float64 for float64 weights. ``scale·levels`` is the quantized weight. The
-            scale is a scalar, or (C_out, 1, …) per channel. Levels have the shape of ``weight``.
+        Both are float32, or float64 for float64 weights. The scale is a scalar, or (C_out, 1, …) per channel.
 
         Raises:
             ValueError: the weight is empty, or holds NaN or an infinity. NaN and infinities are found on the CPU only,
@@ -74,7 +69,7 @@ class WeightQuantizer(nn.Module):
         shape = (len(weight),) + (1,) * (weight.ndim - 1) if channels else ()
         return scale.reshape(shape), levels.reshape(weight.shape)
 
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+    def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
             if torch.compiler.is_dynamo_compiling() and type(self) in (BinaryWeight, TernaryWeight, UniformWeight):
                 quantized = _quantized_weight(weight, self.bits, self.per_channel)
@@ -86,7 +81,7 @@ class WeightQuantizer(nn.Module):
         return f"bits={self.bits}{', per channel' if self.per_channel else ''}"
 
 
-def low_bit_values(scale: torch.Tensor, levels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def low_bit_values(scale: Tensor, levels: Tensor, dtype: torch.dtype) -> Tensor:
     """``scale · levels`` in ``dtype``: the weight that a layer computes with."""
     values = scale * levels
     if dtype == torch.float16:  # scale·levels may exceed the range
@@ -124,14 +119,9 @@ class TernaryWeight(WeightQuantizer):
 
 
 class UniformWeight(WeightQuantizer):
-    """b ≥ 3 bits: levels {−L..L}·s, L = 2^(b−1) − 1, with s by least squares.
+    """b bits, 3 to 8: levels {−L..L}·s, L = 2^(b−1) − 1, with s by :mod:`faqd_lib.quantization.step_search`.
 
-    :mod:`faqd_lib.quantization.step_search` finds s.
-
-    Example, 4 bits: (−0.7, 0.1, 0.3) → s = 0.1, levels (−7, 1, 3).
-
-    Raises:
-        ValueError: fewer than 3 or more than 8 bits.
+    Example, 4 bits: (−0.7, 0.1, 0.3) → s = 0.1, levels (−7, 1, 3). Other bits raise ValueError.
     """
 
     def __init__(self, bits: int, per_channel: bool = False) -> None:
@@ -151,11 +141,7 @@ class UniformWeight(WeightQuantizer):
 
 
 def weight_quantizer(bits: int, per_channel: bool = False) -> WeightQuantizer:
-    """The weight quantizer for 1 to 8 bits.
-
-    Raises:
-        ValueError: any other number of bits.
-    """
+    """The weight quantizer for 1 to 8 bits; ValueError for any other number."""
     check_choice("weight_bits", bits, WEIGHT_BITS)
     if bits <= 2:
         return (BinaryWeight, TernaryWeight)[bits - 1](per_channel)
@@ -163,7 +149,7 @@ def weight_quantizer(bits: int, per_channel: bool = False) -> WeightQuantizer:
 
 
 @torch.library.custom_op("faqd::quantized_weight", mutates_args=())
-def _quantized_weight(weight: torch.Tensor, bits: int, per_channel: bool) -> torch.Tensor:
+def _quantized_weight(weight: Tensor, bits: int, per_channel: bool) -> Tensor:
     """Quantized weight as one opaque operation, so that compiling a network leaves the values' bits unchanged."""
     return low_bit_values(*weight_quantizer(bits, per_channel).levels(weight), weight.dtype)
 

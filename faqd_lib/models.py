@@ -1,13 +1,14 @@
 """The networks of the experiments, and feature maps caught from any network by module name."""
 
+import re
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .utils.messages import check_choice, did_you_mean
+from .utils.messages import check_choice, did_you_mean, kind_of
 
 MODEL_NAMES = (*(f"resnet{depth}" for depth in (8, 20, 32, 44, 56, 110)), "resnet18")
 
@@ -129,6 +130,9 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+_ITEM = re.compile(r"(?P<module>[^\[]*)(\[(?P<item>.+)\])?", re.DOTALL)  # a module's name, and an item of its output
+
+
 class FeatureTap:
     """Catches the outputs of named modules of any network while it runs.
 
@@ -139,10 +143,13 @@ class FeatureTap:
     [(2, 16, 32, 32), (2, 64, 8, 8)]
 
     ``features`` lists the maps of the latest forward pass in the order of ``names``; ``clear()`` drops them. The end of
-    the block, or ``close()``, removes the hooks and leaves the network unchanged.
+    the block, or ``close()``, removes the hooks and leaves the network unchanged. Of a module that returns a tuple or a
+    dictionary, name the item: ``"attention[0]"``, ``"backbone[out]"``. A copy of the network that is made while the
+    tap is open does not write into the tap.
 
     Raises:
         ValueError: the network has no module of that name, or a name is given twice.
+        TypeError: at the forward pass, a tapped module returns no tensor, or an item that is none.
         RuntimeError: ``features`` was read before every tapped module had run, or a later in-place module such as
             ``nn.ReLU(inplace=True)`` overwrote a tapped output.
     """
@@ -150,7 +157,9 @@ class FeatureTap:
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self.names = tuple(names)
         modules = {name: module for name, module in model.named_modules() if name}
-        for name in self.names:
+        parts = {name: _ITEM.fullmatch(name) for name in self.names}
+        tapped = {name: part["module"] for name, part in parts.items()}
+        for name in tapped.values():
             if name not in modules:
                 hint = did_you_mean(name, modules) or f": it has {', '.join(list(modules)[:5])}, …"
                 raise ValueError(f"the network has no module {name!r} to tap{hint}")
@@ -160,10 +169,19 @@ class FeatureTap:
         # All keys exist from the start: compiled code guards on the keys, and new ones would compile it again.
         self._versions: dict[str, int | None] = dict.fromkeys(self.names)
         self._copies = any(getattr(module, "inplace", False) for module in model.modules())
-        self._handles = [modules[name].register_forward_hook(self._catcher(name)) for name in self.names]
+        self._handles = [
+            modules[tapped[name]].register_forward_hook(self._catcher(name, modules[tapped[name]], parts[name]["item"]))
+            for name in self.names
+        ]
 
-    def _catcher(self, name: str):
-        def catch(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+    def _catcher(self, name: str, tapped: nn.Module, item: str | None):
+        def catch(module: nn.Module, _inputs: tuple, output: object) -> None:
+            if module is not tapped:  # a copy of the network took the hook along
+                if not torch.compiler.is_compiling():
+                    for key in [key for key, hook in module._forward_hooks.items() if hook is catch]:
+                        del module._forward_hooks[key]
+                return
+            output = _tensor_of(name, output, item)
             counted = not torch.compiler.is_compiling() and not output.is_inference()
             # Compiled code has no version counters: copy a map that an in-place module could overwrite.
             self._caught[name] = output.clone() if self._copies and torch.compiler.is_compiling() else output
@@ -202,3 +220,30 @@ class FeatureTap:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _tensor_of(name: str, output: object, item: str | None) -> Tensor:
+    """What a tapped module returned, or the item of it that was asked for.
+
+    Raises:
+        TypeError: that is no tensor.
+    """
+    found = output
+    if item is not None:
+        key = int(item) if isinstance(output, tuple | list) and item.lstrip("-").isdigit() else item
+        try:
+            found = output[key]
+        except (KeyError, IndexError, TypeError):
+            found = None
+    if isinstance(found, Tensor):
+        return found
+    if isinstance(output, Mapping):
+        inside = f"a dictionary with the items {', '.join(map(str, output))}: tap one of them, such as "
+        inside += f"{_ITEM.fullmatch(name)['module']}[{next(iter(output), 'out')}]"
+    elif isinstance(output, tuple | list):
+        inside = (
+            f"a {type(output).__name__} of {len(output)}: tap one of them, such as {_ITEM.fullmatch(name)['module']}[0]"
+        )
+    else:
+        inside = f"{kind_of(output)}: tap a module that returns a tensor"
+    raise TypeError(f"{name!r} is to be tapped, and the module returned {inside}")

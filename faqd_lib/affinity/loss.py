@@ -95,7 +95,7 @@ def feature_affinity_loss(
         TypeError: a map is not a floating-point tensor, ``k`` not an integer, or ``generator`` not a generator.
         ValueError: shapes that are not (batch, channels, height, width), unequal or empty batches, ``k`` below 1,
             an unknown method, norm, reduction or distribution, or L1 with another method than pairwise.
-        RuntimeError: a second or a forward-mode derivative is asked for; neither exists.
+        RuntimeError: a second or a forward-mode derivative, or one by ``torch.func``, is asked for; none exists.
     """
     method = _check_method(method, norm, reduction)
     if k is not None and method != "projection":
@@ -316,6 +316,8 @@ def loss_of_maps(
         projections = draw(pixels).to(student.device, accumulation_dtype(student), non_blocking=True)
     if not torch.compiler.is_compiling() and forward_ad.unpack_dual(student).tangent is not None:
         raise RuntimeError("the affinity loss has no forward-mode derivative: use backward() or torch.autograd.grad")
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_gradtrackingtensor(student):
+        raise RuntimeError("torch.func cannot differentiate the affinity loss: use backward() or torch.autograd.grad")
     with_gradient = torch.is_grad_enabled() and student.requires_grad
     total, _ = affinity_difference(student, teacher, method, norm, projections, with_gradient)
     if reduction == "mean":

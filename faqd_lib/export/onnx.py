@@ -65,10 +65,11 @@ def export_onnx(
     for module in model.modules():  # traced without hooks, so that _check_trace notices them
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
+    tracer = _Tracer()
     try:
-        graph = _Tracer().trace(model)
+        graph = tracer.trace(model)
     except (fx.proxy.TraceError, TypeError, RuntimeError) as error:  # len() of a traced value raises RuntimeError
-        raise OnnxExportError(f"the network cannot be traced: {error}") from error
+        raise OnnxExportError(f"{tracer.where(model)} cannot be traced: {error}") from error
     traced = fx.GraphModule(model, graph)
     (result,) = graph.output_node().args
     with torch.no_grad():
@@ -126,6 +127,11 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return _module_handler(module) is not None
+
+    def where(self, model: nn.Module) -> str:
+        """The module that is being traced, or where an error ended the trace."""
+        name = next(reversed(self.module_stack), "")
+        return f"the module {name!r} ({type(model.get_submodule(name)).__name__})" if name else "the network"
 
 
 def _module_handler(module: nn.Module) -> Handler | None:

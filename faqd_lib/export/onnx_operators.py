@@ -62,16 +62,18 @@ def _layer(w: Writer, node: fx.Node, module: nn.Module) -> str:
     else:
         if module.padding_mode != "zeros":
             raise OnnxExportError(f"{node.target}: padding_mode must be 'zeros', got {module.padding_mode!r}")
+        transposed = isinstance(module, nn.ConvTranspose2d)
         output = w.add(
-            "Conv", inputs, kernel_shape=list(module.kernel_size), strides=list(module.stride),
-            pads=_pads(module), dilations=list(module.dilation), group=module.groups,
+            "ConvTranspose" if transposed else "Conv", inputs, kernel_shape=list(module.kernel_size),
+            strides=list(module.stride), pads=_pads(module), dilations=list(module.dilation), group=module.groups,
+            **({"output_padding": list(module.output_padding)} if transposed else {}),
         )  # fmt: skip
     if norm is not None:
         w.names[next(iter(node.users))] = output
     return output
 
 
-def _pads(module: nn.Conv2d) -> list[int]:
+def _pads(module: nn.Conv2d | nn.ConvTranspose2d) -> list[int]:
     """Rows and columns of zeros before the map, then those after it."""
     if module.padding == "same":  # the larger half of an odd number comes after the map
         total = [dilation * (size - 1) for dilation, size in zip(module.dilation, module.kernel_size, strict=True)]
@@ -244,8 +246,9 @@ _BOTH: dict[tuple[type[nn.Module], str], Handler] = {  # modules, and functions 
     (nn.Flatten, "flatten"): _reshape, (nn.Dropout, "dropout"): _same, (nn.Dropout2d, "dropout2d"): _same,
 }  # fmt: skip
 MODULES: dict[type[nn.Module], Handler] = {
-    nn.Conv2d: _layer, nn.Linear: _layer, nn.BatchNorm1d: _norm, nn.BatchNorm2d: _norm, QuantizedReLU: _quantized_relu,
-    nn.Identity: _same, SubsampleAndPad: _subsample, **{kind: handler for (kind, _), handler in _BOTH.items()},
+    nn.Conv2d: _layer, nn.ConvTranspose2d: _layer, nn.Linear: _layer, nn.BatchNorm1d: _norm, nn.BatchNorm2d: _norm,
+    QuantizedReLU: _quantized_relu, nn.Identity: _same, SubsampleAndPad: _subsample,
+    **{kind: handler for (kind, _), handler in _BOTH.items()},
 }  # fmt: skip
 FUNCTIONS: dict[str, Handler] = {
     "add": _ADD, "iadd": _ADD, "sub": _SUB, "mul": _MUL, "imul": _MUL, "div": _DIV, "truediv": _DIV, "mean": _mean,

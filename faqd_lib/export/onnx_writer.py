@@ -73,12 +73,15 @@ class Writer:
     def weight(self, name: str, label: str, module: nn.Module, factor: torch.Tensor | None) -> str:
         """Add the weight of layer ``name``, times ``factor`` (output channels,), in its bits and return its name.
 
+        Output channels are the first dimension of a weight, but the second one of a transposed convolution.
+
         Integer levels are stored once, however often the layer is called. ``label`` is for the scale or a float weight.
         """
+        channels = 1 if isinstance(module, nn.ConvTranspose2d) else 0
         if name not in self._quantized:
             weight = module.weight.detach().float()
             if factor is not None:
-                weight = weight * factor.view(-1, *[1] * (weight.ndim - 1))
+                weight = weight * factor.view(-1, *[1] * (weight.ndim - 1 - channels))
             return self.constant(weight.numpy(), f"{label}.weight")
         low = self._quantized[name]
         codes = self.constant(low.levels.numpy().astype(self._storage.get(low.bits, np.int8)), f"{name}.levels")
@@ -86,13 +89,15 @@ class Writer:
         if factor is not None:
             scale = scale * factor
         scale = scale.squeeze()  # a scalar scale, without an axis, belongs to the whole tensor
-        axis = {"axis": 0} if scale.ndim else {}
+        axis = {"axis": channels} if scale.ndim else {}
         return self.add("DequantizeLinear", [codes, self.constant(scale.numpy(), f"{label}.scale")], **axis)
 
     def folded_norm(self, node: fx.Node, layer: nn.Module) -> nn.Module | None:
         """The batch normalisation to fold into a layer: the only reader of its output, over its output channels."""
         # The second dimension is normalised; the channels of a linear layer are the last one.
         if len(node.users) != 1 or self.values[node].ndim != (2 if isinstance(layer, nn.Linear) else 4):
+            return None
+        if isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1:  # the groups share one dimension of the weight
             return None
         (reader,) = node.users
         norm = self.modules[reader.target] if reader.op == "call_module" else None

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from .relu import QuantizedReLU
 
-WEIGHTED = (nn.Conv2d, nn.Linear)
+WEIGHTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 RECTIFIERS = (nn.ReLU, nn.ReLU6)
 _FUNCTIONS = {  # torch's names of activations that can be called as functions
     "relu", "relu6", "hardtanh", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish",

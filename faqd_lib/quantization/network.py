@@ -8,20 +8,23 @@ passes straight through to the float (latent) weight, which is learned. Each ``n
 import copy
 import fnmatch
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.optim.swa_utils import update_bn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from ..utils.messages import check_choice, kind_of
-from .module_calls import RECTIFIERS, WEIGHTED, ActivationCalls, kept_modes
+from .module_calls import RECTIFIERS, WEIGHTED, ActivationCalls, is_activation, kept_modes
 from .relu import QuantizedReLU, sample
 from .relu_kernels import kernels
 from .weights import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS, WeightQuantizer, low_bit_values, weight_quantizer
 
+WRAPPERS = ("module", "_orig_mod")  # first parts of names in checkpoints of wrapped networks
+_NESTED = "_faqd_use_nested_tensor"  # attribute of a transformer encoder: its setting before it was quantized
 _UNPACKED = "_faqd_unpacked"  # attribute of a layer whose weight was read from a packed file: (bits, scale)
 
 
@@ -37,13 +40,13 @@ def quantize(
     per_channel: bool = False,
     step_gradient: str = "lsq",
 ) -> nn.Module:
-    """Quantize the weights of all Conv2d and Linear layers and the ReLUs of a network, in place.
+    """Quantize the weights of all Conv2d, ConvTranspose2d and Linear layers and the ReLUs of a network, in place.
 
     Args:
         model: any network. Its weights become the latent ones; a float checkpoint may be loaded before or afterwards.
         weight_bits: 1, 2 (ternary), 3 to 8; 32 leaves all weights float.
         activation_bits: 1 to 8; 32 leaves all activations float.
-        first_layer: ``"quantize"`` or ``"float"``: the first Conv2d or Linear in module order (the stem).
+        first_layer: ``"quantize"`` or ``"float"``: the first layer with weights in module order (the stem).
         last_layer: the same for the last layer (the classifier). Both defaults follow the authors' released code.
         shortcuts: the same for layers with "shortcut" or "downsample" in their name.
         overrides: bits by module name or shell pattern: ``{"layer1.*": 8, "fc": 32}``, stronger than the policies
@@ -78,11 +81,9 @@ def quantize(
     if any(map(quantizer_of, layers.values())) or _quantized_relus(model) or _unpacked(model):
         raise ValueError("the network is quantized already: call dequantize(model) first")
     if weight_bits != FLOAT_BITS and not layers:
-        raise ValueError("the network has no Conv2d or Linear module whose weights could be quantized")
+        raise ValueError("the network has no Conv2d, ConvTranspose2d or Linear module whose weights could be quantized")
     if activation_bits != FLOAT_BITS and not relus:
-        raise ValueError(
-            "the network has no nn.ReLU module to quantize: replace calls of F.relu or torch.relu by modules"
-        )
+        raise ValueError(_why_no_relu(model))
     _override(bits, overrides or {}, layers, reached)
     layers, relus = (
         {name: module for name, module in modules.items() if bits[name] != FLOAT_BITS} for modules in (layers, relus)
@@ -91,7 +92,8 @@ def quantize(
     device = next((parameter.device for parameter in model.parameters()), None)
     made = {relu: QuantizedReLU(bits[name], step_gradient, relu).to(device) for name, relu in relus.items()}
     for name, layer in layers.items():
-        parametrize.register_parametrization(layer, "weight", weight_quantizer(bits[name], per_channel))
+        channel_dim = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+        parametrize.register_parametrization(layer, "weight", weight_quantizer(bits[name], per_channel, channel_dim))
     replace_modules(model, made)
     _hook_once(model, _accept_float_network)
     for module in model.modules():
@@ -110,7 +112,7 @@ def _check_quantizable(
     layers: Mapping[str, nn.Module], relus: Mapping[str, nn.Module], weight_bits: int, activation_bits: int
 ) -> None:
     """Raise the ValueErrors of :func:`quantize` about the modules chosen."""
-    for kind, modules, bits in (("Conv2d or Linear", layers, weight_bits), ("ReLU", relus, activation_bits)):
+    for kind, modules, bits in (("layer with weights", layers, weight_bits), ("ReLU", relus, activation_bits)):
         if bits != FLOAT_BITS and not modules:
             raise ValueError(f"every {kind} is kept float by policy: nothing would be quantized to {bits} bits")
     if "" in relus:
@@ -118,10 +120,38 @@ def _check_quantizable(
     for name, layer in layers.items():
         weight = layer._parameters.get("weight")
         if weight is None or nn.parameter.is_lazy(weight):
-            raise ValueError(
-                f"the weight of {name or 'the network'} ({type(layer).__name__}) is no plain parameter: run a lazy "
-                "layer once, and take weight norm or another parametrization off, before you quantize"
-            )
+            raise ValueError(f"the weight of {name or 'the network'} ({type(layer).__name__}) {_how_to_free(layer)}")
+
+
+def _how_to_free(layer: nn.Module) -> str:
+    """What keeps a weight from being a plain parameter, and what to do about it."""
+    if hasattr(layer, "weight_orig"):
+        return (
+            "is pruned by torch.nn.utils.prune: make the zeros permanent first, by "
+            'torch.nn.utils.prune.remove(layer, "weight"). Quantized to 2 bits or more, small weights may stay zero'
+        )
+    return (
+        "is no plain parameter: run a lazy layer once, and take weight norm or another parametrization off, before you "
+        "quantize"
+    )
+
+
+def _why_no_relu(model: nn.Module) -> str:
+    """Why a network without nn.ReLU and nn.ReLU6 has no activations to quantize, and what can be done."""
+    kinds = Counter(type(module).__name__ for module in model.modules() if is_activation(module))
+    derived = {type(module).__name__ for module in model.modules() if isinstance(module, RECTIFIERS)}
+    if derived:
+        return (
+            f"the network has no nn.ReLU module to quantize: {', '.join(sorted(derived))} is a subclass, whose forward "
+            "may differ; replace it by nn.ReLU or nn.ReLU6"
+        )
+    if kinds:
+        found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        return (
+            f"the network has no nn.ReLU module to quantize: its activations are {found}, which have negative values. "
+            "Leave activation_bits at 32, or train it with nn.ReLU or nn.ReLU6 in their place"
+        )
+    return "the network has no nn.ReLU module to quantize: replace calls of F.relu or torch.relu by modules"
 
 
 def _override(bits: dict[str, int], overrides: Mapping[str, int], layers: Iterable[str], reached: list[str]) -> None:
@@ -130,7 +160,7 @@ def _override(bits: dict[str, int], overrides: Mapping[str, int], layers: Iterab
         matched = [pattern] if pattern in bits else fnmatch.filter(reached, pattern)
         if not matched:
             raise ValueError(
-                f"the pattern {pattern!r} matches no Conv2d, Linear or ReLU that is quantized; their names are, among "
+                f"the pattern {pattern!r} matches no layer with weights and no ReLU that is quantized; they are, among "
                 f"others, {', '.join(reached[:8])}"
             )
         for name in matched:
@@ -161,7 +191,12 @@ def join(name: str, key: str) -> str:
 
 
 def _accept_float_network(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
-    """Load a float network's ``weight`` as the latent weight. Steps keep their values: a float network has none."""
+    """Load a float network's ``weight`` as the latent weight. Steps keep their values: a float network has none.
+
+    Names may begin with those of wrappers, as in checkpoints of DataParallel or of a compiled network.
+    """
+    if not prefix:
+        _take_off_wrappers(model, state_dict)
     names = [prefix + join(name, "") for name in quantized_weights(model)]
     if any(f"{name}parametrizations.weight.original" in state_dict for name in names):
         return  # the state of a quantized network: load_state_dict reports missing names
@@ -177,6 +212,18 @@ def _accept_float_network(model: nn.Module, state_dict: dict, prefix: str, *_) -
         state_dict |= steps
 
 
+def _take_off_wrappers(model: nn.Module, state_dict: dict) -> None:
+    """Take a wrapper's name off all keys, in place, unless the network has a part of that name."""
+    while True:
+        keys = [key for key in state_dict if key != "n_averaged"]  # AveragedModel's count stands beside the network
+        first = keys[0].partition(".")[0] if keys else ""
+        if first not in WRAPPERS or first in model._modules or not all(key.startswith(f"{first}.") for key in keys):
+            return
+        state_dict.pop("n_averaged", None)
+        for key in keys:
+            state_dict[key.removeprefix(f"{first}.")] = state_dict.pop(key)
+
+
 def _accept_float_part(part: nn.Module, state_dict: dict, prefix: str, *_) -> None:
     """Call :func:`_accept_float_network` for a part of the network that is loaded alone."""
     if not prefix:
@@ -184,7 +231,7 @@ def _accept_float_part(part: nn.Module, state_dict: dict, prefix: str, *_) -> No
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, images: Tensor) -> nn.Module:
+def calibrate(model: nn.Module, images: Tensor, *others: object, **named: object) -> nn.Module:
     """Fit the step of every quantized ReLU to its input, first layer to last, in one pass over a batch of images.
 
     Batch normalisation uses the batch's statistics, so that a freshly initialised network can be calibrated; all else
@@ -193,12 +240,13 @@ def calibrate(model: nn.Module, images: Tensor) -> nn.Module:
     Args:
         model: a network; left unchanged if it has no quantized activations.
         images: float (batch, …) input of the network, normalised as in training, at least 2 images.
+        others, named: what the network's ``forward`` takes beside the images.
 
     Raises:
         ValueError: ``images`` is no such tensor, or an activation holds NaN or an infinity.
 
     Warns:
-        UserWarning: the network calls ``F.relu`` or ``torch.relu``. Such calls stay float.
+        UserWarning: the network calls ``F.relu`` or ``torch.relu``, which stay float, or did not call a quantized ReLU.
     """
     relus = _quantized_relus(model)
     if not relus:
@@ -218,7 +266,7 @@ def calibrate(model: nn.Module, images: Tensor) -> nn.Module:
         with kept_modes(model), calls:
             for module in model.modules():
                 module.training = isinstance(module, nn.modules.batchnorm._NormBase)
-            network(images)
+            network(images, *others, **named)
     finally:
         for handle in handles:
             handle.remove()
@@ -230,6 +278,12 @@ def calibrate(model: nn.Module, images: Tensor) -> nn.Module:
             f"{rectifiers} ReLU(s) of {type(model).__name__} are called as functions (F.relu) and stay float: make "
             "them nn.ReLU modules (describe(model, images) lists them)",
             stacklevel=3,  # past torch.no_grad
+        )
+    if idle := [name for name, module in network.named_modules() if module in seen and not seen[module]]:
+        warnings.warn(
+            f"{len(idle)} quantized ReLU(s) of {type(model).__name__} were not called ({', '.join(idle[:3])}): the "
+            "network skips them, or reads their settings instead of calling them",
+            stacklevel=3,
         )
     return model
 
@@ -376,9 +430,9 @@ def uncalibrated(model: nn.Module) -> list[str]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside of DataParallel, DistributedDataParallel and ``torch.compile``."""
+    """The network inside of DataParallel, DistributedDataParallel, AveragedModel and ``torch.compile``."""
     while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
             model = model.module
         elif "_orig_mod" in model._modules:  # torch.compile's wrapper, whose class is private
             model = model._orig_mod
@@ -421,3 +475,49 @@ def replace_modules(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None
         for name, child in list(parent._modules.items()):  # named_children() leaves out a module's second place
             if child in by:
                 setattr(parent, name, by[child])
+    _choose_paths(model)
+
+
+def _choose_paths(model: nn.Module) -> None:
+    """Let transformer layers call their activations where these are quantized.
+
+    In evaluation without gradients, torch's fast path computes with the activation's kind, noted when the layer was
+    built, and does not call the module. The padding of an encoder that uses nested tensors works on the fast path only.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            if isinstance(module.activation, QuantizedReLU):
+                module.activation_relu_or_gelu = 0
+            elif isinstance(module.activation, nn.ReLU):
+                module.activation_relu_or_gelu = 1
+        elif isinstance(module, nn.TransformerEncoder):
+            if any(isinstance(getattr(layer, "activation", None), QuantizedReLU) for layer in module.layers):
+                module.__dict__.setdefault(_NESTED, module.use_nested_tensor)
+                module.use_nested_tensor = False
+            elif _NESTED in module.__dict__:
+                module.use_nested_tensor = module.__dict__.pop(_NESTED)
+
+
+def float_state_dict(model: nn.Module, *, rounded: bool = False) -> dict[str, Tensor]:
+    """The ``state_dict`` of the float network that was quantized: its weights, without steps of activations.
+
+    A quantized network's own ``state_dict`` does not load into a float network. To get float weights out of a saved
+    one, load it into ``quantize(network, …)`` first.
+
+    Args:
+        model: quantized by :func:`quantize`, or loaded from a packed file.
+        rounded: whether weights are the quantized ones, as the network computes with them, in place of the latent ones.
+    """
+    model = unwrapped(model)
+    low_bits = low_bit_weights(model) if rounded else {}
+    state = {}
+    for key, value in model.state_dict().items():
+        layer, _, part = key.rpartition(".")
+        if part == "original" and layer.endswith("parametrizations.weight"):
+            layer = layer.removesuffix("parametrizations.weight").removesuffix(".")
+            low = low_bits.get(layer)
+            key = join(layer, "weight")
+            value = value if low is None else low_bit_values(low.scale, low.levels, low.dtype)
+        if not isinstance(model.get_submodule(layer), QuantizedReLU):
+            state[key] = value.detach().clone() if isinstance(value, Tensor) else value
+    return state

@@ -70,7 +70,10 @@ class QuantizedReLU(nn.Module):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Set the step to the least-squares optimum for a :func:`sample` of ``x``; keep it if no value is positive.
+        """Set the step to the least-squares optimum for a :func:`sample` of ``x``.
+
+        If no value is positive, any step is right. A first value then changes in its last digits, so that
+        :attr:`is_initial` tells that it was fitted.
 
         Raises:
             ValueError: ``x`` holds NaN or an infinity.
@@ -81,6 +84,8 @@ class QuantizedReLU(nn.Module):
             if not bool(step.isfinite()):
                 raise ValueError("cannot fit a step to activations that hold NaN or an infinity")
             self.step.copy_(step.clamp_min(SMALLEST_STEP))
+        elif self.is_initial:
+            self.step.mul_(1 + 2 * torch.finfo(self.step.dtype).eps)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, step_gradient={self.step_gradient!r}"

@@ -19,8 +19,12 @@ class _StraightThrough(torch.autograd.Function):
     """Forward: the given quantized values. Backward: the gradient unchanged, to the float values."""
 
     @staticmethod
-    def forward(ctx, values, quantized):
+    def forward(values, quantized):
         return quantized
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, gradient):
@@ -30,16 +34,17 @@ class _StraightThrough(torch.autograd.Function):
 class WeightQuantizer(nn.Module):
     """A map from float weights to at most 2^bits values s·q, q integer; the gradient passes straight through.
 
-    The tensor has one scale s, as in the paper, or each output channel (first dimension) has one. Scales are computed
-    from the weights, in float64, by :meth:`fit` of the subclasses. Quantizing quantized weights again leaves them
-    unchanged, in float16 and bfloat16 to one unit in the last place.
+    The tensor has one scale s, as in the paper, or each output channel has one: each index of ``channel_dim``, which is
+    0 for Conv2d and Linear and 1 for ConvTranspose2d. Scales are computed from the weights, in float64, by :meth:`fit`
+    of the subclasses. Quantizing quantized weights again leaves them unchanged, in float16 and bfloat16 to one unit in
+    the last place.
     """
 
     bits: int
 
-    def __init__(self, per_channel: bool = False) -> None:
+    def __init__(self, per_channel: bool = False, channel_dim: int = 0) -> None:
         super().__init__()
-        self.per_channel = per_channel
+        self.per_channel, self.channel_dim = per_channel, channel_dim
 
     def fit(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Scale ≥ 0 and integer levels of each row (rows, n), by least squares: (rows, 1) and (rows, n), float64."""
@@ -48,7 +53,8 @@ class WeightQuantizer(nn.Module):
     def levels(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and integer levels of a weight tensor; ``scale·levels`` is the quantized weight.
 
-        Both are float32, or float64 for float64 weights. The scale is a scalar, or (C_out, 1, …) per channel.
+        Both are float32, or float64 for float64 weights. The scale is a scalar, or per channel of the weight's number
+        of dimensions, with C_out values along ``channel_dim``.
 
         Raises:
             ValueError: the weight is empty, or holds NaN or an infinity. NaN and infinities are found on the CPU only,
@@ -57,22 +63,25 @@ class WeightQuantizer(nn.Module):
         if weight.numel() == 0:
             raise ValueError(f"cannot quantize an empty weight of shape {tuple(weight.shape)}")
         channels = self.per_channel and weight.ndim > 0
+        first = weight.movedim(self.channel_dim, 0) if channels else weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         # float64, because rival steps of a uniform grid differ in the last digits of a sum, and squares may overflow.
-        scale, levels = self.fit(weight.reshape(len(weight) if channels else 1, -1).double())
+        scale, levels = self.fit(first.reshape(len(first) if channels else 1, -1).double())
         scale, levels = scale.to(dtype), levels.to(dtype)
         if weight.device.type == "cpu" and not torch.compiler.is_compiling() and not math.isfinite(float(scale.amax())):
             raise ValueError(
                 f"cannot quantize a weight of shape {tuple(weight.shape)} that holds NaN or an infinity: the training "
                 "diverged (lower the learning rate), or the checkpoint is damaged"
             )
-        shape = (len(weight),) + (1,) * (weight.ndim - 1) if channels else ()
-        return scale.reshape(shape), levels.reshape(weight.shape)
+        if not channels:
+            return scale.reshape(()), levels.reshape(weight.shape)
+        scale = scale.reshape(-1, *[1] * (weight.ndim - 1))
+        return scale.movedim(0, self.channel_dim), levels.reshape(first.shape).movedim(0, self.channel_dim)
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
             if torch.compiler.is_dynamo_compiling() and type(self) in (BinaryWeight, TernaryWeight, UniformWeight):
-                quantized = _quantized_weight(weight, self.bits, self.per_channel)
+                quantized = _quantized_weight(weight, self.bits, self.per_channel, self.channel_dim)
             else:
                 quantized = low_bit_values(*self.levels(weight), weight.dtype)
         return _StraightThrough.apply(weight, quantized)
@@ -124,8 +133,8 @@ class UniformWeight(WeightQuantizer):
     Example, 4 bits: (−0.7, 0.1, 0.3) → s = 0.1, levels (−7, 1, 3). Other bits raise ValueError.
     """
 
-    def __init__(self, bits: int, per_channel: bool = False) -> None:
-        super().__init__(per_channel)
+    def __init__(self, bits: int, per_channel: bool = False, channel_dim: int = 0) -> None:
+        super().__init__(per_channel, channel_dim)
         if not 3 <= bits <= 8:
             raise ValueError(f"UniformWeight has 3 to 8 bits, got {bits}")
         self.bits = bits
@@ -140,20 +149,20 @@ class UniformWeight(WeightQuantizer):
         return peak * (unit * levels).sum(1, keepdim=True) / energy.clamp_min(1), levels
 
 
-def weight_quantizer(bits: int, per_channel: bool = False) -> WeightQuantizer:
+def weight_quantizer(bits: int, per_channel: bool = False, channel_dim: int = 0) -> WeightQuantizer:
     """The weight quantizer for 1 to 8 bits; ValueError for any other number."""
     check_choice("weight_bits", bits, WEIGHT_BITS)
     if bits <= 2:
-        return (BinaryWeight, TernaryWeight)[bits - 1](per_channel)
-    return UniformWeight(bits, per_channel)
+        return (BinaryWeight, TernaryWeight)[bits - 1](per_channel, channel_dim)
+    return UniformWeight(bits, per_channel, channel_dim)
 
 
 @torch.library.custom_op("faqd::quantized_weight", mutates_args=())
-def _quantized_weight(weight: Tensor, bits: int, per_channel: bool) -> Tensor:
+def _quantized_weight(weight: Tensor, bits: int, per_channel: bool, channel_dim: int) -> Tensor:
     """Quantized weight as one opaque operation, so that compiling a network leaves the values' bits unchanged."""
-    return low_bit_values(*weight_quantizer(bits, per_channel).levels(weight), weight.dtype)
+    return low_bit_values(*weight_quantizer(bits, per_channel, channel_dim).levels(weight), weight.dtype)
 
 
 @_quantized_weight.register_fake
-def _(weight, bits, per_channel):
+def _(weight, bits, per_channel, channel_dim):
     return torch.empty_like(weight, memory_format=torch.contiguous_format)

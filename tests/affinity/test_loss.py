@@ -856,3 +856,10 @@ def test_projections_drawn_ahead_are_those_of_the_calls_and_are_forgotten_when_a
         ahead(maps[0], maps[0] + 1)
     ahead.load_state_dict(FastFeatureAffinityLoss(3, seed=5).state_dict())
     assert ahead(maps[0], maps[0] + 1).item() == wanted[0]
+
+
+@pytest.mark.parametrize("method", ["gram", "pairwise", "projection"])
+def test_torch_func_is_refused_in_the_losss_own_words(method):
+    maps = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    with pytest.raises(RuntimeError, match=r"torch\.func cannot differentiate the affinity loss"):
+        torch.func.grad(lambda student: feature_affinity_loss(student, maps[1], method))(maps[0])

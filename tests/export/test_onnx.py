@@ -484,3 +484,54 @@ def test_a_float_network_is_exported_as_well(tmp_path):
     path = export_onnx(model, tmp_path / "net.onnx", (3, 32, 32))
     with torch.no_grad():
         np.testing.assert_allclose(run(path, IMAGES).numpy(), model(IMAGES).numpy(), rtol=1e-3, atol=1e-3)
+
+
+def decoder(groups: int = 1, **options) -> nn.Module:
+    """Halves the size of a map and doubles it again, as segmentation networks do."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.ConvTranspose2d(8, 4, 3, 2, 1, groups=groups, **options), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.ConvTranspose2d(4, 2, 2, 2),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize(("groups", "options"), [(1, {}), (2, {}), (4, {"output_padding": 1}), (1, {"dilation": 2})])
+@pytest.mark.parametrize("bits", [1, 4, 32])
+def test_transposed_convolutions(tmp_path, bits, groups, options, per_channel):
+    model = decoder(groups, **options)
+    if bits < 32:
+        quantize(model, bits, per_channel=per_channel, last_layer="quantize")
+    with_statistics(model)
+    path = export_onnx(model, tmp_path / "net.onnx", (3, 32, 32))
+    with torch.no_grad():
+        expected = model(IMAGES)
+    torch.testing.assert_close(run(path, IMAGES), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    loaded = (
+        load_packed(save_packed(model, tmp_path / "net.safetensors"), decoder(groups, **options))
+        if bits < 32
+        else model
+    )
+    with torch.no_grad():
+        assert torch.equal(loaded(IMAGES), expected)
+    folded = not any(node.op_type == "Mul" for node in onnx.load(path).graph.node)
+    assert folded == (groups == 1)  # the groups of a transposed convolution share their scales
+
+
+def test_a_module_that_cannot_be_traced_is_named(tmp_path):
+    class Chooses(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Sequential(Chooses()))
+    with pytest.raises(OnnxExportError, match=r"the module '1\.0' \(Chooses\) cannot be traced"):
+        export_onnx(model, tmp_path / "net.onnx", (3, 8, 8))
+
+
+def test_an_averaged_model_is_exported(tmp_path):
+    model = with_statistics(quantize(build_model("resnet8", 10, seed=1), 2))
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    path = export_onnx(averaged.eval(), tmp_path / "net.onnx", (3, 32, 32))
+    with torch.no_grad():
+        expected = model(IMAGES)
+    torch.testing.assert_close(run(path, IMAGES), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

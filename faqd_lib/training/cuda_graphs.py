@@ -63,11 +63,7 @@ class Recorder:
         self._batch: Batch | None = None
 
     def placed(self, batch: Batch) -> Batch:
-        """The batch, copied to the place that the graphs read.
-
-        Raises:
-            ValueError: the size differs from that of the first batch.
-        """
+        """The batch, copied to the place that the graphs read; ValueError if its size is not that of the first."""
         if self._batch is None:
             labels = None if batch.labels is None else torch.empty_like(batch.labels)
             self._batch = Batch(torch.empty_like(batch.images), labels)
@@ -81,24 +77,16 @@ class Recorder:
 
     def record(self, function: Callable[..., Any], *inputs: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
         """The graph of what ``function(*inputs)`` launches, and its result; nothing is computed before a replay."""
-        graph = torch.cuda.CUDAGraph()
+        graph, collects_garbage = torch.cuda.CUDAGraph(), gc.isenabled()
         stream = torch.cuda.current_stream(self.device)
-        with _nothing_collected(), torch.cuda.graph(graph, pool=torch.cuda.graph_pool_handle(), stream=stream):
-            result = function(*inputs)
-        return graph, result
-
-
-@contextmanager
-def _nothing_collected() -> Iterator[None]:
-    """Keep Python from freeing garbage: an old recording freed now would spoil the new one."""
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+        gc.collect()
+        gc.disable()  # an old recording freed meanwhile would spoil the new one
+        try:
+            with torch.cuda.graph(graph, pool=torch.cuda.graph_pool_handle(), stream=stream):
+                return graph, function(*inputs)
+        finally:
+            if collects_garbage:
+                gc.enable()
 
 
 class RecordedStep:
@@ -115,8 +103,6 @@ class RecordedStep:
         self._function, self.recorder = function, recorder
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._places: list[int] = []
-        self._result: Any = None
 
     def __call__(self, *inputs: Any) -> Any:
         """Call the function, or replay it.
@@ -130,8 +116,8 @@ class RecordedStep:
             return result
         places = [tensor.data_ptr() for tensor in _tensors(inputs)]
         if self._graph is None:
-            self._graph, self._result = self.recorder.record(self._function, *inputs)
             self._places = places
+            self._graph, self._result = self.recorder.record(self._function, *inputs)
         elif places != self._places:
             raise ValueError("a recorded step reads its inputs where they were: copy them there (Recorder.placed)")
         self._graph.replay()

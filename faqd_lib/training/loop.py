@@ -8,8 +8,9 @@ same after a checkpoint, at whichever step the checkpoint and the rest of the co
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,17 +37,14 @@ def evaluate(model: nn.Module, images: Images, normalizer: Normalizer, batch_siz
     """Classify labelled images in float32 with the present weights; ``batch_size`` 0 chooses one for the device."""
     device = next(model.parameters()).device
     if not batch_size:
-        height, width = images.pixels.shape[2:]
-        batch_size = 500 if device.type == "cpu" else max(1, EVALUATED_PIXELS // (height * width))
+        batch_size = 500 if device.type == "cpu" else max(1, EVALUATED_PIXELS // images.pixels.shape[2:].numel())
     was_training = model.training
     model.eval()
     # In float32, cuDNN computes convolutions several times faster without channels-last weights.
     weights = {name: tensor.contiguous() for name, tensor in model.named_parameters()} if device.type == "cuda" else {}
     loss, predictions, log_probabilities = torch.zeros((), dtype=torch.float64, device=device), [], []
-    for start in range(0, len(images), batch_size):
-        pixels = images.pixels[start : start + batch_size].to(device)
-        labels = images.labels[start : start + batch_size].to(device)
-        batch = normalizer(pixels)
+    for pixels, labels in zip(images.pixels.split(batch_size), images.labels.split(batch_size), strict=True):
+        batch, labels = normalizer(pixels.to(device)), labels.to(device)
         logits = (functional_call(model, weights, batch.contiguous()) if weights else model(batch)).float()
         predictions.append(logits.argmax(1))
         log_probabilities.append(-F.cross_entropy(logits, labels, reduction="none"))
@@ -80,12 +78,11 @@ class Trained:
     kernels: dict[str, str]
 
 
-@dataclass
-class CohortResult:
+class CohortResult(NamedTuple):
     """Finished runs, and the errors of the others by the name of the run."""
 
-    trained: list[Trained] = field(default_factory=list)
-    failed: dict[str, NonFiniteLossError] = field(default_factory=dict)
+    trained: list[Trained]
+    failed: dict[str, NonFiniteLossError]
 
 
 @exact_kernels()
@@ -172,13 +169,11 @@ def train(
         for learner in cohort.active:
             if learner.tested is None:  # the checkpoint was taken after the last epoch
                 learner.tested = evaluated(learner)["test"]
-        trained = [_finish(learner, batches.batch_size, len(learners)) for learner in cohort.active]
+        trained = []
+        for one in cohort.active:
+            cost = one.clock.cost(batches.batch_size) | {"peak_step_bytes": one.peak_bytes, "cohort": len(learners)}
+            trained.append(Trained(one.config, one.model.eval(), one.history, cost, one.tested, one.kernels))
         return CohortResult(trained, cohort.failed)
-
-
-def _finish(learner: Learner, batch_size: int, cohort: int) -> Trained:
-    cost = learner.clock.cost(batch_size) | {"peak_step_bytes": learner.peak_bytes, "cohort": cohort}
-    return Trained(learner.config, learner.model.eval(), learner.history, cost, learner.tested, learner.kernels)
 
 
 class Cohort:

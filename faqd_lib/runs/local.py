@@ -130,24 +130,20 @@ def _save(workshop: Workshop, trained: Trained, teacher: nn.Module | None, machi
 class _CohortReport:
     """Tells the progress display what a cohort does.
 
-    Args:
-        progress: the display.
-        label: of the cohort's runs, such as ``run 3-5 of 12``.
-        learners: of the cohort, with the epochs that their checkpoints brought. Those do not count as progress.
+    The label is that of the cohort's runs, such as ``run 3-5 of 12``. Epochs that checkpoints brought do not count.
     """
 
     def __init__(self, progress: ProgressReporter, label: str, learners: Sequence[Learner]) -> None:
         self._progress, self._label, self._learners = progress, label, learners
         self._epochs = learners[0].config.optimization.epochs
-        self._batches = learners[0].steps_per_epoch
         self._reported = _epochs(learners)
         self._due = due_every(_BETWEEN_REPORTS)
 
     def batch(self, epoch: int, done: int) -> None:
         """Report progress within an epoch, every few seconds."""
         if self._due():
-            where = f"{self._label}, epoch {epoch + 1} of {self._epochs}, batch {done} of {self._batches}"
-            self._progress.within(self._label, _epochs(self._learners) - self._reported, where)
+            where = f"epoch {epoch + 1} of {self._epochs}, batch {done} of {self._learners[0].steps_per_epoch}"
+            self._progress.within(self._label, _epochs(self._learners) - self._reported, f"{self._label}, {where}")
 
     def epoch(self, epoch: int, finished: list[Learner]) -> None:
         """Report a finished epoch with its test accuracies."""
@@ -156,10 +152,9 @@ class _CohortReport:
         rows = [learner.history[-1] for learner in finished]
         accuracy = " ".join(f"{row['test_accuracy']:.1f}" for row in rows if "test_accuracy" in row)
         what = f"epoch {epoch + 1} of {self._epochs}" if self._epochs else "quantized after training"
-        done, before = _epochs(self._learners), self._reported
-        self._reported = done
-        worked = done - before if self._epochs else len(finished)
         test = f": test {accuracy} %" if accuracy else ""
+        worked = _epochs(self._learners) - self._reported if self._epochs else len(finished)
+        self._reported = _epochs(self._learners)
         self._progress.advance(worked, f"{self._label} ({names}), {what}{test}")
 
 

@@ -41,8 +41,7 @@ class RayEngine:
     than one physical machine.
 
     Args:
-        address: of a running cluster (``"auto"``, ``"host:6379"``); None starts Ray on this machine, until the process
-            ends.
+        address: of a running cluster (``"auto"``, ``"host:6379"``); None starts Ray here until the process ends.
         cpus: threads of a worker, at least 1.
         gpus: GPUs of a worker: a part (0.25 puts four cohorts on each) or several whole ones.
 
@@ -121,33 +120,27 @@ class RayEngine:
             queue.shutdown(force=True)
         if failures:
             (cohort, error), *others = failures
-            raised = self._what_to_raise(cohort, error)
+            raised = getattr(error, "cause", None)
+            if not isinstance(raised, Exception):  # the work itself raised nothing
+                raised = EngineError(
+                    f"the worker that trained {cohort[0].run_id} died, and so did {_RETRIES} after it, most likely out "
+                    "of memory. Finished runs are kept: call again to go on, with fewer workers at a time "
+                    f"(--cpus-per-run) or a smaller cohort. Ray says: {first_line(error)}"
+                )
             for other, what in others:
                 raised.add_note(f"{other[0].run_id} failed as well: {first_line(what)}")
             raise raised from error
         _wait_for_records(workshop.store, wave)
 
-    def _what_to_raise(self, cohort: Sequence[RunConfig], error: Exception) -> Exception:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, Exception):  # raised by the work itself
-            return cause
-        return EngineError(
-            f"the worker that trained {cohort[0].run_id} died, and so did {_RETRIES} after it, most likely out of "
-            "memory. Finished runs are kept: call again to go on, with fewer workers at a time (--cpus-per-run) or a "
-            f"smaller cohort. Ray says: {first_line(error)}"
-        )
-
     def _workers(self, nodes: list[dict[str, Any]]) -> int:
         """How many workers fit on all machines together; at least 1."""
-        machines = [node["Resources"] for node in nodes if node["Alive"]]
-        slots = sum(self._slots(machine.get("CPU", 0), machine.get("GPU", 0)) for machine in machines)
+        resources = [node["Resources"] for node in nodes if node["Alive"]]
+        machines = [(machine.get("CPU", 0), machine.get("GPU", 0)) for machine in resources]
+        slots = sum(self._slots(cpus, gpus) for cpus, gpus in machines)
         if slots < 1:
-            there = ", ".join(
-                f"{machine.get('CPU', 0):g} CPUs and {machine.get('GPU', 0):g} GPUs" for machine in machines
-            )
-            raise EngineError(
-                f"no room for a worker with {self.cpus} CPUs and {self.gpus:g} GPUs: machines have {there}"
-            )
+            there = ", ".join(f"{cpus:g} CPUs and {gpus:g} GPUs" for cpus, gpus in machines)
+            wanted = f"{self.cpus} CPUs and {self.gpus:g} GPUs"
+            raise EngineError(f"no room for a worker with {wanted}: machines have {there}")
         return slots
 
     def _slots(self, cpus: float, gpus: float) -> int:
@@ -163,28 +156,20 @@ class RayEngine:
 def _follow(
     ray: Any, tasks: dict[str, tuple[Any, list[RunConfig]]], queue: Any, progress: ProgressReporter
 ) -> list[tuple[list[RunConfig], Exception]]:
-    """Wait for all tasks and show their reports.
-
-    Args:
-        ray: the module.
-        tasks: by label, a task and its cohort.
-        queue: reports of the workers.
-        progress: shows the reports.
+    """Wait for tasks, given by label with their cohorts; show the reports in ``queue``.
 
     Returns:
         Cohorts that failed, with their errors.
     """
     cohort_of = dict(tasks.values())
     pending, failures = list(cohort_of), []
-    reported: dict[str, float] = {}  # units, by the label of a cohort
-    begun = Counter()
+    reported, begun = Counter(), Counter()  # units, and starts of a worker, by the label of a cohort
     while pending:
         done, pending = ray.wait(pending, timeout=_POLL)
         for label, method, *arguments in queue.get_nowait_batch(queue.size()):
             if method == "begin":  # the first time, or again after its worker died: no unit may count twice
-                progress.skip(-reported.get(label, 0))
+                progress.skip(-reported.pop(label, 0))
                 progress.within(label, 0.0)
-                reported[label] = 0
                 begun[label] += 1
                 if begun[label] > 1 + _RETRIES:  # Ray retries without end what it stopped to free memory
                     ray.cancel(tasks[label][0], force=True)

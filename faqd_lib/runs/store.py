@@ -103,12 +103,8 @@ class RunStore:
             ResultsError: the record belongs to another configuration or to another version of the suite.
         """
         path = self.run_folder(config) / "record.json"
-        if not path.is_file():
-            return None
-        record = _whole(path)
-        if record is None:
-            return None
-        if record.digest != config.digest or record.configuration.digest != config.digest:
+        record = _whole(path) if path.is_file() else None
+        if record is not None and {record.digest, record.configuration.digest} != {config.digest}:
             raise ResultsError(
                 f"{path} belongs to another configuration (digest {record.digest[:12]}, expected "
                 f"{config.digest[:12]}): remove the folder {path.parent.name} to train this run again"
@@ -141,12 +137,9 @@ class RunStore:
         """
         folder = require_writable(self.run_folder(config))
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        small = max(int(predictions.max()), int(labels.max())) < 256
-        dtype = torch.uint8 if small else torch.int16
-        predicted = {
-            "predicted": predictions.to("cpu", dtype).contiguous(),
-            "label": labels.to("cpu", dtype).contiguous(),
-        }
+        classes = {"predicted": predictions, "label": labels}
+        dtype = torch.uint8 if max(int(each.max()) for each in classes.values()) < 256 else torch.int16
+        predicted = {name: each.to("cpu", dtype).contiguous() for name, each in classes.items()}
         if log_probabilities is not None:
             predicted["log_probability"] = log_probabilities.to("cpu", torch.float16).contiguous()
         record = RunRecord(

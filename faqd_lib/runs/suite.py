@@ -8,7 +8,7 @@ and the store of finished runs.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -43,10 +43,8 @@ class Suite(Configurations):
         state: what the folder was begun with.
         store: the folder's finished runs.
         device: where networks are trained.
-        data_root: the only folder to look for data in; None for ``$FAQD_DATA``, then ``data/``.
         images: the dataset. None: loaded when first needed.
-        engine: trains runs: in this process, or elsewhere.
-        bar: whether progress is a bar or lines of text. None: a bar where somebody watches.
+        data_root, engine, bar: see :meth:`open`.
     """
 
     store: RunStore
@@ -96,15 +94,9 @@ class Suite(Configurations):
         torch_device = _device(device)
         images = datasets.load(name, data_root or None, image_size=chosen.image_size, download=chosen.download)
         state = SuiteState.describe(chosen, name, reason, images, _precision(chosen, torch_device))
-        return cls(
-            begin_or_continue(folder, state, seeds),
-            RunStore(folder),
-            torch_device,
-            str(Path(data_root).resolve()) if data_root else None,
-            images,
-            engine,
-            bar,
-        )
+        state = begin_or_continue(folder, state, seeds)
+        data_root = str(Path(data_root).resolve()) if data_root else None
+        return cls(state, RunStore(folder), torch_device, data_root, images, engine, bar)
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
@@ -115,9 +107,7 @@ class Suite(Configurations):
         """
         return cls(read_state(Path(folder)), RunStore(Path(folder)), torch.device("cpu"))
 
-    def __getstate__(self) -> dict[str, object]:
-        """The fields to send to another process. Images stay here: the other process loads them."""
-        return {one.name: getattr(self, one.name) for one in fields(self)} | {"images": None}
+    __getstate__ = Workshop.__getstate__  # without the images
 
     @property
     def dataset(self) -> str:
@@ -195,16 +185,16 @@ class Suite(Configurations):
         wanted = list(dict.fromkeys(configs))
         waves = planning.waves(wanted)
         finished = {config for wave in waves for config in wave if self.store.record(config) is not None}
-        missing = [[config for config in wave if config not in finished] for wave in waves]
         for config in finished:  # a process that was killed may have left checkpoints behind
             remove_checkpoints(self.store.run_folder(config))
-        count = sum(map(len, missing))
         if finished:
-            print(f"  {title}: {len(finished)} of {count + len(finished)} runs are there", flush=True)
-        if count:
-            with self.progress(sum(units(config) for wave in missing for config in wave), title, count) as progress:
-                for wave in filter(None, missing):
-                    self.engine(self.workshop, wave, progress, deadline)
+            print(f"  {title}: {len(finished)} of {sum(map(len, waves))} runs are there", flush=True)
+        missing = [config for wave in waves for config in wave if config not in finished]
+        if missing:
+            with self.progress(sum(map(units, missing)), title, len(missing)) as progress:
+                for wave in waves:
+                    if left := [config for config in wave if config not in finished]:
+                        self.engine(self.workshop, left, progress, deadline)
         return [self.store.record(config) for config in wanted]
 
     def progress(self, total: float, title: str, runs: int = 1) -> Progress:

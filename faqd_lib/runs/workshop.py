@@ -138,7 +138,17 @@ class Workshop:
         calibrate(model, next(batches.epoch(0)).images)
         if count := config.optimization.batch_norm_batches:
             reestimate_batch_norm(model, (batch.images for batch in islice(batches.epoch(0), count)))
-        return Learner(config, model, self._objective(config, model), model.feature_names, len(batches))
+        adapter_channels = ()
+        if config.objective.adapters:
+            with FeatureTap(model.eval(), model.feature_names) as tap, torch.no_grad():
+                model(torch.zeros(1, 3, self.data.image_size, self.data.image_size, device=self.device))
+            adapter_channels = [feature_map.shape[1] for feature_map in tap.features]
+        objective = DistillationObjective(
+            **config.objective.model_dump(exclude={"adapters", "affinity_recipe"}),
+            adapter_channels=adapter_channels,
+            seed=projection_seed(config.seed),
+        ).to(self.device)
+        return Learner(config, model, objective, model.feature_names, len(batches))
 
     @exact_kernels()
     @torch.no_grad()
@@ -154,17 +164,3 @@ class Workshop:
             return float(
                 sum(feature_affinity_loss(s, t) for s, t in zip(of_student.features, of.features, strict=True))
             )
-
-    def _objective(self, config: RunConfig, model: nn.Module) -> DistillationObjective:
-        settings = config.objective
-        return DistillationObjective(
-            **settings.model_dump(exclude={"adapters", "affinity_recipe"}),
-            adapter_channels=self._tapped_channels(model) if settings.adapters else (),
-            seed=projection_seed(config.seed),
-        ).to(self.device)
-
-    def _tapped_channels(self, model: nn.Module) -> tuple[int, ...]:
-        """Number of channels of every tapped feature map."""
-        with FeatureTap(model.eval(), model.feature_names) as tap, torch.no_grad():
-            model(torch.zeros(1, 3, self.data.image_size, self.data.image_size, device=self.device))
-        return tuple(feature_map.shape[1] for feature_map in tap.features)

@@ -74,7 +74,7 @@ def _train_cohort(
 ) -> None:
     """Train runs side by side, from their checkpoints if there are any, and save them."""
     profile, splits, store = workshop.state.profile, workshop.splits, workshop.store
-    batches, teacher = workshop.batches(cohort), workshop.teacher(cohort)
+    batches, teacher = workshop.batches(cohort), workshop.shared_teacher(cohort)
     learners = [workshop.learner(config, batches) for config in cohort]
     machine = environment(workshop.device)
     for learner in learners:

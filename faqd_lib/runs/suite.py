@@ -3,13 +3,12 @@
 suite = Suite.open(profile="quick")
 records = suite.run([suite.student("FAQD", weight_bits=1)])
 
-A suite joins three parts: the factory of run configurations, which it inherits; the workshop, which builds networks;
-and the store of finished runs.
+A suite inherits the factory of run configurations and the workshop, which builds networks. It holds the store of
+finished runs.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -18,9 +17,7 @@ from torch import nn
 
 from ..config import ConfigurationError, RunConfig
 from ..data import datasets
-from ..data.batches import Batches, Normalizer
-from ..data.datasets import ImageData
-from ..training.learner import Learner, precision_that_pays
+from ..training.learner import precision_that_pays
 from ..training.loop import evaluate
 from ..utils.files import require_writable
 from ..utils.progress import Progress
@@ -30,27 +27,17 @@ from .configurations import Configurations
 from .local import Engine, train_here, units
 from .profile import Profile, SuiteState, begin_or_continue, read_state, suite_folder
 from .store import RunRecord, RunStore
-from .workshop import Splits, Workshop
+from .workshop import Workshop
 
 
 @dataclass(frozen=True)
-class Suite(Configurations):
+class Suite(Configurations, Workshop):
     """Configurations, networks and records of one results folder.
 
-    Made by :meth:`open`, or by :meth:`read` from a folder without its images.
-
-    Args:
-        state: what the folder was begun with.
-        store: the folder's finished runs.
-        device: where networks are trained.
-        images: the dataset. None: loaded when first needed.
-        data_root, engine, bar: see :meth:`open`.
+    Made by :meth:`open`, or by :meth:`read` from a folder without its images. Its fields are those of
+    :class:`~faqd_lib.runs.workshop.Workshop`, and the ``engine`` and ``bar`` of :meth:`open`.
     """
 
-    store: RunStore
-    device: torch.device
-    data_root: str | None = None
-    images: ImageData | None = field(default=None, repr=False, compare=False)
     engine: Engine = train_here
     bar: bool | None = None
 
@@ -107,8 +94,6 @@ class Suite(Configurations):
         """
         return cls(read_state(Path(folder)), RunStore(Path(folder)), torch.device("cpu"))
 
-    __getstate__ = Workshop.__getstate__  # without the images
-
     @property
     def dataset(self) -> str:
         """The dataset's name."""
@@ -123,40 +108,6 @@ class Suite(Configurations):
     def caption(self) -> str:
         """Dataset, sizes and profile, for every table and figure."""
         return self.state.caption
-
-    # ---- images and networks
-
-    @cached_property
-    def workshop(self) -> Workshop:
-        """Builds networks and learners."""
-        return Workshop(self.state, self.store, self.device, self.data_root, self.images)
-
-    @property
-    def data(self) -> ImageData:
-        """See :attr:`Workshop.data`."""
-        return self.workshop.data
-
-    @property
-    def splits(self) -> Splits:
-        """See :attr:`Workshop.splits`."""
-        return self.workshop.splits
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """See :attr:`Workshop.normalizer`."""
-        return self.workshop.normalizer
-
-    def build(self, config: RunConfig) -> nn.Module:
-        """See :meth:`Workshop.build`."""
-        return self.workshop.build(config)
-
-    def model(self, config: RunConfig) -> nn.Module:
-        """See :meth:`Workshop.model`."""
-        return self.workshop.model(config)
-
-    def learner(self, config: RunConfig, batches: Batches) -> Learner:
-        """See :meth:`Workshop.learner`."""
-        return self.workshop.learner(config, batches)
 
     def evaluate(self, model: nn.Module) -> tuple[float, float]:
         """Top-1 accuracy (percent) and mean cross-entropy on the test images."""
@@ -194,7 +145,7 @@ class Suite(Configurations):
             with self.progress(sum(map(units, missing)), title, len(missing)) as progress:
                 for wave in waves:
                     if left := [config for config in wave if config not in finished]:
-                        self.engine(self.workshop, left, progress, deadline)
+                        self.engine(self, left, progress, deadline)
         return [self.store.record(config) for config in wanted]
 
     def progress(self, total: float, title: str, runs: int = 1) -> Progress:

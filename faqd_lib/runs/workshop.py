@@ -126,7 +126,7 @@ class Workshop:
         """
         return self.store.load_weights(config, self.build(config, initial_weights=False)).eval()
 
-    def teacher(self, cohort: Sequence[RunConfig]) -> nn.Module | None:
+    def shared_teacher(self, cohort: Sequence[RunConfig]) -> nn.Module | None:
         """The frozen teacher that the runs of a cohort share; None if no run has one."""
         config = next((config.teacher for config in cohort if config.teacher is not None), None)
         return None if config is None else self.model(config).requires_grad_(False)

@@ -55,13 +55,11 @@ def select(only: Sequence[str]) -> list[Path]:
     Raises:
         SeriesError: a number that no notebook has.
     """
-    notebooks = sorted(notebooks_folder().glob("[0-9][0-9]_*.ipynb"))
-    numbers = [path.name[:2] for path in notebooks]
+    notebooks = {path.name[:2]: path for path in sorted(notebooks_folder().glob("[0-9][0-9]_*.ipynb"))}
     wanted = [number.zfill(2) for item in only for number in item.split(",") if number]
-    unknown = [number for number in wanted if number not in numbers]
-    if unknown:
-        raise SeriesError(f"there is no notebook {unknown[0]!r}: choose from {' '.join(numbers)}")
-    return [path for path in notebooks if not only or path.name[:2] in wanted]
+    if unknown := [number for number in wanted if number not in notebooks]:
+        raise SeriesError(f"there is no notebook {unknown[0]!r}: choose from {' '.join(notebooks)}")
+    return [path for number, path in notebooks.items() if not only or number in wanted]
 
 
 def check_needs(selected: Sequence[Path], suite: Suite) -> None:
@@ -134,27 +132,20 @@ def execute(notebook: Path, copy: Path, parameters: dict[str, object]) -> float:
             f"to go on.\nexecuted copy: {copy}"
         ) from error
     except NoSuchKernel as error:
-        raise SeriesError(
-            f"{notebook.name}: there is no kernel 'python3' in {sys.prefix}: install ipykernel"
-        ) from error
+        message = f"{notebook.name}: there is no kernel 'python3' in {sys.prefix}: install ipykernel"
+        raise SeriesError(message) from error
     return time.monotonic() - started
 
 
 def move_old_results(folder: Path) -> None:
     """Rename an old results folder (``--fresh``); nothing is deleted."""
     if folder.exists():
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        target = folder.with_name(f"{folder.name}.old-{stamp}")
-        folder.rename(target)
-        print(f"moved the old results to {target}")
+        target = folder.with_name(f"{folder.name}.old-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+        print(f"moved the old results to {folder.rename(target)}")
 
 
 def run_series(arguments: argparse.Namespace, profile: Profile, dataset: str, only: Sequence[str]) -> None:
-    """Run the selected notebooks on one dataset (a name, ``"auto"``, or nothing for the profile's own choice).
-
-    Raises:
-        SeriesError, ConfigurationError, DatasetError, ResultsError, PermissionError: see their messages.
-    """
+    """Run the selected notebooks on one dataset (a name, ``"auto"``, or nothing for the profile's own choice)."""
     name, reason = profile.resolve_dataset(dataset, arguments.data_root)
     print(f"\n=== profile {profile.name}, dataset {reason}")
     folder = suite_folder(profile, name, arguments.results)
@@ -162,8 +153,7 @@ def run_series(arguments: argparse.Namespace, profile: Profile, dataset: str, on
     if arguments.seeds is not None and arguments.seeds < 1:
         raise ConfigurationError(f"seeds must be a whole number of at least 1, got {arguments.seeds}")
     seeds = arguments.seeds or 0  # 0: the profile's own number
-    require_writable(folder.parent)
-    lock = filelock.FileLock(folder.parent / f".{folder.name}{LOCK_NAME}")
+    lock = filelock.FileLock(require_writable(folder.parent) / f".{folder.name}{LOCK_NAME}")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -191,11 +181,7 @@ def run_series(arguments: argparse.Namespace, profile: Profile, dataset: str, on
 
 
 def study(arguments: argparse.Namespace, profile: Profile) -> None:
-    """Run the study of a profile in place of the notebooks.
-
-    Raises:
-        ConfigurationError: an option that a study does not have, or hours that are not above 0.
-    """
+    """Run the study of a profile in place of the notebooks; ConfigurationError names an option that does not fit."""
     for option in ("only", "seeds"):
         if getattr(arguments, option):
             raise ConfigurationError(f"--{option} is not for a study: its design says what is trained")
@@ -238,30 +224,23 @@ def _absolute(path: str) -> Path:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="run_all.sh",
+        "run_all.sh",
         description="Run the notebook series headless and write every table. A second call goes on where the first "
         "one stopped.",
     )
-    parser.add_argument(
-        "profile", nargs="?", default="quick", help=f"{', '.join(PROFILES)} (default: quick), or a .toml file"
-    )
-    parser.add_argument("--dataset", default="", help="a dataset's name; left out: the profile's own choice")
-    parser.add_argument("--data-root", type=_absolute, help="the only folder to look for data in")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers of the notebooks to run")
-    parser.add_argument("--seeds", type=int, help="number of seeds (left out: the profile's own)")
-    parser.add_argument("--results", type=_absolute, help="where results go (default: results/)")
-    parser.add_argument(
-        "--engine", choices=environment.ENGINES, help="where runs are trained (default: local, in this process)"
-    )
-    parser.add_argument("--address", help="with --engine ray: a cluster that runs already; left out: this machine")
-    parser.add_argument("--cpus-per-run", type=int, metavar="N", help="with --engine ray: threads of a worker (1)")
-    parser.add_argument(
-        "--gpus-per-run", type=float, metavar="X", help="with --engine ray: its part of a GPU (0.25 if there is one)"
-    )
-    parser.add_argument(
-        "--hours", type=float, metavar="H", help="for a study: stop after so many hours, to go on at the next call"
-    )
-    parser.add_argument("--fresh", action="store_true", help="begin again; the old results are moved aside")
+    add, on_ray = parser.add_argument, "with --engine ray"
+    add("profile", nargs="?", default="quick", help=f"{', '.join(PROFILES)} (default: quick), or a .toml file")
+    add("--dataset", default="", help="a dataset's name; left out: the profile's own choice")
+    add("--data-root", type=_absolute, help="the only folder to look for data in")
+    add("--only", nargs="+", default=[], metavar="NN", help="numbers of the notebooks to run")
+    add("--seeds", type=int, help="number of seeds (left out: the profile's own)")
+    add("--results", type=_absolute, help="where results go (default: results/)")
+    add("--engine", choices=environment.ENGINES, help="where runs are trained (default: local, in this process)")
+    add("--address", help=f"{on_ray}: a cluster that runs already; left out: this machine")
+    add("--cpus-per-run", type=int, metavar="N", help=f"{on_ray}: threads of a worker (1)")
+    add("--gpus-per-run", type=float, metavar="X", help=f"{on_ray}: the part of a GPU it has (0.25 if there is one)")
+    add("--hours", type=float, metavar="H", help="for a study: stop after so many hours, to go on at the next call")
+    add("--fresh", action="store_true", help="begin again; the old results are moved aside")
     return parser
 
 
@@ -287,11 +266,9 @@ def choose_engine(arguments: argparse.Namespace) -> None:
         return
     ray = engine.connect()  # this process keeps it running for all the kernels
     os.environ["FAQD_RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    resources = ray.cluster_resources()
-    print(
-        f"Ray at {os.environ['FAQD_RAY_ADDRESS']}: {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs; "
-        f"{engine.cpus} and {engine.gpus:g} for each run"
-    )
+    cpus, gpus = (ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU"))
+    each = f"{engine.cpus} and {engine.gpus:g} for each run"
+    print(f"Ray at {os.environ['FAQD_RAY_ADDRESS']}: {cpus:g} CPUs, {gpus:g} GPUs; {each}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

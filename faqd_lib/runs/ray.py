@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _RETRIES = 3  # of a cohort whose worker died; it continues from its checkpoints
 _POLL = 0.5  # seconds between two reads of the workers' reports
 _STORE_BYTES = 100 * 2**20  # Ray's object store: holds configurations and lines of text only
 _DATA_FOLDERS = ("FAQD_DATA", "FAQD_CACHE")  # environment variables that tell a worker where images are
+_SHARED = "with Ray on several machines that folder must be on a file system that all of them share (--results)"
 
 
 class EngineError(RuntimeError):
@@ -112,7 +114,8 @@ class RayEngine:
             for cohort in planning.cohorts(wave, largest):
                 label = progress.number(len(cohort))
                 left = None if deadline is None else deadline - time.monotonic()
-                tasks[label] = work.remote(workshop, cohort, label, self.cpus, folders, queue, left), cohort
+                task = work.remote(workshop, cohort, QueueProgress(queue, label), self.cpus, folders, left)
+                tasks[label] = task, cohort
             failures = _follow(ray, tasks, queue, progress)
         finally:
             for task, _ in tasks.values():
@@ -190,10 +193,8 @@ def _wait_for_records(store: RunStore, wave: Sequence[RunConfig], seconds: float
     deadline = time.monotonic() + seconds
     while missing := [config for config in wave if store.record(config) is None]:
         if time.monotonic() > deadline:
-            raise EngineError(
-                f"a worker finished {missing[0].run_id}, but its record does not appear in {store.folder}: with Ray on "
-                "several machines that folder must be on a file system that all of them share (--results)"
-            )
+            record = f"a worker finished {missing[0].run_id}, but its record"
+            raise EngineError(f"{record} does not appear in {store.folder}: {_SHARED}")
         time.sleep(_POLL)
 
 
@@ -202,7 +203,7 @@ def _wait_for_records(store: RunStore, wave: Sequence[RunConfig], seconds: float
 
 @dataclass(frozen=True)
 class QueueProgress:
-    """A worker's progress, sent to the process that shows it."""
+    """A worker's progress, sent to the process that shows it: the label of the runs, a method and its arguments."""
 
     queue: Any
     label: str
@@ -210,44 +211,35 @@ class QueueProgress:
     def number(self, runs: int) -> str:
         return self.label
 
-    def advance(self, units: float, text: str) -> None:
-        self.queue.put((self.label, "advance", units, text))
+    def send(self, method: str, *arguments: object) -> None:
+        self.queue.put((self.label, method, *arguments))
 
-    def within(self, label: str, units: float, text: str = "") -> None:
-        self.queue.put((self.label, "within", label, units, text))
-
-    def skip(self, units: float) -> None:
-        self.queue.put((self.label, "skip", units))
-
-    def say(self, text: str) -> None:
-        self.queue.put((self.label, "say", text))
+    advance = partialmethod(send, "advance")
+    within = partialmethod(send, "within")
+    skip = partialmethod(send, "skip")
+    say = partialmethod(send, "say")
 
 
 def _train_there(
     workshop: Workshop,
     cohort: list[RunConfig],
-    label: str,
-    threads: int,
+    progress: QueueProgress,
+    cpus: int,
     folders: dict[str, str],
-    queue: Any,
     seconds: float | None,
 ) -> None:
     """The task of a worker: :func:`~faqd_lib.runs.local.train_here` with a number of threads, reporting to a queue."""
     deadline = None if seconds is None else time.monotonic() + seconds
     os.environ.update(folders)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(cpus)
     host, folder = socket.gethostname(), workshop.store.folder
     if not (folder / "suite.json").is_file():
-        raise EngineError(
-            f"the worker on {host} does not see {folder}: with Ray on several machines the "
-            "results folder must be on a file system that all of them share (--results)"
-        )
+        raise EngineError(f"the worker on {host} does not see {folder}: {_SHARED}")
     if workshop.device.type == "cuda":
         if not torch.cuda.is_available():
             raise EngineError(f"the worker on {host} has no CUDA device that torch can use")
         workshop = replace(workshop, device=torch.device("cuda"))  # a worker sees its own GPUs only, counted from 0
-    progress = QueueProgress(queue, label)
-    queue.put((label, "begin"))
+    progress.send("begin")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, category, *_, **__: progress.say(f"{category.__name__}: {message}")

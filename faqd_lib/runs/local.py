@@ -10,7 +10,7 @@ from ..config import RunConfig
 from ..models import parameter_count
 from ..quantization.description import weight_bytes
 from ..training.learner import Learner
-from ..training.loop import Trained, train
+from ..training.loop import train
 from ..utils.measure import environment
 from ..utils.progress import ProgressReporter
 from . import planning
@@ -106,9 +106,8 @@ def _train_cohort(
         raise error
 
 
-def _save(workshop: Workshop, trained: Trained, teacher: nn.Module | None, machine: Machine) -> None:
-    test = workshop.splits.test
-    taught = teacher is not None and trained.config.teacher is not None
+def _save(workshop: Workshop, trained: Learner, teacher: nn.Module | None, machine: Machine) -> None:
+    test, taught = workshop.splits.test, trained.config.teacher is not None
     workshop.store.save(
         trained.config,
         trained.model,
@@ -128,10 +127,7 @@ def _save(workshop: Workshop, trained: Trained, teacher: nn.Module | None, machi
 
 
 class _CohortReport:
-    """Tells the progress display what a cohort does.
-
-    The label is that of the cohort's runs, such as ``run 3-5 of 12``. Epochs that checkpoints brought do not count.
-    """
+    """Tells the progress display what a cohort does; epochs that its checkpoints brought do not count."""
 
     def __init__(self, progress: ProgressReporter, label: str, learners: Sequence[Learner]) -> None:
         self._progress, self._label, self._learners = progress, label, learners

@@ -155,37 +155,29 @@ class Profile(StrictModel):
         """
         path = Path(profile)
         if str(profile) in PROFILES:
-            text = (resources.files(__package__) / "profiles" / f"{profile}.toml").read_text(encoding="utf-8")
+            file = resources.files(__package__) / "profiles" / f"{profile}.toml"
         elif path.suffix == ".toml" and path.is_file():
-            text = path.read_text(encoding="utf-8")
+            file = path
         else:
             missing = "; there is no such file" if path.suffix == ".toml" else ""
-            hint = did_you_mean(profile, PROFILES)
-            raise ConfigurationError(
-                f"unknown profile {str(profile)!r}{missing}{hint}: choose {', '.join(PROFILES)}, "
-                "or the path of a .toml file"
-            )
+            unknown = f"unknown profile {str(profile)!r}{missing}{did_you_mean(profile, PROFILES)}"
+            raise ConfigurationError(f"{unknown}: choose {', '.join(PROFILES)}, or the path of a .toml file")
         try:
-            values = tomllib.loads(text)
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
         except tomllib.TOMLDecodeError as error:
             raise ConfigurationError(f"{profile}: not valid TOML: {error}") from error
         if "base" in values:
-            base = cls.load(values.pop("base"))
-            values = _merged(base.model_dump(exclude={"name"}), values)
+            values = _merged(cls.load(values.pop("base")).model_dump(exclude={"name"}), values)
         return cls.parse({"name": path.stem, **values}, where=str(profile))
 
     def resolve_dataset(self, dataset: str, data_root: str | Path | None) -> tuple[str, str]:
-        """Choose the dataset: a name, ``"auto"``, or empty for the profile's own choice.
-
-        Returns:
-            The dataset's name, and the reason in words.
+        """The name of a dataset (a name, ``"auto"``, or empty for the profile's own choice), and why it was taken.
 
         Raises:
             DatasetError: the dataset is unknown, or not found.
         """
-        return datasets.resolve(
-            dataset or self.dataset, data_root or None, allow_digits=not self.download, allow_download=self.download
-        )
+        allowed = {"allow_digits": not self.download, "allow_download": self.download}
+        return datasets.resolve(dataset or self.dataset, data_root or None, **allowed)
 
     def for_dataset(self, dataset: str) -> Self:
         """This profile with its ``dataset_settings`` for one dataset. Settings not named there stay."""
@@ -207,9 +199,8 @@ class SuiteState(StrictModel):
     """What a results folder was begun with (``suite.json``): enough to name its runs and to caption its tables.
 
     Args:
-        profile: the profile, with the settings for this dataset.
-        dataset: the dataset's name.
-        reason: why this dataset was taken, in words.
+        profile: with the settings for this dataset.
+        dataset, reason: the dataset's name, and why it was taken.
         note: a remark of the dataset on its images; often empty.
         data: the images by fingerprint, and the subsets taken.
         training_count, test_count: images after the subsets are taken.
@@ -233,11 +224,7 @@ class SuiteState(StrictModel):
     def describe(
         cls, profile: Profile, dataset: str, reason: str, images: datasets.ImageData, precision: Precision
     ) -> Self:
-        """The state of a profile on a dataset's images.
-
-        Raises:
-            ConfigurationError: a batch of the profile is larger than the training split.
-        """
+        """The state of a profile on images; ConfigurationError if a batch is larger than the training split."""
         rest = len(images.train) - profile.validation_images - profile.held_out_images
         data = DataConfig(
             name=dataset,
@@ -273,14 +260,12 @@ class SuiteState(StrictModel):
     def caption(self) -> str:
         """Dataset, sizes and profile, for every table and figure."""
         note = f" ({self.note})" if self.note else ""
+        subsets = " (class-balanced subsets)" if self.data.train_images or self.data.test_images else ""
         count = self.data.held_out_images
         held_out = f" ({count:,} of them held out of the training split)" if count else ""
-        text = (
-            f"{self.dataset}{note}, {self.training_count:,} training and {self.test_count:,} test images"
-            f"{' (class-balanced subsets)' if self.data.train_images or self.data.test_images else ''}"
-            f"{held_out}, "
-            f"profile {self.profile.name}{', compiled' if self.profile.compile else ''}"
-        )
+        images = f"{self.training_count:,} training and {self.test_count:,} test images{subsets}{held_out}"
+        compiled = ", compiled" if self.profile.compile else ""
+        text = f"{self.dataset}{note}, {images}, profile {self.profile.name}{compiled}"
         return text if ": found on disk" in self.reason or ": asked for" in self.reason else f"{text}; {self.reason}"
 
 
@@ -300,7 +285,7 @@ def suite_folder(profile: Profile, dataset: str, results: str | Path | None = No
 
 
 def read_state(folder: Path) -> SuiteState:
-    """Read the state that a results folder was begun with.
+    """The state that a results folder was begun with.
 
     Raises:
         ResultsError: nothing was begun there, or ``suite.json`` is damaged.
@@ -318,12 +303,9 @@ def read_state(folder: Path) -> SuiteState:
 
 
 def begin_or_continue(folder: Path, state: SuiteState, asked_seeds: int) -> SuiteState:
-    """Write the state into a new folder, or compare it with the state of a folder that was begun already.
+    """Write the state of profile and images into a new folder, or compare it with that of a folder begun earlier.
 
-    Args:
-        folder: the suite's folder.
-        state: of the profile and images in use now.
-        asked_seeds: number of seeds; 0 for the larger of the profile's and the folder's.
+    ``asked_seeds`` is the number of seeds; 0 for the larger of the profile's and the folder's.
 
     Returns:
         The state to work with. Its precision is that of the folder.

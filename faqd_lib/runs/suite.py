@@ -118,12 +118,8 @@ class Suite(Configurations, Workshop):
     def run(self, configs: Iterable[RunConfig], title: str = "runs", deadline: float | None = None) -> list[RunRecord]:
         """Train the runs that are not finished, after the teachers and initial weights they need.
 
-        Every finished run is written before the next cohort begins.
-
-        Args:
-            configs: the runs.
-            title: shown with the progress.
-            deadline: a time of ``time.monotonic`` to stop at; None: train to the end.
+        Every finished run is written before the next cohort begins. Training stops at the ``deadline``, a time of
+        ``time.monotonic``. ``title`` is shown with the progress.
 
         Returns:
             One record a configuration, in the order of ``configs``, each once.
@@ -131,7 +127,7 @@ class Suite(Configurations, Workshop):
         Raises:
             OutOfTimeError: the deadline has passed. Finished runs and checkpoints are kept.
             NonFiniteLossError: a loss stopped being finite. All other runs of its cohort are finished and saved.
-            EngineError: the engine cannot work, or a worker died again and again.
+            EngineError: the engine cannot work, or a worker died too often.
         """
         wanted = list(dict.fromkeys(configs))
         waves = planning.waves(wanted)

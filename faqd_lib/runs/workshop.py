@@ -62,13 +62,10 @@ class Workshop:
         Raises:
             ResultsError: the images differ from those that the folder was begun with.
         """
-        images = self.images
-        if images is None:
-            images = datasets.load(self.state.dataset, self.data_root, image_size=self.state.profile.image_size)
+        name, size = self.state.dataset, self.state.profile.image_size
+        images = self.images or datasets.load(name, self.data_root, image_size=size)
         if images.fingerprint != self.state.data.fingerprint:
-            raise ResultsError(
-                f"the images of {self.state.dataset} are not those that {self.store.folder} was begun with"
-            )
+            raise ResultsError(f"the images of {name} are not those that {self.store.folder} was begun with")
         return images
 
     @cached_property
@@ -105,9 +102,7 @@ class Workshop:
     def build(self, config: RunConfig, *, initial_weights: bool = True) -> nn.Module:
         """The network of a run before training, with its quantizers, not calibrated yet.
 
-        Args:
-            config: the run.
-            initial_weights: whether the weights that fine-tuning starts from are loaded.
+        ``initial_weights`` says whether the weights that fine-tuning starts from are loaded.
 
         Raises:
             ResultsError: the run with the initial weights is not finished, or damaged.
@@ -161,6 +156,5 @@ class Workshop:
         images = self.normalizer(pixels[:: max(1, len(pixels) // AFFINITY_IMAGES)].to(self.device))
         with FeatureTap(student, student.feature_names) as of_student, FeatureTap(teacher, teacher.feature_names) as of:
             student(images), teacher(images)
-            return float(
-                sum(feature_affinity_loss(s, t) for s, t in zip(of_student.features, of.features, strict=True))
-            )
+            pairs = zip(of_student.features, of.features, strict=True)
+            return float(sum(feature_affinity_loss(of_one, of_other) for of_one, of_other in pairs))

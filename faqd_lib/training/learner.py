@@ -68,7 +68,7 @@ class Learner:
     """One network in training: weights, optimizer, objective and history.
 
     Args:
-        config: the run. Its schedule, precision and quantization are used.
+        config: the run, whose schedule, precision and quantization are used.
         model: the network, quantized and on its device.
         objective: takes the network's logits and its maps at ``feature_names``.
         feature_names: modules of the network to tap.
@@ -111,6 +111,7 @@ class Learner:
             self.kernels["activation_kernels"] = "compiled" if made else "not compiled"
         self.history: list[dict[str, float]] = []
         self.tested: Evaluation | None = None  # the last test; a checkpoint does not hold it
+        self.cost: dict[str, float] = {}  # seconds, milliseconds, bytes of a finished run; see ``results/README.md``
         self.steps = 0
         self.peak_bytes = 0  # of the first step
         self.log = LossLog(steps_per_epoch, self.device)

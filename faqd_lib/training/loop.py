@@ -8,7 +8,6 @@ same after a checkpoint, at whichever step the checkpoint and the rest of the co
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from ..config import OptimizationConfig, Precision, RunConfig
+from ..config import OptimizationConfig, Precision
 from ..data.batches import Batch, Batches, Normalizer
 from ..data.images import Images
 from ..models import FeatureTap
@@ -59,29 +58,10 @@ class OutOfTimeError(RuntimeError):
     """The time that a caller set was up before a cohort was finished; its checkpoints are written."""
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A finished run.
-
-    Attributes:
-        model: in evaluation mode.
-        cost: seconds, milliseconds, bytes; see ``results/README.md``.
-        tested: the test images after the last epoch.
-        kernels: kernel settings, stored in the run record.
-    """
-
-    config: RunConfig
-    model: nn.Module
-    history: list[dict[str, float]]
-    cost: dict[str, float]
-    tested: Evaluation
-    kernels: dict[str, str]
-
-
 class CohortResult(NamedTuple):
-    """Finished runs, and the errors of the others by the name of the run."""
+    """Finished learners, their networks in evaluation mode; and the errors of the others by the name of the run."""
 
-    trained: list[Trained]
+    trained: list[Learner]
     failed: dict[str, NonFiniteLossError]
 
 
@@ -112,8 +92,7 @@ def train(
         on_epoch: called after every epoch with its number (from 0) and the learners that have just finished it.
         checkpoint_due: asked after every batch whether to call ``checkpoint`` for each learner in training.
         on_batch: called after every batch with the epoch (from 0) and the number of batches done in it.
-        cuda_graphs: whether steps on CUDA are recorded and replayed, with the same bits
-            (:mod:`faqd_lib.training.cuda_graphs`).
+        cuda_graphs: whether steps on CUDA are recorded and replayed, with the same bits.
         evaluate_every: epochs from one evaluation to the next. The last epoch is always evaluated.
         time_is_up: asked after every batch whether to stop.
 
@@ -121,7 +100,7 @@ def train(
         OutOfTimeError: time was up. ``checkpoint`` was called for each learner in training.
 
     Returns:
-        Finished runs, and those whose loss stopped being finite, which do not disturb the others.
+        Finished learners, and those whose loss stopped being finite, which do not disturb the others.
     """
     with (
         own_stream(batches.device),
@@ -136,9 +115,8 @@ def train(
             ending = [learner for learner in cohort.active if learner.position(epoch) is not None]
             due = (epoch + 1) % evaluate_every == 0 or epoch + 1 >= epochs
             for learner in ending:
-                evaluations = evaluated(learner) if due else {}
                 with cohort.excluding(learner):
-                    learner.end_epoch(epoch, evaluations)
+                    learner.end_epoch(epoch, evaluated(learner) if due else {})
             if finished := [learner for learner in ending if learner in cohort.active]:
                 on_epoch(epoch, finished)
 
@@ -169,11 +147,10 @@ def train(
         for learner in cohort.active:
             if learner.tested is None:  # the checkpoint was taken after the last epoch
                 learner.tested = evaluated(learner)["test"]
-        trained = []
-        for one in cohort.active:
-            cost = one.clock.cost(batches.batch_size) | {"peak_step_bytes": one.peak_bytes, "cohort": len(learners)}
-            trained.append(Trained(one.config, one.model.eval(), one.history, cost, one.tested, one.kernels))
-        return CohortResult(trained, cohort.failed)
+            measured = {"peak_step_bytes": learner.peak_bytes, "cohort": len(learners)}
+            learner.cost = learner.clock.cost(batches.batch_size) | measured
+            learner.model.eval()
+        return CohortResult(cohort.active, cohort.failed)
 
 
 class Cohort:
@@ -182,8 +159,7 @@ class Cohort:
     Args:
         learners: with the same epochs, batch size and seed.
         teacher, feature_names: see :func:`train`.
-        device: of everything; on CUDA a cohort is used within one
-            :func:`~faqd_lib.training.cuda_graphs.own_stream`.
+        device: of everything; on CUDA use a cohort within one :func:`~faqd_lib.training.cuda_graphs.own_stream`.
         optimization: the learners'; needed where there is no learner.
         cuda_graphs: whether steps on CUDA are recorded and replayed.
     """

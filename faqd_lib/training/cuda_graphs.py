@@ -20,16 +20,12 @@ WARMUP_CALLS = 2  # ordinary calls before the recording, in which libraries, mom
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
     """Queue the work of a context on a stream other than the default one, which cannot be recorded."""
-    if device.type != "cuda":
-        yield
-        return
-    around, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    stream.wait_stream(around)
+    streams = StudentStreams(device, 1)
     try:
-        with torch.cuda.stream(stream):
+        with streams.of(0):
             yield
     finally:  # also after an interrupt
-        around.wait_stream(stream)
+        streams.join()
 
 
 class StudentStreams:
@@ -105,24 +101,20 @@ class RecordedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: Any) -> Any:
-        """Call the function, or replay it.
-
-        Raises:
-            ValueError: inputs of a replay lie at another place in memory than those of the recording.
-        """
+        """Call the function, or replay it; ValueError if inputs lie elsewhere in memory than those of the recording."""
         if not self.replays_next:
             result = self._function(*inputs)
-            self._calls += 1
-            return result
-        places = [tensor.data_ptr() for tensor in _tensors(inputs)]
-        if self._graph is None:
-            self._places = places
-            self._graph, self._result = self.recorder.record(self._function, *inputs)
-        elif places != self._places:
-            raise ValueError("a recorded step reads its inputs where they were: copy them there (Recorder.placed)")
-        self._graph.replay()
+        else:
+            places = [tensor.data_ptr() for tensor in _tensors(inputs)]
+            if self._graph is None:
+                self._places = places
+                self._graph, self._result = self.recorder.record(self._function, *inputs)
+            elif places != self._places:
+                raise ValueError("a recorded step reads its inputs where they were: copy them there (Recorder.placed)")
+            self._graph.replay()
+            result = self._result
         self._calls += 1
-        return self._result
+        return result
 
     @property
     def replays_next(self) -> bool:

@@ -70,8 +70,7 @@ class Learner:
     Args:
         config: the run, whose schedule, precision and quantization are used.
         model: the network, quantized and on its device.
-        objective: takes the network's logits and its maps at ``feature_names``.
-        feature_names: modules of the network to tap.
+        objective: takes the network's logits and its maps at the modules ``feature_names``.
         steps_per_epoch: number of batches of an epoch.
     """
 
@@ -126,28 +125,21 @@ class Learner:
             self.kernels["cuda_graphs"] = "off" if recorder is None else "on"
 
     def step(self, batch: Batch, teacher: TeacherOutput) -> dict[str, torch.Tensor]:
-        """Forward, compare, backward, clip, blend, update.
+        """Forward, compare, backward, clip, blend, update; returns the terms and ``gradient_norm`` (before clipping).
 
         The step can be recorded. Hence it must not draw random numbers on the host, read values or copy from the host.
-
-        Returns:
-            The terms of the objective and ``gradient_norm`` (before clipping), scalars without gradient.
         """
         timed = not self._recorded_step.replays_next  # no clock runs within a recording
-        with self._autocast():
+        with torch.autocast(self.device.type, torch.bfloat16, self.config.optimization.precision == "bf16"):
             logits = self.network(batch.images)
-        with self._autocast(), self.clock.loss if timed else nullcontext():
-            terms = self.objective(logits, self.tap.features, teacher.logits, teacher.maps, batch.labels)
+            with self.clock.loss if timed else nullcontext():
+                terms = self.objective(logits, self.tap.features, teacher.logits, teacher.maps, batch.labels)
         self.optimizer.zero_grad(set_to_none=True)
         terms["total"].backward()
         terms["gradient_norm"] = nn.utils.clip_grad_norm_(self.parameters, self.config.optimization.clip_norm)
         blend(self.model, self.config.quantization.blending)
         self.optimizer.step()
         return {name: term.detach() for name, term in terms.items()}
-
-    def _autocast(self) -> torch.autocast:
-        enabled = self.config.optimization.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def advance(self, epoch: int, batch: Batch, teacher: TeacherOutput) -> None:
         """Take one step at the rate of the schedule; time the step, log and check its terms.
@@ -189,11 +181,7 @@ class Learner:
         self.objective.predraw((), torch.device("cpu"))
 
     def end_epoch(self, epoch: int, evaluations: Mapping[str, Evaluation]) -> None:
-        """Append the epoch's mean loss terms and its evaluations, if there are any, to the history.
-
-        Raises:
-            NonFiniteLossError: a loss term or an evaluation is not finite.
-        """
+        """Append the epoch's mean terms and evaluations to the history; NonFiniteLossError if one is not finite."""
         self.tap.clear()  # maps of the last evaluated images
         self.log.check(self.config.run_id, epoch)
         row: dict[str, float] = {"epoch": epoch + 1}

@@ -90,11 +90,11 @@ def train(
         feature_names: modules of the teacher to tap. Each learner knows its own.
         splits: labelled images to evaluate, by name. One name is ``"test"``.
         on_epoch: called after every epoch with its number (from 0) and the learners that have just finished it.
-        checkpoint_due: asked after every batch whether to call ``checkpoint`` for each learner in training.
         on_batch: called after every batch with the epoch (from 0) and the number of batches done in it.
+        checkpoint_due, time_is_up: asked after every batch whether to call ``checkpoint`` for each learner in
+            training, and whether to stop.
         cuda_graphs: whether steps on CUDA are recorded and replayed, with the same bits.
         evaluate_every: epochs from one evaluation to the next. The last epoch is always evaluated.
-        time_is_up: asked after every batch whether to stop.
 
     Raises:
         OutOfTimeError: time was up. ``checkpoint`` was called for each learner in training.
@@ -157,11 +157,9 @@ class Cohort:
     """Learners side by side on the same batches, with one teacher pass and one clock for all.
 
     Args:
-        learners: with the same epochs, batch size and seed.
-        teacher, feature_names: see :func:`train`.
+        learners, teacher, feature_names, cuda_graphs: see :func:`train`.
         device: of everything; on CUDA use a cohort within one :func:`~faqd_lib.training.cuda_graphs.own_stream`.
         optimization: the learners'; needed where there is no learner.
-        cuda_graphs: whether steps on CUDA are recorded and replayed.
     """
 
     def __init__(

@@ -29,8 +29,7 @@ def start(*, profile: str, dataset: str, data_root: str, results_dir: str, seeds
         extra: further parameters of the notebook, named here so that they count as known.
 
     Raises:
-        ConfigurationError: an injected parameter is unknown (papermill alone would let it pass), or a parameter has
-            the wrong type or value.
+        ConfigurationError: a parameter has the wrong type or value, or is unknown; papermill would let that pass.
     """
     texts = {"profile": profile, "dataset": dataset, "data_root": data_root, "results_dir": results_dir}
     check_injected({*texts, "seeds", *extra})

@@ -50,11 +50,7 @@ def notebooks_folder() -> Path:
 
 
 def select(only: Sequence[str]) -> list[Path]:
-    """The notebooks to run, in order: all of them, or those whose numbers are given (``0``, ``00``, ``00,01``).
-
-    Raises:
-        SeriesError: a number that no notebook has.
-    """
+    """The notebooks to run, in order: all of them, or those whose numbers are given (``0``, ``00``, ``00,01``)."""
     notebooks = {path.name[:2]: path for path in sorted(notebooks_folder().glob("[0-9][0-9]_*.ipynb"))}
     wanted = [number.zfill(2) for item in only for number in item.split(",") if number]
     if unknown := [number for number in wanted if number not in notebooks]:
@@ -63,11 +59,7 @@ def select(only: Sequence[str]) -> list[Path]:
 
 
 def check_needs(selected: Sequence[Path], suite: Suite) -> None:
-    """Make sure that a notebook that reads runs of other notebooks finds some; print how many are missing.
-
-    Raises:
-        SeriesError: there are no runs at all; the message names the notebooks to run first.
-    """
+    """Print how many of the runs that a notebook reads are missing; SeriesError if there are none at all."""
     chosen = {path.name[:2] for path in selected}
     missing = [number for number in READ if number not in chosen]
     if READER not in chosen or not missing:
@@ -95,14 +87,10 @@ def failing_cell(copy: Path) -> str:
 
 
 def execute(notebook: Path, copy: Path, parameters: dict[str, object]) -> float:
-    """Execute one notebook, with its text output on the terminal. The copy is written after every cell.
-
-    Returns:
-        The seconds it took.
+    """Execute one notebook, with its text output on the terminal; returns seconds. Every cell is written to the copy.
 
     Raises:
-        SeriesError: the notebook has no such parameter, a cell failed, or the kernel died; the message names notebook,
-            cell, error and copy.
+        SeriesError: the notebook has no such parameter, a cell failed, or the kernel died.
     """
     known = papermill.inspect_notebook(str(notebook))
     if unknown := [name for name in parameters if name not in known]:  # papermill would ignore it
@@ -245,11 +233,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def choose_engine(arguments: argparse.Namespace) -> None:
-    """Set the environment variables that tell the kernels where runs are trained; start Ray if no cluster is named.
-
-    Raises:
-        EngineError: Ray is not installed or not reachable, or an option needs ``--engine ray``.
-    """
+    """Set the environment variables that tell the kernels where runs are trained; start Ray if no cluster is named."""
     options = {
         "FAQD_RAY_ADDRESS": arguments.address,
         "FAQD_RAY_CPUS": arguments.cpus_per_run,

@@ -28,25 +28,16 @@ class CheckpointWarning(UserWarning):
 
 
 class CheckpointInfo(StrictModel):
-    """The part of a checkpoint that is not tensors.
+    """The part of a checkpoint that is not tensors: steps, epochs and costs so far, and where they were computed."""
 
-    Args:
-        digest: of the run's configuration.
-        steps: training steps so far.
-        checked: steps of the current epoch whose loss is known to be finite.
-        history: finished epochs.
-        peak_bytes, data_seconds, teacher_seconds: measured so far.
-        environment: machine and software.
-    """
-
-    digest: str
+    digest: str  # of the run's configuration
     steps: int
-    checked: int
-    history: list[dict[str, float]]
+    checked: int  # steps of the current epoch whose loss is known to be finite
+    history: list[dict[str, float]]  # finished epochs
     peak_bytes: int
     data_seconds: float
     teacher_seconds: float
-    environment: dict[str, str | int]
+    environment: dict[str, str | int]  # machine and software
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], facts: CheckpointInfo) -> None:

@@ -171,7 +171,7 @@ class Profile(StrictModel):
         return cls.parse({"name": path.stem, **values}, where=str(profile))
 
     def resolve_dataset(self, dataset: str, data_root: str | Path | None) -> tuple[str, str]:
-        """The name of a dataset (a name, ``"auto"``, or empty for the profile's own choice), and why it was taken.
+        """The name of a dataset (a name, ``"auto"``, or empty for the profile's own), and why it was taken.
 
         Raises:
             DatasetError: the dataset is unknown, or not found.
@@ -196,27 +196,17 @@ def _merged(settings: dict, changes: dict) -> dict:
 
 
 class SuiteState(StrictModel):
-    """What a results folder was begun with (``suite.json``): enough to name its runs and to caption its tables.
+    """What a results folder was begun with (``suite.json``): enough to name its runs and to caption its tables."""
 
-    Args:
-        profile: with the settings for this dataset.
-        dataset, reason: the dataset's name, and why it was taken.
-        note: a remark of the dataset on its images; often empty.
-        data: the images by fingerprint, and the subsets taken.
-        training_count, test_count: images after the subsets are taken.
-        precision: the number format of training steps.
-        recipe, affinity_recipe, quantizer_recipe: versions of training, affinity losses and quantizers.
-    """
-
-    profile: Profile
-    dataset: str
-    reason: str
-    note: str
-    data: DataConfig
-    training_count: int
+    profile: Profile  # with the settings for this dataset
+    dataset: str  # its name
+    reason: str  # why this dataset was taken, in words
+    note: str  # a remark of the dataset on its images; often empty
+    data: DataConfig  # the images by fingerprint, and the subsets taken
+    training_count: int  # images after the subsets are taken
     test_count: int
-    precision: Precision
-    recipe: int
+    precision: Precision  # of training steps
+    recipe: int  # versions of training, affinity losses and quantizers
     affinity_recipe: int
     quantizer_recipe: int
 
@@ -242,19 +232,12 @@ class SuiteState(StrictModel):
                     f"profile {profile.name}: {schedule}.batch_size = {size} is more than the {training_count} "
                     f"training images of {dataset}: lower it"
                 )
+        test_count = (data.test_images or len(images.test)) + data.held_out_images
         return cls(
-            profile=profile,
-            dataset=dataset,
-            reason=reason,
-            note=images.note,
-            data=data,
-            training_count=training_count,
-            test_count=(data.test_images or len(images.test)) + data.held_out_images,
-            precision=precision,
-            recipe=RECIPE,
-            affinity_recipe=AFFINITY_RECIPE,
+            profile=profile, dataset=dataset, reason=reason, note=images.note, data=data, training_count=training_count,
+            test_count=test_count, precision=precision, recipe=RECIPE, affinity_recipe=AFFINITY_RECIPE,
             quantizer_recipe=QUANTIZER_RECIPE,
-        )
+        )  # fmt: skip
 
     @property
     def caption(self) -> str:

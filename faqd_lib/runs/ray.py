@@ -62,11 +62,7 @@ class RayEngine:
             raise EngineError(f"a worker has a part of a GPU (0 to 1) or several whole ones, got {self.gpus:g}")
 
     def connect(self) -> Any:
-        """Connect to Ray and return its module. Later calls in the same process use the same connection.
-
-        Raises:
-            EngineError: Ray is not installed, or no cluster answers at the address.
-        """
+        """Ray's module, connected once a process; EngineError if it is not installed or no cluster answers."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to Ray's makers without consent
         try:
             import ray
@@ -86,10 +82,9 @@ class RayEngine:
     def __call__(
         self, workshop: Workshop, wave: Sequence[RunConfig], progress: ProgressReporter, deadline: float | None = None
     ) -> None:
-        """Train runs that do not need each other.
+        """Train runs that do not need each other; ``deadline`` as in :func:`~faqd_lib.runs.local.train_here`.
 
         Raises:
-            OutOfTimeError: ``deadline`` (a time of ``time.monotonic``) has passed. Checkpoints are written.
             EngineError: there is no room for a worker, a worker cannot work, or one died too often.
             Exception: the first error that a worker raised. Its notes name other cohorts that failed; all others are
                 finished and saved.

@@ -100,7 +100,7 @@ class RunStore:
         """The record of a finished run, or None. A damaged record gives None and a :class:`DamagedRecordWarning`.
 
         Raises:
-            ResultsError: the record belongs to another configuration or to another version of the suite.
+            ResultsError: the record belongs to another configuration or version of the suite.
         """
         path = self.run_folder(config) / "record.json"
         record = _whole(path) if path.is_file() else None

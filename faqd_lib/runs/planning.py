@@ -16,8 +16,8 @@ def waves(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
 
     for config in configs:
         level(config)
-    waves = range(1 + max(levels.values(), default=-1))
-    return [[config for config, found in levels.items() if found == wave] for wave in waves]
+    numbers = range(1 + max(levels.values(), default=-1))
+    return [[config for config, found in levels.items() if found == number] for number in numbers]
 
 
 def cohorts(configs: Sequence[RunConfig], largest: int) -> list[list[RunConfig]]:

@@ -89,10 +89,9 @@ class RayEngine:
             Exception: the first error that a worker raised. Its notes name other cohorts that failed; all others are
                 finished and saved.
         """
-        device = workshop.device
-        if (device.type == "cuda") != (self.gpus > 0):
+        if (workshop.device.type == "cuda") != (self.gpus > 0):
             raise EngineError(
-                f"this process computes on {device}, and workers with {self.gpus:g} GPUs would not: "
+                f"this process computes on {workshop.device}, and workers with {self.gpus:g} GPUs would not: "
                 "set FAQD_RAY_GPUS (--gpus-per-run), or run this on a machine with a GPU"
             )
         ray = self.connect()

@@ -113,8 +113,6 @@ class Suite(Configurations, Workshop):
         """Top-1 accuracy (percent) and mean cross-entropy on the test images."""
         return evaluate(model, self.splits.test, self.normalizer)[:2]
 
-    # ---- running
-
     def run(self, configs: Iterable[RunConfig], title: str = "runs", deadline: float | None = None) -> list[RunRecord]:
         """Train the runs that are not finished, after the teachers and initial weights they need.
 

@@ -90,9 +90,7 @@ class RecordedStep:
 
     Without a recorder every call is an ordinary one. A replay returns the same tensors each time, with new numbers.
 
-    Args:
-        function: takes tensors, None, batches, and tuples or lists of these.
-        recorder: None to record nothing.
+    ``function`` takes tensors, None, batches, and tuples or lists of these.
     """
 
     def __init__(self, function: Callable[..., Any], recorder: Recorder | None = None) -> None:

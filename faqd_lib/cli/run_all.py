@@ -87,7 +87,7 @@ def failing_cell(copy: Path) -> str:
 
 
 def execute(notebook: Path, copy: Path, parameters: dict[str, object]) -> float:
-    """Execute one notebook, with its text output on the terminal; returns seconds. Every cell is written to the copy.
+    """Execute one notebook, with its text on the terminal. The copy is written after every cell. Returns seconds.
 
     Raises:
         SeriesError: the notebook has no such parameter, a cell failed, or the kernel died.
@@ -212,7 +212,7 @@ def _absolute(path: str) -> Path:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        "run_all.sh",
+        prog="run_all.sh",
         description="Run the notebook series headless and write every table. A second call goes on where the first "
         "one stopped.",
     )

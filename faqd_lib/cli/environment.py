@@ -32,11 +32,7 @@ def results() -> Path | None:
 
 
 def progress_bar() -> bool | None:
-    """Whether ``FAQD_PROGRESS`` asks for a bar or for text; None if it is not set.
-
-    Raises:
-        ConfigurationError: the variable has another value.
-    """
+    """Whether ``FAQD_PROGRESS`` is ``bar``; None if it is not set, ConfigurationError if it is neither bar nor text."""
     style = os.environ.get("FAQD_PROGRESS")
     if not style:
         return None
@@ -45,11 +41,7 @@ def progress_bar() -> bool | None:
 
 
 def engine() -> Engine:
-    """The engine that ``FAQD_ENGINE`` and ``FAQD_RAY_…`` describe.
-
-    Raises:
-        EngineError: there is no such engine, or a setting is no number in its range.
-    """
+    """The engine that ``FAQD_ENGINE`` and ``FAQD_RAY_…`` describe; EngineError names a bad setting."""
     name = os.environ.get("FAQD_ENGINE") or "local"
     check_choice("FAQD_ENGINE", name, ENGINES, EngineError)
     if name == "local":

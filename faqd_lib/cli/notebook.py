@@ -29,69 +29,44 @@ def start(*, profile: str, dataset: str, data_root: str, results_dir: str, seeds
         extra: further parameters of the notebook, named here so that they count as known.
 
     Raises:
-        ConfigurationError: an injected parameter is unknown (papermill alone would let it pass), or a parameter has
-            the wrong type or value.
+        ConfigurationError: a parameter has the wrong type or value, or is unknown; papermill would let that pass.
     """
-    known = {"profile", "dataset", "data_root", "results_dir", "seeds", *extra}
-    check_injected(known)
-    for name, value in {
-        "profile": profile,
-        "dataset": dataset,
-        "data_root": data_root,
-        "results_dir": results_dir,
-    }.items():
+    texts = {"profile": profile, "dataset": dataset, "data_root": data_root, "results_dir": results_dir}
+    check_injected({*texts, "seeds", *extra})
+    for name, value in texts.items():
         if not isinstance(value, str):
             raise ConfigurationError(f"parameter {name} must be a text, got {value!r}")
-    suite = Suite.open(
-        profile or "quick",
-        dataset,
-        data_root or None,
-        results_dir or environment.results(),
-        seeds,
-        engine=environment.engine(),
-        bar=environment.progress_bar(),
+    results = results_dir or environment.results()
+    engine, bar = environment.engine(), environment.progress_bar()
+    suite = Suite.open(profile or "quick", dataset, data_root, results, seeds, engine=engine, bar=bar)
+    chosen = suite.profile
+    # On few images, too few updates leave a network untrained.
+    updates = "; ".join(
+        f"{who} {schedule.epochs} × {suite.state.training_count // schedule.batch_size:,} (epochs × batches)"
+        for who, schedule in (("teacher", chosen.teacher_schedule), ("student", chosen.student_schedule))
     )
+    compiled = ", compiled" if chosen.compile else ""
     print(f"images:  {suite.caption}")
-    print(
-        f"profile: {suite.profile.name}, {suite.profile.seeds} seed(s), {suite.precision} on {suite.device}"
-        f"{', compiled' if suite.profile.compile else ''}"
-    )
-    print(f"updates: {_updates(suite)}")
+    print(f"profile: {chosen.name}, {chosen.seeds} seed(s), {suite.precision} on {suite.device}{compiled}")
+    print(f"updates: {updates}")
     print(f"results: {suite.folder}")
-    if not suite.profile.shows_results:
+    if not chosen.shows_results:
         print("This profile tests the machinery; its numbers mean nothing.")
     return suite
-
-
-def _updates(suite: Suite) -> str:
-    """Epochs and batches of teacher and student. On few images, too few updates leave a network untrained."""
-    profile = suite.profile
-    schedules = {"teacher": profile.teacher_schedule, "student": profile.student_schedule}
-    return "; ".join(
-        f"{who} {schedule.epochs} × {suite.state.training_count // schedule.batch_size:,} (epochs × batches)"
-        for who, schedule in schedules.items()
-    )
 
 
 def injected_names(cells: list[str]) -> list[str]:
     """Names assigned in the latest cell that papermill injected, in order; an empty list without such a cell."""
     injected = [cell for cell in cells if cell.lstrip().startswith(INJECTED_HEAD)]
-    if not injected:
-        return []
-    statements = ast.parse(injected[-1]).body
+    statements = ast.parse(injected[-1]).body if injected else []
     targets = [target for statement in statements if isinstance(statement, ast.Assign) for target in statement.targets]
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def check_injected(known: set[str]) -> None:
-    """Make sure that the notebook has all injected parameters.
-
-    Raises:
-        ConfigurationError: one is unknown.
-    """
+    """Make sure that the notebook has all injected parameters; ConfigurationError names one that it has not."""
     shell = get_ipython()
-    cells = [] if shell is None else shell.user_ns.get("In", [])
-    for name in injected_names(list(cells)):
+    for name in injected_names([] if shell is None else shell.user_ns.get("In", [])):
         if name not in known:
             raise ConfigurationError(
                 f"unknown parameter {name!r}{did_you_mean(name, known)}. This notebook has: {', '.join(sorted(known))}"

@@ -74,10 +74,8 @@ def generated(root: Path) -> dict[str, str]:
 
 def _benchmark(path: Path, part: str, columns: list[str]) -> str:
     measured = json.loads(path.read_text(encoding="utf-8"))
-    machine = measured["environment"]
-    line = (
-        f"{machine['device']}, {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, commit "
-        f"`{machine['commit'][:8]}`; `{path.name}`."
+    line = "{device}, {processor}, {threads} threads, torch {torch}, commit `{commit:.8}`; `{file}`.".format(
+        **measured["environment"], file=path.name
     )
     return f"{line}\n\n{_markdown(pd.DataFrame(measured[part])[columns].map(_shown))}"
 
@@ -101,11 +99,7 @@ def pages(root: Path) -> list[Path]:
 
 
 def filled(text: str, parts: Mapping[str, str], page: str) -> str:
-    """The text of a page with every generated part in its place.
-
-    Raises:
-        ResultsError: the page asks for a part that does not exist.
-    """
+    """The text of a page with every generated part in its place; ResultsError if it asks for an unknown one."""
 
     def fill(match: re.Match) -> str:
         if match[2] not in parts:
@@ -121,8 +115,7 @@ def main() -> None:
     parts = generated(root)
     for page in pages(root):
         before = page.read_text(encoding="utf-8")
-        after = filled(before, parts, page.name)
-        if after != before:
+        if (after := filled(before, parts, page.name)) != before:
             atomic_write_text(page, after)
             print(f"rewrote {page}")
 

@@ -9,8 +9,7 @@ import datetime
 import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import filelock
@@ -33,8 +32,8 @@ from ..utils.progress import clock
 from . import environment
 from .study import report_study, run_study
 
-# Notebooks that read the runs of other notebooks: checked before `--only` runs them.
-NEEDS = {"09": ("04", "05", "06", "07", "08")}
+# The notebook of tables and claims reads the runs of others: checked before `--only` runs it.
+READER, READ = "09", ("04", "05", "06", "07", "08")
 LOCK_NAME = ".series.lock"
 
 
@@ -42,21 +41,8 @@ class SeriesError(RuntimeError):
     """The series cannot start or has stopped; the message says why and what to do."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One executed notebook: its name, the seconds it took, and the executed copy."""
-
-    name: str
-    seconds: float
-    copy: Path
-
-
 def notebooks_folder() -> Path:
-    """``notebooks/`` of the project.
-
-    Raises:
-        SeriesError: there is no such folder.
-    """
+    """``notebooks/`` of the project; SeriesError if there is no such folder."""
     folder = project_root() / "notebooks"
     if not folder.is_dir():
         raise SeriesError(f"there are no notebooks in {folder}: run this from a checkout of the project")
@@ -64,53 +50,32 @@ def notebooks_folder() -> Path:
 
 
 def select(only: Sequence[str]) -> list[Path]:
-    """The notebooks to run, in order: all of them, or those whose numbers are given (``0``, ``00``, ``00,01``).
-
-    Raises:
-        SeriesError: a number that no notebook has.
-    """
-    notebooks = sorted(notebooks_folder().glob("[0-9][0-9]_*.ipynb"))
-    numbers = [path.name[:2] for path in notebooks]
+    """The notebooks to run, in order: all of them, or those whose numbers are given (``0``, ``00``, ``00,01``)."""
+    notebooks = {path.name[:2]: path for path in sorted(notebooks_folder().glob("[0-9][0-9]_*.ipynb"))}
     wanted = [number.zfill(2) for item in only for number in item.split(",") if number]
-    unknown = [number for number in wanted if number not in numbers]
-    if unknown:
-        raise SeriesError(f"there is no notebook {unknown[0]!r}: choose from {' '.join(numbers)}")
-    return [path for path in notebooks if not only or path.name[:2] in wanted]
+    if unknown := [number for number in wanted if number not in notebooks]:
+        raise SeriesError(f"there is no notebook {unknown[0]!r}: choose from {' '.join(notebooks)}")
+    return [path for number, path in notebooks.items() if not only or number in wanted]
 
 
 def check_needs(selected: Sequence[Path], suite: Suite) -> None:
-    """Make sure that a notebook that reads runs of other notebooks finds some; print how many are missing.
-
-    Raises:
-        SeriesError: there are no runs at all; the message names the notebooks to run first.
-    """
+    """Print how many of the runs that a notebook reads are missing; SeriesError if there are none at all."""
     chosen = {path.name[:2] for path in selected}
-    for number in chosen & NEEDS.keys():
-        missing = [need for need in NEEDS[number] if need not in chosen]
-        runs = everything(suite)
-        there = sum(suite.store.record(config) is not None for config in runs)
-        if len(missing) == len(NEEDS[number]) and not there:
-            raise SeriesError(
-                f"notebook {number} reads the runs of {', '.join(NEEDS[number])}, and there are none in "
-                f"{suite.folder}: run --only {' '.join([*missing, number])}"
-            )
-        if missing and there < len(runs):
-            print(
-                f"notebook {number}: {len(runs) - there} of {len(runs)} runs are missing, their cells will read "
-                f"'not run'; --only {' '.join([*missing, number])} trains them"
-            )
-
-
-def check_parameters(notebook: Path, parameters: dict[str, object]) -> None:
-    """Make sure that a notebook has these parameters; papermill would ignore unknown ones.
-
-    Raises:
-        SeriesError: the notebook has no parameters cell, or not this parameter.
-    """
-    known = papermill.inspect_notebook(str(notebook))
-    unknown = [name for name in parameters if name not in known]
-    if unknown:
-        raise SeriesError(f"{notebook.name} has no parameter {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
+    missing = [number for number in READ if number not in chosen]
+    if READER not in chosen or not missing:
+        return
+    runs = everything(suite)
+    there = sum(suite.store.record(config) is not None for config in runs)
+    wanted = f"--only {' '.join([*missing, READER])}"
+    if len(missing) == len(READ) and not there:
+        raise SeriesError(
+            f"notebook {READER} reads the runs of {', '.join(READ)}, and there are none in {suite.folder}: run {wanted}"
+        )
+    if there < len(runs):
+        print(
+            f"notebook {READER}: {len(runs) - there} of {len(runs)} runs are missing, their cells will read 'not run'; "
+            f"{wanted} trains them"
+        )
 
 
 def failing_cell(copy: Path) -> str:
@@ -121,13 +86,15 @@ def failing_cell(copy: Path) -> str:
     return "an unknown cell"
 
 
-def execute(notebook: Path, copy: Path, parameters: dict[str, object]) -> Outcome:
-    """Execute one notebook, with its text output on the terminal. The copy is written after every cell.
+def execute(notebook: Path, copy: Path, parameters: dict[str, object]) -> float:
+    """Execute one notebook, with its text on the terminal. The copy is written after every cell. Returns seconds.
 
     Raises:
-        SeriesError: a cell failed or the kernel died; the message has notebook, cell, error and copy.
+        SeriesError: the notebook has no such parameter, a cell failed, or the kernel died.
     """
-    check_parameters(notebook, parameters)
+    known = papermill.inspect_notebook(str(notebook))
+    if unknown := [name for name in parameters if name not in known]:  # papermill would ignore it
+        raise SeriesError(f"{notebook.name} has no parameter {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
     started = time.monotonic()
     try:
         papermill.execute_notebook(
@@ -153,28 +120,20 @@ def execute(notebook: Path, copy: Path, parameters: dict[str, object]) -> Outcom
             f"to go on.\nexecuted copy: {copy}"
         ) from error
     except NoSuchKernel as error:
-        raise SeriesError(
-            f"{notebook.name}: there is no kernel 'python3' in {sys.prefix}: install ipykernel"
-        ) from error
-    return Outcome(notebook.stem, time.monotonic() - started, copy)
+        message = f"{notebook.name}: there is no kernel 'python3' in {sys.prefix}: install ipykernel"
+        raise SeriesError(message) from error
+    return time.monotonic() - started
 
 
 def move_old_results(folder: Path) -> None:
     """Rename an old results folder (``--fresh``); nothing is deleted."""
     if folder.exists():
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        target = folder.with_name(f"{folder.name}.old-{stamp}")
-        folder.rename(target)
-        print(f"moved the old results to {target}")
+        target = folder.with_name(f"{folder.name}.old-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+        print(f"moved the old results to {folder.rename(target)}")
 
 
-def run_series(arguments: argparse.Namespace, dataset: str, only: Sequence[str]) -> list[Outcome]:
-    """Run the selected notebooks on one dataset (a name, ``"auto"``, or nothing for the profile's own choice).
-
-    Raises:
-        SeriesError, ConfigurationError, DatasetError, ResultsError, PermissionError: see their messages.
-    """
-    profile = Profile.load(arguments.profile)
+def run_series(arguments: argparse.Namespace, profile: Profile, dataset: str, only: Sequence[str]) -> None:
+    """Run the selected notebooks on one dataset (a name, ``"auto"``, or nothing for the profile's own choice)."""
     name, reason = profile.resolve_dataset(dataset, arguments.data_root)
     print(f"\n=== profile {profile.name}, dataset {reason}")
     folder = suite_folder(profile, name, arguments.results)
@@ -182,8 +141,7 @@ def run_series(arguments: argparse.Namespace, dataset: str, only: Sequence[str])
     if arguments.seeds is not None and arguments.seeds < 1:
         raise ConfigurationError(f"seeds must be a whole number of at least 1, got {arguments.seeds}")
     seeds = arguments.seeds or 0  # 0: the profile's own number
-    require_writable(folder.parent)
-    lock = filelock.FileLock(folder.parent / f".{folder.name}{LOCK_NAME}")
+    lock = filelock.FileLock(require_writable(folder.parent) / f".{folder.name}{LOCK_NAME}")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -191,7 +149,7 @@ def run_series(arguments: argparse.Namespace, dataset: str, only: Sequence[str])
     with lock:
         if arguments.fresh:
             move_old_results(folder)
-        suite = Suite.open(arguments.profile, dataset, arguments.data_root, arguments.results, seeds)
+        suite = Suite.open(profile, dataset, arguments.data_root, arguments.results, seeds)
         check_needs(selected, suite)
         parameters = {
             "profile": str(arguments.profile),
@@ -201,48 +159,38 @@ def run_series(arguments: argparse.Namespace, dataset: str, only: Sequence[str])
             "seeds": seeds,
         }
         copies = require_writable(folder / "notebooks")
-        outcomes: list[Outcome] = []
-        started = time.monotonic()
+        seconds: dict[str, float] = {}
         for index, notebook in enumerate(selected, start=1):
-            print(
-                f"\n--- notebook {index} of {len(selected)}: {notebook.stem} ({clock(time.monotonic() - started)} gone)"
-            )
-            outcomes.append(execute(notebook, copies / notebook.name, parameters))
-        summarise(folder, outcomes)
+            gone = clock(sum(seconds.values()))
+            print(f"\n--- notebook {index} of {len(selected)}: {notebook.stem} ({gone} gone)")
+            seconds[notebook.stem] = execute(notebook, copies / notebook.name, parameters)
+        summarise(folder, seconds)
     print(f"     {'report:':<20} {write_report(suite)}")
-    return outcomes
 
 
-def study(arguments: argparse.Namespace) -> int:
-    """Run the study of a profile in place of the notebooks. The exit status is 0, also where time was up.
-
-    Raises:
-        ConfigurationError: an option that a study does not have, or hours that are not above 0.
-    """
+def study(arguments: argparse.Namespace, profile: Profile) -> None:
+    """Run the study of a profile in place of the notebooks; ConfigurationError names an option that does not fit."""
     for option in ("only", "seeds"):
         if getattr(arguments, option):
             raise ConfigurationError(f"--{option} is not for a study: its design says what is trained")
     if arguments.hours is not None and not 0 < arguments.hours < float("inf"):
         raise ConfigurationError(f"--hours must be a number above 0, got {arguments.hours:g}")
-    profile = Profile.load(arguments.profile)
     name, reason = profile.resolve_dataset(arguments.dataset, arguments.data_root)
     print(f"\n=== study {profile.name}, dataset {reason}")
     if arguments.fresh:
         move_old_results(suite_folder(profile, name, arguments.results))
     places = arguments.dataset, arguments.data_root, arguments.results
-    suite = Suite.open(arguments.profile, *places, engine=environment.engine(), bar=False)
+    suite = Suite.open(profile, *places, engine=environment.engine(), bar=False)
     run_study(suite, arguments.hours)
     report_study(suite)
-    return 0
 
 
-def summarise(folder: Path, outcomes: Sequence[Outcome]) -> None:
+def summarise(folder: Path, seconds: Mapping[str, float]) -> None:
     """Print the executed notebooks with their times, and the contents of the folder."""
     print(f"\n=== done: {folder}")
     print(f"{'notebook':<34} {'time':>7}")
-    for outcome in outcomes:
-        print(f"{outcome.name:<34} {clock(outcome.seconds):>7}")
-    print(f"{'all':<34} {clock(sum(outcome.seconds for outcome in outcomes)):>7}")
+    for name, taken in {**seconds, "all": sum(seconds.values())}.items():
+        print(f"{name:<34} {clock(taken):>7}")
     for kind, pattern in {
         "run record": "runs/*/record.json",
         "table": "tables/*.md",
@@ -250,11 +198,15 @@ def summarise(folder: Path, outcomes: Sequence[Outcome]) -> None:
         "executed notebook": "notebooks/*.ipynb",
     }.items():
         if count := len(list(folder.glob(pattern))):
-            print(
-                f"{count:4} {kind + 's:' * (count > 1) + ':' * (count == 1):<20} {folder / pattern.partition('/')[0]}"
-            )
+            kinds = f"{kind}{'s' if count > 1 else ''}:"
+            print(f"{count:4} {kinds:<20} {folder / pattern.partition('/')[0]}")
     if (folder / "summary.md").is_file():
         print(f"     {'summary:':<20} {folder / 'summary.md'}")
+
+
+def _absolute(path: str) -> Path:
+    """The path from the root: kernels have another working directory than this process."""
+    return Path(path).expanduser().resolve()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -264,38 +216,24 @@ def parser() -> argparse.ArgumentParser:
         description="Run the notebook series headless and write every table. A second call goes on where the first "
         "one stopped.",
     )
-    parser.add_argument(
-        "profile", nargs="?", default="quick", help=f"{', '.join(PROFILES)} (default: quick), or a .toml file"
-    )
-    parser.add_argument("--dataset", default="", help="a dataset's name; left out: the profile's own choice")
-    parser.add_argument("--data-root", type=Path, help="the only folder to look for data in")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers of the notebooks to run")
-    parser.add_argument("--seeds", type=int, help="number of seeds (left out: the profile's own)")
-    parser.add_argument("--results", type=Path, help="where results go (default: results/)")
-    parser.add_argument(
-        "--engine", choices=environment.ENGINES, help="where runs are trained (default: local, in this process)"
-    )
-    parser.add_argument("--address", help="with --engine ray: a cluster that runs already; left out: this machine")
-    parser.add_argument("--cpus-per-run", type=int, metavar="N", help="with --engine ray: threads of a worker (1)")
-    parser.add_argument(
-        "--gpus-per-run",
-        type=float,
-        metavar="X",
-        help="with --engine ray: the part of a GPU it has (0.25 if there is one)",
-    )
-    parser.add_argument(
-        "--hours", type=float, metavar="H", help="for a study: stop after so many hours, to go on at the next call"
-    )
-    parser.add_argument("--fresh", action="store_true", help="begin again; the old results are moved aside")
+    add, on_ray = parser.add_argument, "with --engine ray"
+    add("profile", nargs="?", default="quick", help=f"{', '.join(PROFILES)} (default: quick), or a .toml file")
+    add("--dataset", default="", help="a dataset's name; left out: the profile's own choice")
+    add("--data-root", type=_absolute, help="the only folder to look for data in")
+    add("--only", nargs="+", default=[], metavar="NN", help="numbers of the notebooks to run")
+    add("--seeds", type=int, help="number of seeds (left out: the profile's own)")
+    add("--results", type=_absolute, help="where results go (default: results/)")
+    add("--engine", choices=environment.ENGINES, help="where runs are trained (default: local, in this process)")
+    add("--address", help=f"{on_ray}: a cluster that runs already; left out: this machine")
+    add("--cpus-per-run", type=int, metavar="N", help=f"{on_ray}: threads of a worker (1)")
+    add("--gpus-per-run", type=float, metavar="X", help=f"{on_ray}: the part of a GPU it has (0.25 if there is one)")
+    add("--hours", type=float, metavar="H", help="for a study: stop after so many hours, to go on at the next call")
+    add("--fresh", action="store_true", help="begin again; the old results are moved aside")
     return parser
 
 
 def choose_engine(arguments: argparse.Namespace) -> None:
-    """Set the environment variables that tell the kernels where runs are trained; start Ray if no cluster is named.
-
-    Raises:
-        EngineError: Ray is not installed or not reachable, or an option needs ``--engine ray``.
-    """
+    """Set the environment variables that tell the kernels where runs are trained; start Ray if no cluster is named."""
     options = {
         "FAQD_RAY_ADDRESS": arguments.address,
         "FAQD_RAY_CPUS": arguments.cpus_per_run,
@@ -312,25 +250,19 @@ def choose_engine(arguments: argparse.Namespace) -> None:
         return
     ray = engine.connect()  # this process keeps it running for all the kernels
     os.environ["FAQD_RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    resources = ray.cluster_resources()
-    print(
-        f"Ray at {os.environ['FAQD_RAY_ADDRESS']}: {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs; "
-        f"{engine.cpus} and {engine.gpus:g} for each run"
-    )
+    cpus, gpus = (ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU"))
+    each = f"{engine.cpus} and {engine.gpus:g} for each run"
+    print(f"Ray at {os.environ['FAQD_RAY_ADDRESS']}: {cpus:g} CPUs, {gpus:g} GPUs; {each}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit status is 0 only if every notebook ran to its end."""
     arguments = parser().parse_args(argv)
-    # Kernels have another working directory, so relative paths become absolute.
     for variable in ("FAQD_DATA", "FAQD_CACHE", "FAQD_RESULTS"):
         if os.environ.get(variable):
-            os.environ[variable] = str(Path(os.environ[variable]).expanduser().resolve())
-    if arguments.profile not in PROFILES and Path(arguments.profile).suffix == ".toml":
-        arguments.profile = str(Path(arguments.profile).expanduser().resolve())
-    for option in ("data_root", "results"):
-        path = getattr(arguments, option)
-        setattr(arguments, option, None if path is None else path.expanduser().resolve())
+            os.environ[variable] = str(_absolute(os.environ[variable]))
+    if arguments.profile.endswith(".toml"):
+        arguments.profile = str(_absolute(arguments.profile))
     arguments.results = arguments.results or environment.results()
     # Inherited by the kernels: text instead of bars, and the kernel of this Python environment.
     os.environ.update(FAQD_PROGRESS="text", JUPYTER_PREFER_ENV_PATH="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
@@ -338,16 +270,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         choose_engine(arguments)
         profile = Profile.load(arguments.profile)
         if profile.study is not None:
-            return study(arguments)
+            study(arguments, profile)
+            return 0  # also where time was up
         if arguments.hours is not None:
             raise ConfigurationError(f"--hours is for a study, and the profile {profile.name} has none: leave it out")
         datasets = [arguments.dataset] if arguments.dataset else profile.series_datasets
         for dataset in datasets:
-            run_series(arguments, dataset, arguments.only)
-        if len(datasets) > 1 and (not arguments.only or "09" in arguments.only):
+            run_series(arguments, profile, dataset, arguments.only)
+        if len(datasets) > 1 and (not arguments.only or READER in arguments.only):
             arguments.fresh = False
             for dataset in datasets:  # once more: now the tables can show all datasets
-                run_series(arguments, dataset, ["09"])
+                run_series(arguments, profile, dataset, [READER])
     except (SeriesError, ConfigurationError, DatasetError, EngineError, ResultsError, PermissionError) as error:
         print(f"\nstopped: {error}", file=sys.stderr)
         return 1

@@ -12,10 +12,8 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -30,25 +28,16 @@ class CheckpointWarning(UserWarning):
 
 
 class CheckpointInfo(StrictModel):
-    """The part of a checkpoint that is not tensors.
+    """The part of a checkpoint that is not tensors: steps, epochs and costs so far, and where they were computed."""
 
-    Args:
-        digest: of the run's configuration.
-        steps: training steps so far.
-        checked: steps of the current epoch whose loss is known to be finite.
-        history: finished epochs.
-        peak_bytes, data_seconds, teacher_seconds: measured so far.
-        environment: machine and software.
-    """
-
-    digest: str
+    digest: str  # of the run's configuration
     steps: int
-    checked: int
-    history: list[dict[str, float]]
+    checked: int  # steps of the current epoch whose loss is known to be finite
+    history: list[dict[str, float]]  # finished epochs
     peak_bytes: int
     data_seconds: float
     teacher_seconds: float
-    environment: dict[str, str | int]
+    environment: dict[str, str | int]  # machine and software
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], facts: CheckpointInfo) -> None:
@@ -74,12 +63,8 @@ def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], facts: Chec
 def read_checkpoint(folder: Path, digest: str) -> tuple[dict[str, torch.Tensor], CheckpointInfo] | None:
     """Read the newest whole checkpoint of a run.
 
-    A damaged checkpoint, or one of another run, is renamed with a :class:`CheckpointWarning`. Then the previous one is
-    read.
-
-    Args:
-        folder: of the run.
-        digest: of the run's configuration.
+    A damaged checkpoint, or one of another ``digest`` (of a configuration), is renamed with a
+    :class:`CheckpointWarning`. Then the previous one is read.
 
     Returns:
         Tensors on the CPU, and the rest; None if there is no checkpoint.
@@ -92,7 +77,7 @@ def read_checkpoint(folder: Path, digest: str) -> tuple[dict[str, torch.Tensor],
             continue
         try:
             return _read(path, digest)
-        except (SafetensorError, ValidationError, ValueError) as error:
+        except (SafetensorError, ValueError) as error:
             moved = set_aside(path)
             warnings.warn(
                 f"the checkpoint {path} cannot be used ({error}); it was renamed to {moved.name}. Training goes on "
@@ -105,7 +90,7 @@ def read_checkpoint(folder: Path, digest: str) -> tuple[dict[str, torch.Tensor],
 
 def _read(path: Path, digest: str) -> tuple[dict[str, torch.Tensor], CheckpointInfo]:
     with safe_open(path, framework="pt") as opened:
-        metadata: dict[str, Any] = opened.metadata() or {}
+        metadata = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dictionary)
     text = metadata.get("facts", "")
     if tensors_digest(tensors, salt=text) != metadata.get("digest"):
@@ -123,10 +108,10 @@ def due_every(seconds: float) -> Callable[[], bool]:
     def due() -> bool:
         nonlocal last
         now = time.monotonic()
-        if now - last < seconds:
-            return False
-        last = now
-        return True
+        is_due = now - last >= seconds
+        if is_due:
+            last = now
+        return is_due
 
     return due
 

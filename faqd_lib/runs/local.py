@@ -10,7 +10,7 @@ from ..config import RunConfig
 from ..models import parameter_count
 from ..quantization.description import weight_bytes
 from ..training.learner import Learner
-from ..training.loop import Trained, train
+from ..training.loop import train
 from ..utils.measure import environment
 from ..utils.progress import ProgressReporter
 from . import planning
@@ -74,7 +74,7 @@ def _train_cohort(
 ) -> None:
     """Train runs side by side, from their checkpoints if there are any, and save them."""
     profile, splits, store = workshop.state.profile, workshop.splits, workshop.store
-    batches, teacher = workshop.batches(cohort), workshop.teacher(cohort)
+    batches, teacher = workshop.batches(cohort), workshop.shared_teacher(cohort)
     learners = [workshop.learner(config, batches) for config in cohort]
     machine = environment(workshop.device)
     for learner in learners:
@@ -106,9 +106,8 @@ def _train_cohort(
         raise error
 
 
-def _save(workshop: Workshop, trained: Trained, teacher: nn.Module | None, machine: Machine) -> None:
-    test = workshop.splits.test
-    taught = teacher is not None and trained.config.teacher is not None
+def _save(workshop: Workshop, trained: Learner, teacher: nn.Module | None, machine: Machine) -> None:
+    test, taught = workshop.splits.test, trained.config.teacher is not None
     workshop.store.save(
         trained.config,
         trained.model,
@@ -128,26 +127,19 @@ def _save(workshop: Workshop, trained: Trained, teacher: nn.Module | None, machi
 
 
 class _CohortReport:
-    """Tells the progress display what a cohort does.
-
-    Args:
-        progress: the display.
-        label: of the cohort's runs, such as ``run 3-5 of 12``.
-        learners: of the cohort, with the epochs that their checkpoints brought. Those do not count as progress.
-    """
+    """Tells the progress display what a cohort does; epochs that its checkpoints brought do not count."""
 
     def __init__(self, progress: ProgressReporter, label: str, learners: Sequence[Learner]) -> None:
         self._progress, self._label, self._learners = progress, label, learners
         self._epochs = learners[0].config.optimization.epochs
-        self._batches = learners[0].steps_per_epoch
         self._reported = _epochs(learners)
         self._due = due_every(_BETWEEN_REPORTS)
 
     def batch(self, epoch: int, done: int) -> None:
         """Report progress within an epoch, every few seconds."""
         if self._due():
-            where = f"{self._label}, epoch {epoch + 1} of {self._epochs}, batch {done} of {self._batches}"
-            self._progress.within(self._label, _epochs(self._learners) - self._reported, where)
+            where = f"epoch {epoch + 1} of {self._epochs}, batch {done} of {self._learners[0].steps_per_epoch}"
+            self._progress.within(self._label, _epochs(self._learners) - self._reported, f"{self._label}, {where}")
 
     def epoch(self, epoch: int, finished: list[Learner]) -> None:
         """Report a finished epoch with its test accuracies."""
@@ -156,10 +148,9 @@ class _CohortReport:
         rows = [learner.history[-1] for learner in finished]
         accuracy = " ".join(f"{row['test_accuracy']:.1f}" for row in rows if "test_accuracy" in row)
         what = f"epoch {epoch + 1} of {self._epochs}" if self._epochs else "quantized after training"
-        done, before = _epochs(self._learners), self._reported
-        self._reported = done
-        worked = done - before if self._epochs else len(finished)
         test = f": test {accuracy} %" if accuracy else ""
+        worked = _epochs(self._learners) - self._reported if self._epochs else len(finished)
+        self._reported = _epochs(self._learners)
         self._progress.advance(worked, f"{self._label} ({names}), {what}{test}")
 
 

@@ -8,22 +8,16 @@ from ..config import RunConfig
 
 def waves(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
     """Sort runs, with the teachers and initial weights they need, into waves: each needs runs of earlier waves only."""
+    levels: dict[RunConfig, int] = {}
 
-    def depth(config: RunConfig) -> int:
-        return max((1 + depth(other) for other in (config.teacher, config.initial) if other is not None), default=0)
-
-    everything: dict[RunConfig, int] = {}
-
-    def add(config: RunConfig) -> None:
-        for other in (config.teacher, config.initial):
-            if other is not None:
-                add(other)
-        everything.setdefault(config, depth(config))
+    def level(config: RunConfig) -> int:
+        needed = [level(other) for other in (config.teacher, config.initial) if other is not None]
+        return levels.setdefault(config, 1 + max(needed, default=-1))
 
     for config in configs:
-        add(config)
-    deepest = max(everything.values(), default=-1)
-    return [[config for config, level in everything.items() if level == wave] for wave in range(deepest + 1)]
+        level(config)
+    numbers = range(1 + max(levels.values(), default=-1))
+    return [[config for config, found in levels.items() if found == number] for number in numbers]
 
 
 def cohorts(configs: Sequence[RunConfig], largest: int) -> list[list[RunConfig]]:

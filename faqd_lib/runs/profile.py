@@ -1,6 +1,7 @@
 """Profiles, and the state that a results folder was begun with. Both are validated and hold no images."""
 
 import tomllib
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -31,7 +32,13 @@ from .store import ResultsError
 from .study import Study
 
 ModelName = Literal[MODEL_NAMES]
+Regimes = Annotated[list[Literal["end-to-end", "fine-tuning"]], Field(min_length=1)]
+BitPair = Annotated[tuple[WeightBits, ActivationBits], Field(strict=False)]  # a list in TOML, which has no tuples
 PROFILES = ("smoke", "quick", "cpu", "paper", "claims", "tuning", "short")
+# Settings of a profile that may change in a folder, because they change no run.
+FREE_SETTINGS = {
+    "seeds", "cohort", "compile", "cuda_graphs", "series_datasets", "dataset", "checkpoint_seconds", "evaluate_every",
+}  # fmt: skip
 
 
 class Losses(StrictModel):
@@ -62,15 +69,9 @@ class Grid(StrictModel):
 
     weight_teachers: list[ModelName] = []
     weight_bits: Annotated[list[WeightBits], Field(min_length=1)] = [1, 2, 4]
-    weight_regimes: Annotated[list[Literal["end-to-end", "fine-tuning"]], Field(min_length=1)] = [
-        "end-to-end",
-        "fine-tuning",
-    ]
-    full_bits: Annotated[list[tuple[WeightBits, ActivationBits]], Field(min_length=1)] = [(1, 4), (2, 4), (4, 4)]
-    full_regimes: Annotated[list[Literal["end-to-end", "fine-tuning"]], Field(min_length=1)] = [
-        "end-to-end",
-        "fine-tuning",
-    ]
+    weight_regimes: Regimes = ["end-to-end", "fine-tuning"]
+    full_bits: Annotated[list[BitPair], Field(min_length=1)] = [(1, 4), (2, 4), (4, 4)]
+    full_regimes: Regimes = ["end-to-end", "fine-tuning"]
     logit_bits: list[WeightBits] = [1, 2, 4]
     affinity_bits: Annotated[list[WeightBits], Field(min_length=1)] = [1]
     projections: list[Count] = [1, 3, 6, 15]
@@ -79,11 +80,11 @@ class Grid(StrictModel):
     def _something_is_quantized(self) -> Self:
         if all(bits == FLOAT_BITS for bits in self.weight_bits):
             raise ValueError(f"grid.weight_bits = {self.weight_bits} has no bits below {FLOAT_BITS}: T1 needs some")
-        for pair in self.full_bits:
-            if pair[1] == FLOAT_BITS:
+        for weights, activations in self.full_bits:
+            if activations == FLOAT_BITS:
                 raise ValueError(
-                    f"grid.full_bits has {list(pair)}, whose activations are float: such students belong to "
-                    "grid.weight_bits"
+                    f"grid.full_bits has {[weights, activations]}, whose activations are float: such students belong "
+                    "to grid.weight_bits"
                 )
         return self
 
@@ -120,18 +121,8 @@ class Profile(StrictModel):
     dataset_settings: dict[str, dict] = {}
     study: Study | None = omitted_at_default(None)  # claims to settle, written down before their runs
 
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_to_tuples(cls, values: dict) -> dict:
-        # TOML has no tuples; the pairs of bits are lists there.
-        grid = values.get("grid") if isinstance(values, dict) else None
-        if isinstance(grid, dict) and isinstance(grid.get("full_bits"), list):
-            pairs = [tuple(pair) if isinstance(pair, list) else pair for pair in grid["full_bits"]]
-            values = {**values, "grid": {**grid, "full_bits": pairs}}
-        return values
-
     @model_validator(mode="after")
-    def _teachers_are_there(self) -> Self:
+    def _is_consistent(self) -> Self:
         chosen = self.grid.weight_teachers
         for teacher in chosen:
             if teacher not in self.teachers:
@@ -141,19 +132,11 @@ class Profile(StrictModel):
                 f"grid.weight_teachers = {chosen} lacks {self.teachers[0]!r}, the first of the teachers, whose "
                 "students the notebooks look at: add it, or put another teacher first"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _teachers_of_seeds_are_for_studies(self) -> Self:
         if self.teacher_per_seed and self.study is None:
             raise ValueError(
                 "teacher_per_seed = true is for a study: notebooks and tables have one teacher; leave it out, or add "
                 "the table [study]"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _datasets_are_valid(self) -> Self:
         for dataset in self.dataset_settings:  # now, rather than after days of training on other datasets
             self.for_dataset(dataset)
         return self
@@ -161,8 +144,7 @@ class Profile(StrictModel):
     @property
     def design_digest(self) -> str:
         """The first 12 digits of the SHA-256 of all settings but those that change no run."""
-        free = {name.removeprefix("profile.") for name in FREE_SETTINGS}
-        return text_digest(canonical_json(self.model_dump(mode="json", exclude=free)))[:12]
+        return text_digest(canonical_json(self.model_dump(mode="json", exclude=FREE_SETTINGS)))[:12]
 
     @classmethod
     def load(cls, profile: str | Path) -> Self:
@@ -173,37 +155,29 @@ class Profile(StrictModel):
         """
         path = Path(profile)
         if str(profile) in PROFILES:
-            text = (resources.files(__package__) / "profiles" / f"{profile}.toml").read_text(encoding="utf-8")
+            file = resources.files(__package__) / "profiles" / f"{profile}.toml"
         elif path.suffix == ".toml" and path.is_file():
-            text = path.read_text(encoding="utf-8")
+            file = path
         else:
             missing = "; there is no such file" if path.suffix == ".toml" else ""
-            hint = did_you_mean(profile, PROFILES)
-            raise ConfigurationError(
-                f"unknown profile {str(profile)!r}{missing}{hint}: choose {', '.join(PROFILES)}, "
-                "or the path of a .toml file"
-            )
+            unknown = f"unknown profile {str(profile)!r}{missing}{did_you_mean(profile, PROFILES)}"
+            raise ConfigurationError(f"{unknown}: choose {', '.join(PROFILES)}, or the path of a .toml file")
         try:
-            values = tomllib.loads(text)
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
         except tomllib.TOMLDecodeError as error:
             raise ConfigurationError(f"{profile}: not valid TOML: {error}") from error
         if "base" in values:
-            base = cls.load(values.pop("base"))
-            values = _merged(base.model_dump(exclude={"name"}), values)
+            values = _merged(cls.load(values.pop("base")).model_dump(exclude={"name"}), values)
         return cls.parse({"name": path.stem, **values}, where=str(profile))
 
     def resolve_dataset(self, dataset: str, data_root: str | Path | None) -> tuple[str, str]:
-        """Choose the dataset: a name, ``"auto"``, or empty for the profile's own choice.
-
-        Returns:
-            The dataset's name, and the reason in words.
+        """The name of a dataset (a name, ``"auto"``, or empty for the profile's own), and why it was taken.
 
         Raises:
             DatasetError: the dataset is unknown, or not found.
         """
-        return datasets.resolve(
-            dataset or self.dataset, data_root or None, allow_digits=not self.download, allow_download=self.download
-        )
+        allowed = {"allow_digits": not self.download, "allow_download": self.download}
+        return datasets.resolve(dataset or self.dataset, data_root or None, **allowed)
 
     def for_dataset(self, dataset: str) -> Self:
         """This profile with its ``dataset_settings`` for one dataset. Settings not named there stay."""
@@ -222,28 +196,17 @@ def _merged(settings: dict, changes: dict) -> dict:
 
 
 class SuiteState(StrictModel):
-    """What a results folder was begun with (``suite.json``): enough to name its runs and to caption its tables.
+    """What a results folder was begun with (``suite.json``): enough to name its runs and to caption its tables."""
 
-    Args:
-        profile: the profile, with the settings for this dataset.
-        dataset: the dataset's name.
-        reason: why this dataset was taken, in words.
-        note: a remark of the dataset on its images; often empty.
-        data: the images by fingerprint, and the subsets taken.
-        training_count, test_count: images after the subsets are taken.
-        precision: the number format of training steps.
-        recipe, affinity_recipe, quantizer_recipe: versions of training, affinity losses and quantizers.
-    """
-
-    profile: Profile
-    dataset: str
-    reason: str
-    note: str
-    data: DataConfig
-    training_count: int
+    profile: Profile  # with the settings for this dataset
+    dataset: str  # its name
+    reason: str  # why this dataset was taken, in words
+    note: str  # a remark of the dataset on its images; often empty
+    data: DataConfig  # the images by fingerprint, and the subsets taken
+    training_count: int  # images after the subsets are taken
     test_count: int
-    precision: Precision
-    recipe: int
+    precision: Precision  # of training steps
+    recipe: int  # versions of training, affinity losses and quantizers
     affinity_recipe: int
     quantizer_recipe: int
 
@@ -251,11 +214,7 @@ class SuiteState(StrictModel):
     def describe(
         cls, profile: Profile, dataset: str, reason: str, images: datasets.ImageData, precision: Precision
     ) -> Self:
-        """The state of a profile on a dataset's images.
-
-        Raises:
-            ConfigurationError: a batch of the profile is larger than the training split.
-        """
+        """The state of a profile on images; ConfigurationError if a batch is larger than the training split."""
         rest = len(images.train) - profile.validation_images - profile.held_out_images
         data = DataConfig(
             name=dataset,
@@ -266,59 +225,36 @@ class SuiteState(StrictModel):
             held_out_images=profile.held_out_images,
         )
         training_count = data.train_images or rest
-        _check_batches(profile, dataset, training_count)
+        for schedule in ("teacher_schedule", "student_schedule", "fine_tuning_schedule"):
+            size = getattr(profile, schedule).batch_size
+            if size > training_count:
+                raise ConfigurationError(
+                    f"profile {profile.name}: {schedule}.batch_size = {size} is more than the {training_count} "
+                    f"training images of {dataset}: lower it"
+                )
+        test_count = (data.test_images or len(images.test)) + data.held_out_images
         return cls(
-            profile=profile,
-            dataset=dataset,
-            reason=reason,
-            note=images.note,
-            data=data,
-            training_count=training_count,
-            test_count=(data.test_images or len(images.test)) + data.held_out_images,
-            precision=precision,
-            recipe=RECIPE,
-            affinity_recipe=AFFINITY_RECIPE,
+            profile=profile, dataset=dataset, reason=reason, note=images.note, data=data, training_count=training_count,
+            test_count=test_count, precision=precision, recipe=RECIPE, affinity_recipe=AFFINITY_RECIPE,
             quantizer_recipe=QUANTIZER_RECIPE,
-        )
+        )  # fmt: skip
 
     @property
     def caption(self) -> str:
         """Dataset, sizes and profile, for every table and figure."""
         note = f" ({self.note})" if self.note else ""
+        subsets = " (class-balanced subsets)" if self.data.train_images or self.data.test_images else ""
         count = self.data.held_out_images
         held_out = f" ({count:,} of them held out of the training split)" if count else ""
-        text = (
-            f"{self.dataset}{note}, {self.training_count:,} training and {self.test_count:,} test images"
-            f"{' (class-balanced subsets)' if self.data.train_images or self.data.test_images else ''}"
-            f"{held_out}, "
-            f"profile {self.profile.name}{', compiled' if self.profile.compile else ''}"
-        )
+        images = f"{self.training_count:,} training and {self.test_count:,} test images{subsets}{held_out}"
+        compiled = ", compiled" if self.profile.compile else ""
+        text = f"{self.dataset}{note}, {images}, profile {self.profile.name}{compiled}"
         return text if ": found on disk" in self.reason or ": asked for" in self.reason else f"{text}; {self.reason}"
 
 
 def _limit(count: int | None, available: int) -> int | None:
     """None where a limit takes all images anyway: the same images must not have two configurations."""
     return None if count is None or count >= available else count
-
-
-def _check_batches(profile: Profile, dataset: str, count: int) -> None:
-    for schedule in ("teacher_schedule", "student_schedule", "fine_tuning_schedule"):
-        size = getattr(profile, schedule).batch_size
-        if size > count:
-            raise ConfigurationError(
-                f"profile {profile.name}: {schedule}.batch_size = {size} is more than the {count} training images of "
-                f"{dataset}: lower it"
-            )
-
-
-# Settings that may change in a folder, because they change no run. The grid may change too: it only chooses runs.
-FREE_SETTINGS = {"reason"} | {
-    f"profile.{name}"
-    for name in (
-        "seeds", "cohort", "compile", "cuda_graphs", "series_datasets", "dataset", "checkpoint_seconds",
-        "evaluate_every",
-    )
-}  # fmt: skip
 
 
 def default_results() -> Path:
@@ -332,7 +268,7 @@ def suite_folder(profile: Profile, dataset: str, results: str | Path | None = No
 
 
 def read_state(folder: Path) -> SuiteState:
-    """Read the state that a results folder was begun with.
+    """The state that a results folder was begun with.
 
     Raises:
         ResultsError: nothing was begun there, or ``suite.json`` is damaged.
@@ -350,12 +286,9 @@ def read_state(folder: Path) -> SuiteState:
 
 
 def begin_or_continue(folder: Path, state: SuiteState, asked_seeds: int) -> SuiteState:
-    """Write the state into a new folder, or compare it with the state of a folder that was begun already.
+    """Write the state of profile and images into a new folder, or compare it with that of a folder begun earlier.
 
-    Args:
-        folder: the suite's folder.
-        state: of the profile and images in use now.
-        asked_seeds: number of seeds; 0 for the larger of the profile's and the folder's.
+    ``asked_seeds`` is the number of seeds; 0 for the larger of the profile's and the folder's.
 
     Returns:
         The state to work with. Its precision is that of the folder.
@@ -369,12 +302,10 @@ def begin_or_continue(folder: Path, state: SuiteState, asked_seeds: int) -> Suit
         if state.profile.precision == "auto":
             # The folder keeps its precision, even where another one is faster on this machine.
             state = state.model_copy(update={"precision": begun.precision})
-        differences = [
-            "other images" if key == "data.fingerprint" else f"{key}: {was!r} there, {now!r} now"
-            for key, was, now in _differences(begun.model_dump(mode="json"), state.model_dump(mode="json"))
-            if key not in FREE_SETTINGS and not key.startswith("profile.grid.")
-        ]
-        if differences:
+        # The grid may change too: it only chooses runs.
+        changeable = {"reason": True, "profile": FREE_SETTINGS | {"grid"}}
+        was, now = (one.model_dump(mode="json", exclude=changeable) for one in (begun, state))
+        if differences := list(_differences(was, now)):
             raise ResultsError(
                 f"{folder} was begun with another configuration ({'; '.join(differences[:4])}): give another folder "
                 "with --results, or begin again with --fresh (the old folder is moved aside)"
@@ -387,12 +318,10 @@ def begin_or_continue(folder: Path, state: SuiteState, asked_seeds: int) -> Suit
     return state
 
 
-def _differences(was: dict, now: dict, prefix: str = "") -> list[tuple[str, object, object]]:
-    found = []
+def _differences(was: dict, now: dict, prefix: str = "") -> Iterator[str]:
     for key in {**was, **now}:
-        before, after = was.get(key), now.get(key)
+        name, before, after = prefix + key, was.get(key), now.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{prefix}{key}.")
+            yield from _differences(before, after, f"{name}.")
         elif before != after:
-            found.append((prefix + key, before, after))
-    return found
+            yield "other images" if name == "data.fingerprint" else f"{name}: {before!r} there, {after!r} now"

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _RETRIES = 3  # of a cohort whose worker died; it continues from its checkpoints
 _POLL = 0.5  # seconds between two reads of the workers' reports
 _STORE_BYTES = 100 * 2**20  # Ray's object store: holds configurations and lines of text only
 _DATA_FOLDERS = ("FAQD_DATA", "FAQD_CACHE")  # environment variables that tell a worker where images are
+_SHARED = "with Ray on several machines that folder must be on a file system that all of them share (--results)"
 
 
 class EngineError(RuntimeError):
@@ -41,8 +43,7 @@ class RayEngine:
     than one physical machine.
 
     Args:
-        address: of a running cluster (``"auto"``, ``"host:6379"``); None starts Ray on this machine, until the process
-            ends.
+        address: of a running cluster (``"auto"``, ``"host:6379"``); None starts Ray here until the process ends.
         cpus: threads of a worker, at least 1.
         gpus: GPUs of a worker: a part (0.25 puts four cohorts on each) or several whole ones.
 
@@ -61,11 +62,7 @@ class RayEngine:
             raise EngineError(f"a worker has a part of a GPU (0 to 1) or several whole ones, got {self.gpus:g}")
 
     def connect(self) -> Any:
-        """Connect to Ray and return its module. Later calls in the same process use the same connection.
-
-        Raises:
-            EngineError: Ray is not installed, or no cluster answers at the address.
-        """
+        """Ray's module, connected once a process; EngineError if it is not installed or no cluster answers."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to Ray's makers without consent
         try:
             import ray
@@ -85,18 +82,16 @@ class RayEngine:
     def __call__(
         self, workshop: Workshop, wave: Sequence[RunConfig], progress: ProgressReporter, deadline: float | None = None
     ) -> None:
-        """Train runs that do not need each other.
+        """Train runs that do not need each other; ``deadline`` as in :func:`~faqd_lib.runs.local.train_here`.
 
         Raises:
-            OutOfTimeError: ``deadline`` (a time of ``time.monotonic``) has passed. Checkpoints are written.
             EngineError: there is no room for a worker, a worker cannot work, or one died too often.
             Exception: the first error that a worker raised. Its notes name other cohorts that failed; all others are
                 finished and saved.
         """
-        device = workshop.device
-        if (device.type == "cuda") != (self.gpus > 0):
+        if (workshop.device.type == "cuda") != (self.gpus > 0):
             raise EngineError(
-                f"this process computes on {device}, and workers with {self.gpus:g} GPUs would not: "
+                f"this process computes on {workshop.device}, and workers with {self.gpus:g} GPUs would not: "
                 "set FAQD_RAY_GPUS (--gpus-per-run), or run this on a machine with a GPU"
             )
         ray = self.connect()
@@ -113,7 +108,8 @@ class RayEngine:
             for cohort in planning.cohorts(wave, largest):
                 label = progress.number(len(cohort))
                 left = None if deadline is None else deadline - time.monotonic()
-                tasks[label] = work.remote(workshop, cohort, label, self.cpus, folders, queue, left), cohort
+                task = work.remote(workshop, cohort, QueueProgress(queue, label), self.cpus, folders, left)
+                tasks[label] = task, cohort
             failures = _follow(ray, tasks, queue, progress)
         finally:
             for task, _ in tasks.values():
@@ -121,33 +117,27 @@ class RayEngine:
             queue.shutdown(force=True)
         if failures:
             (cohort, error), *others = failures
-            raised = self._what_to_raise(cohort, error)
+            raised = getattr(error, "cause", None)
+            if not isinstance(raised, Exception):  # the work itself raised nothing
+                raised = EngineError(
+                    f"the worker that trained {cohort[0].run_id} died, and so did {_RETRIES} after it, most likely out "
+                    "of memory. Finished runs are kept: call again to go on, with fewer workers at a time "
+                    f"(--cpus-per-run) or a smaller cohort. Ray says: {first_line(error)}"
+                )
             for other, what in others:
                 raised.add_note(f"{other[0].run_id} failed as well: {first_line(what)}")
             raise raised from error
         _wait_for_records(workshop.store, wave)
 
-    def _what_to_raise(self, cohort: Sequence[RunConfig], error: Exception) -> Exception:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, Exception):  # raised by the work itself
-            return cause
-        return EngineError(
-            f"the worker that trained {cohort[0].run_id} died, and so did {_RETRIES} after it, most likely out of "
-            "memory. Finished runs are kept: call again to go on, with fewer workers at a time (--cpus-per-run) or a "
-            f"smaller cohort. Ray says: {first_line(error)}"
-        )
-
     def _workers(self, nodes: list[dict[str, Any]]) -> int:
         """How many workers fit on all machines together; at least 1."""
-        machines = [node["Resources"] for node in nodes if node["Alive"]]
-        slots = sum(self._slots(machine.get("CPU", 0), machine.get("GPU", 0)) for machine in machines)
+        resources = [node["Resources"] for node in nodes if node["Alive"]]
+        machines = [(machine.get("CPU", 0), machine.get("GPU", 0)) for machine in resources]
+        slots = sum(self._slots(cpus, gpus) for cpus, gpus in machines)
         if slots < 1:
-            there = ", ".join(
-                f"{machine.get('CPU', 0):g} CPUs and {machine.get('GPU', 0):g} GPUs" for machine in machines
-            )
-            raise EngineError(
-                f"no room for a worker with {self.cpus} CPUs and {self.gpus:g} GPUs: machines have {there}"
-            )
+            there = ", ".join(f"{cpus:g} CPUs and {gpus:g} GPUs" for cpus, gpus in machines)
+            wanted = f"{self.cpus} CPUs and {self.gpus:g} GPUs"
+            raise EngineError(f"no room for a worker with {wanted}: machines have {there}")
         return slots
 
     def _slots(self, cpus: float, gpus: float) -> int:
@@ -163,28 +153,20 @@ class RayEngine:
 def _follow(
     ray: Any, tasks: dict[str, tuple[Any, list[RunConfig]]], queue: Any, progress: ProgressReporter
 ) -> list[tuple[list[RunConfig], Exception]]:
-    """Wait for all tasks and show their reports.
-
-    Args:
-        ray: the module.
-        tasks: by label, a task and its cohort.
-        queue: reports of the workers.
-        progress: shows the reports.
+    """Wait for tasks, given by label with their cohorts; show the reports in ``queue``.
 
     Returns:
         Cohorts that failed, with their errors.
     """
     cohort_of = dict(tasks.values())
     pending, failures = list(cohort_of), []
-    reported: dict[str, float] = {}  # units, by the label of a cohort
-    begun = Counter()
+    reported, begun = Counter(), Counter()  # units, and starts of a worker, by the label of a cohort
     while pending:
         done, pending = ray.wait(pending, timeout=_POLL)
         for label, method, *arguments in queue.get_nowait_batch(queue.size()):
             if method == "begin":  # the first time, or again after its worker died: no unit may count twice
-                progress.skip(-reported.get(label, 0))
+                progress.skip(-reported.pop(label, 0))
                 progress.within(label, 0.0)
-                reported[label] = 0
                 begun[label] += 1
                 if begun[label] > 1 + _RETRIES:  # Ray retries without end what it stopped to free memory
                     ray.cancel(tasks[label][0], force=True)
@@ -205,10 +187,8 @@ def _wait_for_records(store: RunStore, wave: Sequence[RunConfig], seconds: float
     deadline = time.monotonic() + seconds
     while missing := [config for config in wave if store.record(config) is None]:
         if time.monotonic() > deadline:
-            raise EngineError(
-                f"a worker finished {missing[0].run_id}, but its record does not appear in {store.folder}: with Ray on "
-                "several machines that folder must be on a file system that all of them share (--results)"
-            )
+            record = f"a worker finished {missing[0].run_id}, but its record"
+            raise EngineError(f"{record} does not appear in {store.folder}: {_SHARED}")
         time.sleep(_POLL)
 
 
@@ -217,7 +197,7 @@ def _wait_for_records(store: RunStore, wave: Sequence[RunConfig], seconds: float
 
 @dataclass(frozen=True)
 class QueueProgress:
-    """A worker's progress, sent to the process that shows it."""
+    """A worker's progress, sent to the process that shows it: the label of the runs, a method and its arguments."""
 
     queue: Any
     label: str
@@ -225,44 +205,35 @@ class QueueProgress:
     def number(self, runs: int) -> str:
         return self.label
 
-    def advance(self, units: float, text: str) -> None:
-        self.queue.put((self.label, "advance", units, text))
+    def send(self, method: str, *arguments: object) -> None:
+        self.queue.put((self.label, method, *arguments))
 
-    def within(self, label: str, units: float, text: str = "") -> None:
-        self.queue.put((self.label, "within", label, units, text))
-
-    def skip(self, units: float) -> None:
-        self.queue.put((self.label, "skip", units))
-
-    def say(self, text: str) -> None:
-        self.queue.put((self.label, "say", text))
+    advance = partialmethod(send, "advance")
+    within = partialmethod(send, "within")
+    skip = partialmethod(send, "skip")
+    say = partialmethod(send, "say")
 
 
 def _train_there(
     workshop: Workshop,
     cohort: list[RunConfig],
-    label: str,
-    threads: int,
+    progress: QueueProgress,
+    cpus: int,
     folders: dict[str, str],
-    queue: Any,
     seconds: float | None,
 ) -> None:
     """The task of a worker: :func:`~faqd_lib.runs.local.train_here` with a number of threads, reporting to a queue."""
     deadline = None if seconds is None else time.monotonic() + seconds
     os.environ.update(folders)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(cpus)
     host, folder = socket.gethostname(), workshop.store.folder
     if not (folder / "suite.json").is_file():
-        raise EngineError(
-            f"the worker on {host} does not see {folder}: with Ray on several machines the "
-            "results folder must be on a file system that all of them share (--results)"
-        )
+        raise EngineError(f"the worker on {host} does not see {folder}: {_SHARED}")
     if workshop.device.type == "cuda":
         if not torch.cuda.is_available():
             raise EngineError(f"the worker on {host} has no CUDA device that torch can use")
         workshop = replace(workshop, device=torch.device("cuda"))  # a worker sees its own GPUs only, counted from 0
-    progress = QueueProgress(queue, label)
-    queue.put((label, "begin"))
+    progress.send("begin")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, category, *_, **__: progress.say(f"{category.__name__}: {message}")

@@ -100,15 +100,11 @@ class RunStore:
         """The record of a finished run, or None. A damaged record gives None and a :class:`DamagedRecordWarning`.
 
         Raises:
-            ResultsError: the record belongs to another configuration or to another version of the suite.
+            ResultsError: the record belongs to another configuration or version of the suite.
         """
         path = self.run_folder(config) / "record.json"
-        if not path.is_file():
-            return None
-        record = _whole(path)
-        if record is None:
-            return None
-        if record.digest != config.digest or record.configuration.digest != config.digest:
+        record = _whole(path) if path.is_file() else None
+        if record is not None and {record.digest, record.configuration.digest} != {config.digest}:
             raise ResultsError(
                 f"{path} belongs to another configuration (digest {record.digest[:12]}, expected "
                 f"{config.digest[:12]}): remove the folder {path.parent.name} to train this run again"
@@ -130,23 +126,17 @@ class RunStore:
         log_probabilities: torch.Tensor | None = None,
         **fields: Any,
     ) -> RunRecord:
-        """Write weights and predictions, then the record.
+        """Write the weights of a trained network and its predictions, then the record with the other ``fields``.
 
         Args:
-            config, model: the run and its trained network.
-            predictions: predicted class (N,) of each test image after the last epoch.
-            labels: true class (N,) of each test image.
+            predictions, labels: predicted class after the last epoch and true class (N,) of each test image.
             log_probabilities: log-probability (N,) of the true class of each test image; kept in float16.
-            fields: all other fields of the record.
         """
         folder = require_writable(self.run_folder(config))
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        small = max(int(predictions.max()), int(labels.max())) < 256
-        dtype = torch.uint8 if small else torch.int16
-        predicted = {
-            "predicted": predictions.to("cpu", dtype).contiguous(),
-            "label": labels.to("cpu", dtype).contiguous(),
-        }
+        classes = {"predicted": predictions, "label": labels}
+        dtype = torch.uint8 if max(int(each.max()) for each in classes.values()) < 256 else torch.int16
+        predicted = {name: each.to("cpu", dtype).contiguous() for name, each in classes.items()}
         if log_probabilities is not None:
             predicted["log_probability"] = log_probabilities.to("cpu", torch.float16).contiguous()
         record = RunRecord(
@@ -161,8 +151,8 @@ class RunStore:
         )
         atomic_write(folder / "weights.safetensors", lambda temporary: save_file(tensors, temporary))
         atomic_write(folder / "predictions.safetensors", lambda temporary: save_file(predicted, temporary))
-        values = json.loads(record.model_dump_json(exclude={"checksum"}))
-        record = record.model_copy(update={"checksum": text_digest(canonical_json(values))})
+        values = canonical_json(json.loads(record.model_dump_json(exclude={"checksum"})))
+        record = record.model_copy(update={"checksum": text_digest(values)})
         path = folder / "record.json"
         if path.exists():  # damaged: a run with a whole record is not trained again
             set_aside(path)
@@ -198,15 +188,14 @@ class RunStore:
         record = self.record(config)
         if record is None:
             raise ResultsError(f"{config.run_id} has not been trained in {self.folder}")
-        path = self.run_folder(config) / "weights.safetensors"
-        model.load_state_dict(_tensors(path, record.weights_digest))
+        model.load_state_dict(_tensors(self.run_folder(config) / "weights.safetensors", record.weights_digest))
         return model
 
     def predictions(self, record: RunRecord) -> dict[str, torch.Tensor] | None:
         """The classes (N,) of the test images, ``predicted`` and ``label``; None for records without them.
 
-        Classes are integers of 8 bits, or of 16 in early records and where there are more than 256 classes. Later
-        records also have ``log_probability`` (N,) float16, of the true class.
+        Classes are integers of 8 bits, or of 16 in early records and where there are more than 256. Later records also
+        have ``log_probability`` (N,) float16, of the true class.
 
         Raises:
             ResultsError: the file is missing, damaged or of another record.
@@ -239,7 +228,7 @@ def _whole(path: Path) -> RunRecord | None:
 
 
 def read_record(path: Path) -> RunRecord:
-    """Read one record file.
+    """Read a record file.
 
     Raises:
         DamagedRecordError: the contents differ from what was written.
@@ -268,7 +257,6 @@ def accuracies(history: list[dict[str, float]]) -> dict[str, float | None]:
     """The three accuracies of a record from a history, in percent; see :class:`RunRecord`."""
     evaluated = [row for row in history if "test_accuracy" in row]
     test = [row["test_accuracy"] for row in evaluated]
-    selected = None
-    if "validation_accuracy" in evaluated[0]:
-        selected = max(evaluated, key=lambda row: row["validation_accuracy"])["test_accuracy"]
-    return {"last_accuracy": test[-1], "best_accuracy": max(test), "selected_accuracy": selected}
+    validated = [row for row in evaluated if "validation_accuracy" in row]
+    best = max(validated, key=lambda row: row["validation_accuracy"], default={})
+    return {"last_accuracy": test[-1], "best_accuracy": max(test), "selected_accuracy": best.get("test_accuracy")}

@@ -3,13 +3,12 @@
 suite = Suite.open(profile="quick")
 records = suite.run([suite.student("FAQD", weight_bits=1)])
 
-A suite joins three parts: the factory of run configurations, which it inherits; the workshop, which builds networks;
-and the store of finished runs.
+A suite inherits the factory of run configurations and the workshop, which builds networks. It holds the store of
+finished runs.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -18,9 +17,7 @@ from torch import nn
 
 from ..config import ConfigurationError, RunConfig
 from ..data import datasets
-from ..data.batches import Batches, Normalizer
-from ..data.datasets import ImageData
-from ..training.learner import Learner, precision_that_pays
+from ..training.learner import precision_that_pays
 from ..training.loop import evaluate
 from ..utils.files import require_writable
 from ..utils.progress import Progress
@@ -30,29 +27,17 @@ from .configurations import Configurations
 from .local import Engine, train_here, units
 from .profile import Profile, SuiteState, begin_or_continue, read_state, suite_folder
 from .store import RunRecord, RunStore
-from .workshop import Splits, Workshop
+from .workshop import Workshop
 
 
 @dataclass(frozen=True)
-class Suite(Configurations):
+class Suite(Configurations, Workshop):
     """Configurations, networks and records of one results folder.
 
-    Made by :meth:`open`, or by :meth:`read` from a folder without its images.
-
-    Args:
-        state: what the folder was begun with.
-        store: the folder's finished runs.
-        device: where networks are trained.
-        data_root: the only folder to look for data in; None for ``$FAQD_DATA``, then ``data/``.
-        images: the dataset. None: loaded when first needed.
-        engine: trains runs: in this process, or elsewhere.
-        bar: whether progress is a bar or lines of text. None: a bar where somebody watches.
+    Made by :meth:`open`, or by :meth:`read` from a folder without its images. Its fields are those of
+    :class:`~faqd_lib.runs.workshop.Workshop`, and the ``engine`` and ``bar`` of :meth:`open`.
     """
 
-    store: RunStore
-    device: torch.device
-    data_root: str | None = None
-    images: ImageData | None = field(default=None, repr=False, compare=False)
     engine: Engine = train_here
     bar: bool | None = None
 
@@ -96,15 +81,9 @@ class Suite(Configurations):
         torch_device = _device(device)
         images = datasets.load(name, data_root or None, image_size=chosen.image_size, download=chosen.download)
         state = SuiteState.describe(chosen, name, reason, images, _precision(chosen, torch_device))
-        return cls(
-            begin_or_continue(folder, state, seeds),
-            RunStore(folder),
-            torch_device,
-            str(Path(data_root).resolve()) if data_root else None,
-            images,
-            engine,
-            bar,
-        )
+        state = begin_or_continue(folder, state, seeds)
+        data_root = str(Path(data_root).resolve()) if data_root else None
+        return cls(state, RunStore(folder), torch_device, data_root, images, engine, bar)
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
@@ -114,10 +93,6 @@ class Suite(Configurations):
             ResultsError: no suite was begun there, or its ``suite.json`` is damaged.
         """
         return cls(read_state(Path(folder)), RunStore(Path(folder)), torch.device("cpu"))
-
-    def __getstate__(self) -> dict[str, object]:
-        """The fields to send to another process. Images stay here: the other process loads them."""
-        return {one.name: getattr(self, one.name) for one in fields(self)} | {"images": None}
 
     @property
     def dataset(self) -> str:
@@ -134,55 +109,15 @@ class Suite(Configurations):
         """Dataset, sizes and profile, for every table and figure."""
         return self.state.caption
 
-    # ---- images and networks
-
-    @cached_property
-    def workshop(self) -> Workshop:
-        """Builds networks and learners."""
-        return Workshop(self.state, self.store, self.device, self.data_root, self.images)
-
-    @property
-    def data(self) -> ImageData:
-        """See :attr:`Workshop.data`."""
-        return self.workshop.data
-
-    @property
-    def splits(self) -> Splits:
-        """See :attr:`Workshop.splits`."""
-        return self.workshop.splits
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """See :attr:`Workshop.normalizer`."""
-        return self.workshop.normalizer
-
-    def build(self, config: RunConfig) -> nn.Module:
-        """See :meth:`Workshop.build`."""
-        return self.workshop.build(config)
-
-    def model(self, config: RunConfig) -> nn.Module:
-        """See :meth:`Workshop.model`."""
-        return self.workshop.model(config)
-
-    def learner(self, config: RunConfig, batches: Batches) -> Learner:
-        """See :meth:`Workshop.learner`."""
-        return self.workshop.learner(config, batches)
-
     def evaluate(self, model: nn.Module) -> tuple[float, float]:
         """Top-1 accuracy (percent) and mean cross-entropy on the test images."""
         return evaluate(model, self.splits.test, self.normalizer)[:2]
 
-    # ---- running
-
     def run(self, configs: Iterable[RunConfig], title: str = "runs", deadline: float | None = None) -> list[RunRecord]:
         """Train the runs that are not finished, after the teachers and initial weights they need.
 
-        Every finished run is written before the next cohort begins.
-
-        Args:
-            configs: the runs.
-            title: shown with the progress.
-            deadline: a time of ``time.monotonic`` to stop at; None: train to the end.
+        Every finished run is written before the next cohort begins. Training stops at the ``deadline``, a time of
+        ``time.monotonic``. ``title`` is shown with the progress.
 
         Returns:
             One record a configuration, in the order of ``configs``, each once.
@@ -190,21 +125,21 @@ class Suite(Configurations):
         Raises:
             OutOfTimeError: the deadline has passed. Finished runs and checkpoints are kept.
             NonFiniteLossError: a loss stopped being finite. All other runs of its cohort are finished and saved.
-            EngineError: the engine cannot work, or a worker died again and again.
+            EngineError: the engine cannot work, or a worker died too often.
         """
         wanted = list(dict.fromkeys(configs))
         waves = planning.waves(wanted)
         finished = {config for wave in waves for config in wave if self.store.record(config) is not None}
-        missing = [[config for config in wave if config not in finished] for wave in waves]
         for config in finished:  # a process that was killed may have left checkpoints behind
             remove_checkpoints(self.store.run_folder(config))
-        count = sum(map(len, missing))
         if finished:
-            print(f"  {title}: {len(finished)} of {count + len(finished)} runs are there", flush=True)
-        if count:
-            with self.progress(sum(units(config) for wave in missing for config in wave), title, count) as progress:
-                for wave in filter(None, missing):
-                    self.engine(self.workshop, wave, progress, deadline)
+            print(f"  {title}: {len(finished)} of {sum(map(len, waves))} runs are there", flush=True)
+        missing = [config for wave in waves for config in wave if config not in finished]
+        if missing:
+            with self.progress(sum(map(units, missing)), title, len(missing)) as progress:
+                for wave in waves:
+                    if left := [config for config in wave if config not in finished]:
+                        self.engine(self, left, progress, deadline)
         return [self.store.record(config) for config in wanted]
 
     def progress(self, total: float, title: str, runs: int = 1) -> Progress:

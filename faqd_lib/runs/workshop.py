@@ -62,13 +62,10 @@ class Workshop:
         Raises:
             ResultsError: the images differ from those that the folder was begun with.
         """
-        images = self.images
-        if images is None:
-            images = datasets.load(self.state.dataset, self.data_root, image_size=self.state.profile.image_size)
+        name, size = self.state.dataset, self.state.profile.image_size
+        images = self.images or datasets.load(name, self.data_root, image_size=size)
         if images.fingerprint != self.state.data.fingerprint:
-            raise ResultsError(
-                f"the images of {self.state.dataset} are not those that {self.store.folder} was begun with"
-            )
+            raise ResultsError(f"the images of {name} are not those that {self.store.folder} was begun with")
         return images
 
     @cached_property
@@ -105,9 +102,7 @@ class Workshop:
     def build(self, config: RunConfig, *, initial_weights: bool = True) -> nn.Module:
         """The network of a run before training, with its quantizers, not calibrated yet.
 
-        Args:
-            config: the run.
-            initial_weights: whether the weights that fine-tuning starts from are loaded.
+        ``initial_weights`` says whether the weights that fine-tuning starts from are loaded.
 
         Raises:
             ResultsError: the run with the initial weights is not finished, or damaged.
@@ -126,7 +121,7 @@ class Workshop:
         """
         return self.store.load_weights(config, self.build(config, initial_weights=False)).eval()
 
-    def teacher(self, cohort: Sequence[RunConfig]) -> nn.Module | None:
+    def shared_teacher(self, cohort: Sequence[RunConfig]) -> nn.Module | None:
         """The frozen teacher that the runs of a cohort share; None if no run has one."""
         config = next((config.teacher for config in cohort if config.teacher is not None), None)
         return None if config is None else self.model(config).requires_grad_(False)
@@ -145,7 +140,17 @@ class Workshop:
         calibrate(model, next(batches.epoch(0)).images)
         if count := config.optimization.batch_norm_batches:
             reestimate_batch_norm(model, (batch.images for batch in islice(batches.epoch(0), count)))
-        return Learner(config, model, self._objective(config, model), model.feature_names, len(batches))
+        adapter_channels = ()
+        if config.objective.adapters:
+            with FeatureTap(model.eval(), model.feature_names) as tap, torch.no_grad():
+                model(torch.zeros(1, 3, self.data.image_size, self.data.image_size, device=self.device))
+            adapter_channels = [feature_map.shape[1] for feature_map in tap.features]
+        objective = DistillationObjective(
+            **config.objective.model_dump(exclude={"adapters", "stages", "affinity_recipe"}),
+            adapter_channels=adapter_channels,
+            seed=projection_seed(config.seed),
+        ).to(self.device)
+        return Learner(config, model, objective, model.feature_names, len(batches))
 
     @exact_kernels()
     @torch.no_grad()
@@ -158,20 +163,5 @@ class Workshop:
         images = self.normalizer(pixels[:: max(1, len(pixels) // AFFINITY_IMAGES)].to(self.device))
         with FeatureTap(student, student.feature_names) as of_student, FeatureTap(teacher, teacher.feature_names) as of:
             student(images), teacher(images)
-            return float(
-                sum(feature_affinity_loss(s, t) for s, t in zip(of_student.features, of.features, strict=True))
-            )
-
-    def _objective(self, config: RunConfig, model: nn.Module) -> DistillationObjective:
-        settings = config.objective
-        return DistillationObjective(
-            **settings.model_dump(exclude={"adapters", "stages", "affinity_recipe"}),
-            adapter_channels=self._tapped_channels(model) if settings.adapters else (),
-            seed=projection_seed(config.seed),
-        ).to(self.device)
-
-    def _tapped_channels(self, model: nn.Module) -> tuple[int, ...]:
-        """Number of channels of every tapped feature map."""
-        with FeatureTap(model.eval(), model.feature_names) as tap, torch.no_grad():
-            model(torch.zeros(1, 3, self.data.image_size, self.data.image_size, device=self.device))
-        return tuple(feature_map.shape[1] for feature_map in tap.features)
+            pairs = zip(of_student.features, of.features, strict=True)
+            return float(sum(feature_affinity_loss(of_one, of_other) for of_one, of_other in pairs))

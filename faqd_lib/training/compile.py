@@ -4,7 +4,6 @@ Results differ from those of an ordinary network in the last digits, because fus
 They still repeat to the bit, alone and in a cohort.
 """
 
-import types
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -47,7 +46,9 @@ def compile_network(model: nn.Module, training: bool) -> Callable[[torch.Tensor]
     def whole(x: torch.Tensor) -> torch.Tensor:
         return model(x)
 
-    compiled = torch.compile(_with_separate_code(whole), fullgraph=True, dynamic=False, options=options)
+    # A code object of its own: torch counts compilations by code object, and gives up after eight.
+    whole.__code__ = whole.__code__.replace()
+    compiled = torch.compile(whole, fullgraph=True, dynamic=False, options=options)
 
     def call(x: torch.Tensor) -> torch.Tensor:
         try:
@@ -62,10 +63,3 @@ def compile_network(model: nn.Module, training: bool) -> Callable[[torch.Tensor]
             ) from error
 
     return call
-
-
-def _with_separate_code(function: Callable) -> Callable:
-    """The function with a new code object: torch counts compilations by code object, and gives up after eight."""
-    return types.FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__
-    )

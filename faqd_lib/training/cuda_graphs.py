@@ -20,16 +20,12 @@ WARMUP_CALLS = 2  # ordinary calls before the recording, in which libraries, mom
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
     """Queue the work of a context on a stream other than the default one, which cannot be recorded."""
-    if device.type != "cuda":
-        yield
-        return
-    around, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    stream.wait_stream(around)
+    streams = StudentStreams(device, 1)
     try:
-        with torch.cuda.stream(stream):
+        with streams.of(0):
             yield
     finally:  # also after an interrupt
-        around.wait_stream(stream)
+        streams.join()
 
 
 class StudentStreams:
@@ -63,11 +59,7 @@ class Recorder:
         self._batch: Batch | None = None
 
     def placed(self, batch: Batch) -> Batch:
-        """The batch, copied to the place that the graphs read.
-
-        Raises:
-            ValueError: the size differs from that of the first batch.
-        """
+        """The batch, copied to the place that the graphs read; ValueError if its size is not that of the first."""
         if self._batch is None:
             labels = None if batch.labels is None else torch.empty_like(batch.labels)
             self._batch = Batch(torch.empty_like(batch.images), labels)
@@ -81,24 +73,16 @@ class Recorder:
 
     def record(self, function: Callable[..., Any], *inputs: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
         """The graph of what ``function(*inputs)`` launches, and its result; nothing is computed before a replay."""
-        graph = torch.cuda.CUDAGraph()
+        graph, collects_garbage = torch.cuda.CUDAGraph(), gc.isenabled()
         stream = torch.cuda.current_stream(self.device)
-        with _nothing_collected(), torch.cuda.graph(graph, pool=torch.cuda.graph_pool_handle(), stream=stream):
-            result = function(*inputs)
-        return graph, result
-
-
-@contextmanager
-def _nothing_collected() -> Iterator[None]:
-    """Keep Python from freeing garbage: an old recording freed now would spoil the new one."""
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+        gc.collect()
+        gc.disable()  # an old recording freed meanwhile would spoil the new one
+        try:
+            with torch.cuda.graph(graph, pool=torch.cuda.graph_pool_handle(), stream=stream):
+                return graph, function(*inputs)
+        finally:
+            if collects_garbage:
+                gc.enable()
 
 
 class RecordedStep:
@@ -106,37 +90,29 @@ class RecordedStep:
 
     Without a recorder every call is an ordinary one. A replay returns the same tensors each time, with new numbers.
 
-    Args:
-        function: takes tensors, None, batches, and tuples or lists of these.
-        recorder: None to record nothing.
+    ``function`` takes tensors, None, batches, and tuples or lists of these.
     """
 
     def __init__(self, function: Callable[..., Any], recorder: Recorder | None = None) -> None:
         self._function, self.recorder = function, recorder
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._places: list[int] = []
-        self._result: Any = None
 
     def __call__(self, *inputs: Any) -> Any:
-        """Call the function, or replay it.
-
-        Raises:
-            ValueError: inputs of a replay lie at another place in memory than those of the recording.
-        """
+        """Call the function, or replay it; ValueError if inputs lie elsewhere in memory than those of the recording."""
         if not self.replays_next:
             result = self._function(*inputs)
-            self._calls += 1
-            return result
-        places = [tensor.data_ptr() for tensor in _tensors(inputs)]
-        if self._graph is None:
-            self._graph, self._result = self.recorder.record(self._function, *inputs)
-            self._places = places
-        elif places != self._places:
-            raise ValueError("a recorded step reads its inputs where they were: copy them there (Recorder.placed)")
-        self._graph.replay()
+        else:
+            places = [tensor.data_ptr() for tensor in _tensors(inputs)]
+            if self._graph is None:
+                self._places = places
+                self._graph, self._result = self.recorder.record(self._function, *inputs)
+            elif places != self._places:
+                raise ValueError("a recorded step reads its inputs where they were: copy them there (Recorder.placed)")
+            self._graph.replay()
+            result = self._result
         self._calls += 1
-        return self._result
+        return result
 
     @property
     def replays_next(self) -> bool:

@@ -1,6 +1,7 @@
 """One student in training: its step, its history, and the state from which it goes on with the same bits."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -35,11 +36,10 @@ def learning_rate(optimization: OptimizationConfig, step: int, steps_per_epoch: 
 def precision_that_pays(device: torch.device | str) -> str:
     """``"bf16"`` where the hardware computes in it, else ``"float32"`` (emulated bf16 is many times slower)."""
     if torch.device(device).type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    # Builds without oneDNN cannot be asked about bf16.
-    return (
-        "bf16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
-    )
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # builds without oneDNN cannot be asked
+        supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if supported else "float32"
 
 
 def projection_seed(seed: int) -> int:
@@ -68,9 +68,9 @@ class Learner:
     """One network in training: weights, optimizer, objective and history.
 
     Args:
-        config: the run. Its schedule, precision and quantization are used.
+        config: the run, whose schedule, precision and quantization are used.
         model: the network, quantized and on its device.
-        objective: takes the network's logits and its maps at ``feature_names``.
+        objective: takes the network's logits and the maps of the objective's stages.
         feature_names: modules of the network, one a stage. Those of the objective's stages are tapped.
         steps_per_epoch: number of batches of an epoch.
     """
@@ -113,6 +113,7 @@ class Learner:
             self.kernels["activation_kernels"] = "compiled" if made else "not compiled"
         self.history: list[dict[str, float]] = []
         self.tested: Evaluation | None = None  # the last test; a checkpoint does not hold it
+        self.cost: dict[str, float] = {}  # seconds, milliseconds, bytes of a finished run; see ``results/README.md``
         self.steps = 0
         self.peak_bytes = 0  # of the first step
         self.log = LossLog(steps_per_epoch, self.device)
@@ -127,29 +128,22 @@ class Learner:
             self.kernels["cuda_graphs"] = "off" if recorder is None else "on"
 
     def step(self, batch: Batch, teacher: TeacherOutput) -> dict[str, torch.Tensor]:
-        """Forward, compare, backward, clip, blend, update.
+        """Forward, compare, backward, clip, blend, update; returns the terms and ``gradient_norm`` (before clipping).
 
         The step can be recorded. Hence it must not draw random numbers on the host, read values or copy from the host.
-
-        Returns:
-            The terms of the objective and ``gradient_norm`` (before clipping), scalars without gradient.
         """
         timed = not self._recorded_step.replays_next  # no clock runs within a recording
-        with self._autocast():
+        with torch.autocast(self.device.type, torch.bfloat16, self.config.optimization.precision == "bf16"):
             logits = self.network(batch.images)
-        with self._autocast(), self.clock.loss if timed else nullcontext():
             maps = [teacher.maps[stage] for stage in self._compared]
-            terms = self.objective(logits, self.tap.features, teacher.logits, maps, batch.labels)
+            with self.clock.loss if timed else nullcontext():
+                terms = self.objective(logits, self.tap.features, teacher.logits, maps, batch.labels)
         self.optimizer.zero_grad(set_to_none=True)
         terms["total"].backward()
         terms["gradient_norm"] = nn.utils.clip_grad_norm_(self.parameters, self.config.optimization.clip_norm)
         blend(self.model, self.config.quantization.blending)
         self.optimizer.step()
         return {name: term.detach() for name, term in terms.items()}
-
-    def _autocast(self) -> torch.autocast:
-        enabled = self.config.optimization.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def advance(self, epoch: int, batch: Batch, teacher: TeacherOutput) -> None:
         """Take one step at the rate of the schedule; time the step, log and check its terms.
@@ -158,10 +152,19 @@ class Learner:
             NonFiniteLossError: a term is not finite (found within ``CHECK_EVERY`` steps).
         """
         self.clock.step.start()
-        self._set_rate(learning_rate(self.config.optimization, self.steps, self.steps_per_epoch))
+        rate = learning_rate(self.config.optimization, self.steps, self.steps_per_epoch)
+        if self._rate is not None:
+            self._rate.fill_(rate)
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
         if self._recorded_step.replays_next:
             self.objective.predraw(self._map_sizes, self.device)
-        terms = self._first_step(batch, teacher) if self.steps == 0 else self._recorded_step(batch, teacher)
+        if self.steps == 0:
+            terms: dict[str, torch.Tensor] = {}
+            self.peak_bytes = peak_bytes(lambda: terms.update(self._recorded_step(batch, teacher)), self.device)
+        else:
+            terms = self._recorded_step(batch, teacher)
         self._map_sizes = self._map_sizes or [features.shape[2:].numel() for features in self.tap.features]
         self.tap.clear()  # maps would keep the memory that the next step needs
         self.log.append(terms)
@@ -169,19 +172,6 @@ class Learner:
         self.steps += 1
         if self.log.steps - self.log.checked >= CHECK_EVERY.get(self.device.type, CHECK_EVERY_ELSEWHERE):
             self.log.check(self.config.run_id, epoch)
-
-    def _first_step(self, batch: Batch, teacher: TeacherOutput) -> dict[str, torch.Tensor]:
-        """Take the first step, and measure its peak memory."""
-        terms: dict[str, torch.Tensor] = {}
-        self.peak_bytes = peak_bytes(lambda: terms.update(self._recorded_step(batch, teacher)), self.device)
-        return terms
-
-    def _set_rate(self, rate: float) -> None:
-        if self._rate is not None:
-            self._rate.fill_(rate)
-            return
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
 
     @property
     def is_preparing(self) -> bool:
@@ -195,11 +185,7 @@ class Learner:
         self.objective.predraw((), torch.device("cpu"))
 
     def end_epoch(self, epoch: int, evaluations: Mapping[str, Evaluation]) -> None:
-        """Append the epoch's mean loss terms and its evaluations, if there are any, to the history.
-
-        Raises:
-            NonFiniteLossError: a loss term or an evaluation is not finite.
-        """
+        """Append the epoch's mean terms and evaluations to the history; NonFiniteLossError if one is not finite."""
         self.tap.clear()  # maps of the last evaluated images
         self.log.check(self.config.run_id, epoch)
         row: dict[str, float] = {"epoch": epoch + 1}
@@ -231,8 +217,8 @@ class Learner:
         tensors |= {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
         tensors |= {f"momentum.{index}": buffer for index, buffer in enumerate(momentum) if buffer is not None}
         tensors |= {f"terms.{name}": values for name, values in self.log.rows().items()}
-        for name, watch in (("step", self.clock.step), ("loss", self.clock.loss)):
-            tensors[f"seconds.{name}"] = torch.tensor(watch.read(), dtype=torch.float64)
+        tensors["seconds.step"] = torch.tensor(self.clock.step.read(), dtype=torch.float64)
+        tensors["seconds.loss"] = torch.tensor(self.clock.loss.read(), dtype=torch.float64)
         info = {
             "steps": self.steps, "checked": self.log.checked, "history": self.history, "peak_bytes": self.peak_bytes,
             "data_seconds": self.clock.data_seconds, "teacher_seconds": self.clock.teacher_seconds,
@@ -241,19 +227,18 @@ class Learner:
 
     def load_state(self, tensors: Mapping[str, torch.Tensor], info: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` returned, of a learner built from the same configuration."""
-        parts: dict[str, dict[str, torch.Tensor]] = {}
+        parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
-            parts.setdefault(part, {})[rest] = tensor
+            parts[part][rest] = tensor
         self.model.load_state_dict(parts["model"])
-        self.objective.load_state_dict(parts.get("objective", {}))
-        for index, buffer in parts.get("momentum", {}).items():
+        self.objective.load_state_dict(parts["objective"])
+        for index, buffer in parts["momentum"].items():
             parameter = self.parameters[int(index)]
             self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
-        rows = {name: values.to(self.device) for name, values in parts.get("terms", {}).items()}
-        self.log.load(rows, info["checked"])
-        seconds = {name: tensor.tolist() for name, tensor in parts["seconds"].items()}
-        self.clock.load(seconds["step"], seconds["loss"], info["data_seconds"], info["teacher_seconds"])
+        self.log.load({name: values.to(self.device) for name, values in parts["terms"].items()}, info["checked"])
+        step, loss = (tensors[f"seconds.{name}"].tolist() for name in ("step", "loss"))
+        self.clock.load(step, loss, info["data_seconds"], info["teacher_seconds"])
         self.record_with(self._recorded_step.recorder)  # a former recording reads the momentum at its old place
         self.steps, self.peak_bytes = info["steps"], info["peak_bytes"]
         self.history = [dict(row) for row in info["history"]]

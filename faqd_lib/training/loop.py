@@ -8,15 +8,15 @@ same after a checkpoint, at whichever step the checkpoint and the rest of the co
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from ..config import OptimizationConfig, Precision, RunConfig
+from ..config import OptimizationConfig, Precision
 from ..data.batches import Batch, Batches, Normalizer
 from ..data.images import Images
 from ..models import FeatureTap
@@ -36,17 +36,14 @@ def evaluate(model: nn.Module, images: Images, normalizer: Normalizer, batch_siz
     """Classify labelled images in float32 with the present weights; ``batch_size`` 0 chooses one for the device."""
     device = next(model.parameters()).device
     if not batch_size:
-        height, width = images.pixels.shape[2:]
-        batch_size = 500 if device.type == "cpu" else max(1, EVALUATED_PIXELS // (height * width))
+        batch_size = 500 if device.type == "cpu" else max(1, EVALUATED_PIXELS // images.pixels.shape[2:].numel())
     was_training = model.training
     model.eval()
     # In float32, cuDNN computes convolutions several times faster without channels-last weights.
     weights = {name: tensor.contiguous() for name, tensor in model.named_parameters()} if device.type == "cuda" else {}
     loss, predictions, log_probabilities = torch.zeros((), dtype=torch.float64, device=device), [], []
-    for start in range(0, len(images), batch_size):
-        pixels = images.pixels[start : start + batch_size].to(device)
-        labels = images.labels[start : start + batch_size].to(device)
-        batch = normalizer(pixels)
+    for pixels, labels in zip(images.pixels.split(batch_size), images.labels.split(batch_size), strict=True):
+        batch, labels = normalizer(pixels.to(device)), labels.to(device)
         logits = (functional_call(model, weights, batch.contiguous()) if weights else model(batch)).float()
         predictions.append(logits.argmax(1))
         log_probabilities.append(-F.cross_entropy(logits, labels, reduction="none"))
@@ -61,31 +58,11 @@ class OutOfTimeError(RuntimeError):
     """The time that a caller set was up before a cohort was finished; its checkpoints are written."""
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A finished run.
+class CohortResult(NamedTuple):
+    """Finished learners, their networks in evaluation mode; and the errors of the others by the name of the run."""
 
-    Attributes:
-        model: in evaluation mode.
-        cost: seconds, milliseconds, bytes; see ``results/README.md``.
-        tested: the test images after the last epoch.
-        kernels: kernel settings, stored in the run record.
-    """
-
-    config: RunConfig
-    model: nn.Module
-    history: list[dict[str, float]]
-    cost: dict[str, float]
-    tested: Evaluation
-    kernels: dict[str, str]
-
-
-@dataclass
-class CohortResult:
-    """Finished runs, and the errors of the others by the name of the run."""
-
-    trained: list[Trained] = field(default_factory=list)
-    failed: dict[str, NonFiniteLossError] = field(default_factory=dict)
+    trained: list[Learner]
+    failed: dict[str, NonFiniteLossError]
 
 
 @exact_kernels()
@@ -113,18 +90,17 @@ def train(
         feature_names: modules of the teacher to tap. Each learner knows its own.
         splits: labelled images to evaluate, by name. One name is ``"test"``.
         on_epoch: called after every epoch with its number (from 0) and the learners that have just finished it.
-        checkpoint_due: asked after every batch whether to call ``checkpoint`` for each learner in training.
         on_batch: called after every batch with the epoch (from 0) and the number of batches done in it.
-        cuda_graphs: whether steps on CUDA are recorded and replayed, with the same bits
-            (:mod:`faqd_lib.training.cuda_graphs`).
+        checkpoint_due, time_is_up: asked after every batch whether to call ``checkpoint`` for each learner in
+            training, and whether to stop.
+        cuda_graphs: whether steps on CUDA are recorded and replayed, with the same bits.
         evaluate_every: epochs from one evaluation to the next. The last epoch is always evaluated.
-        time_is_up: asked after every batch whether to stop.
 
     Raises:
         OutOfTimeError: time was up. ``checkpoint`` was called for each learner in training.
 
     Returns:
-        Finished runs, and those whose loss stopped being finite, which do not disturb the others.
+        Finished learners, and those whose loss stopped being finite, which do not disturb the others.
     """
     with (
         own_stream(batches.device),
@@ -139,9 +115,8 @@ def train(
             ending = [learner for learner in cohort.active if learner.position(epoch) is not None]
             due = (epoch + 1) % evaluate_every == 0 or epoch + 1 >= epochs
             for learner in ending:
-                evaluations = evaluated(learner) if due else {}
                 with cohort.excluding(learner):
-                    learner.end_epoch(epoch, evaluations)
+                    learner.end_epoch(epoch, evaluated(learner) if due else {})
             if finished := [learner for learner in ending if learner in cohort.active]:
                 on_epoch(epoch, finished)
 
@@ -172,25 +147,19 @@ def train(
         for learner in cohort.active:
             if learner.tested is None:  # the checkpoint was taken after the last epoch
                 learner.tested = evaluated(learner)["test"]
-        trained = [_finish(learner, batches.batch_size, len(learners)) for learner in cohort.active]
-        return CohortResult(trained, cohort.failed)
-
-
-def _finish(learner: Learner, batch_size: int, cohort: int) -> Trained:
-    cost = learner.clock.cost(batch_size) | {"peak_step_bytes": learner.peak_bytes, "cohort": cohort}
-    return Trained(learner.config, learner.model.eval(), learner.history, cost, learner.tested, learner.kernels)
+            measured = {"peak_step_bytes": learner.peak_bytes, "cohort": len(learners)}
+            learner.cost = learner.clock.cost(batches.batch_size) | measured
+            learner.model.eval()
+        return CohortResult(cohort.active, cohort.failed)
 
 
 class Cohort:
     """Learners side by side on the same batches, with one teacher pass and one clock for all.
 
     Args:
-        learners: with the same epochs, batch size and seed.
-        teacher, feature_names: see :func:`train`.
-        device: of everything; on CUDA a cohort is used within one
-            :func:`~faqd_lib.training.cuda_graphs.own_stream`.
+        learners, teacher, feature_names, cuda_graphs: see :func:`train`.
+        device: of everything; on CUDA use a cohort within one :func:`~faqd_lib.training.cuda_graphs.own_stream`.
         optimization: the learners'; needed where there is no learner.
-        cuda_graphs: whether steps on CUDA are recorded and replayed.
     """
 
     def __init__(

@@ -33,11 +33,7 @@ class LossLog:
         self.steps += 1
 
     def check(self, run: str, epoch: int) -> None:
-        """Check the steps since the last check; on a GPU the host waits for these steps.
-
-        Args:
-            run: name of the run, for the message.
-            epoch: from 0.
+        """Check the steps since the last check, in an epoch (from 0) of a run; a GPU's host waits for these steps.
 
         Raises:
             NonFiniteLossError: a term is NaN or infinite.
@@ -62,13 +58,10 @@ class LossLog:
 
     def load(self, rows: Mapping[str, torch.Tensor], checked: int) -> None:
         """Take over what :meth:`rows` returned, with the number of steps that were checked."""
-        self.names, self.steps, self.checked = [*rows], 0, checked
-        self._values = self._values[:0]
-        if rows:
-            values = torch.stack([*rows.values()])
-            self.steps = values.shape[1]
-            self._values = values.new_empty(len(values), self.steps_per_epoch)
-            self._values[:, : self.steps] = values
+        self.clear()
+        for values in zip(*rows.values(), strict=True):
+            self.append(dict(zip(rows, values, strict=True)))
+        self.checked = checked
 
     def clear(self) -> None:
         """Begin a new epoch."""

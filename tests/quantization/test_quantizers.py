@@ -418,11 +418,15 @@ def test_fitting_comes_close_to_the_best_step(spread):
     assert after <= min(scan) * 1.01
 
 
-def test_fitting_to_nothing_positive_keeps_the_step():
+def test_fitting_to_nothing_positive_keeps_the_step_but_for_its_last_digits():
     relu = QuantizedReLU(4)
-    before = float(relu.step.detach())
+    before = relu.step.item()
     relu.fit(-torch.rand(10))
-    assert relu.step.item() == before > 0
+    fitted = relu.step.item()
+    assert fitted == pytest.approx(before, rel=1e-6)
+    assert not relu.is_initial
+    relu.fit(-torch.rand(10))
+    assert relu.step.item() == fitted
 
 
 @pytest.mark.parametrize("bits", BITS)

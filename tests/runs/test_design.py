@@ -202,7 +202,7 @@ def test_updates_outside_the_last_epoch_are_refused():
 def test_a_smaller_subset_is_part_of_the_images(study_suite):
     suite = study_suite()
     run = suite.study_runs("short", 2)["kd", 1]
-    batches = suite.workshop.batches([run])
+    batches = suite.batches([run])
     assert len(batches) == 2
     wanted = {image.numpy().tobytes() for image in suite.splits.training.pixels}
     taken = {image.permute(2, 0, 1).contiguous().numpy().tobytes() for image in batches._pixels.cpu()}
@@ -261,9 +261,9 @@ def test_test_affinity_is_that_of_the_maps(tiny_suite):
     teacher = suite.teacher()
     (record, of_teacher) = suite.run([suite.student("FAQD", weight_bits=1), teacher])
     network = suite.model(teacher)
-    assert suite.workshop.test_affinity(network, network) == pytest.approx(0, abs=1e-9)
+    assert suite.test_affinity(network, network) == pytest.approx(0, abs=1e-9)
     student = suite.model(record.configuration)
-    assert record.test_affinity == pytest.approx(suite.workshop.test_affinity(student, network))
+    assert record.test_affinity == pytest.approx(suite.test_affinity(student, network))
     assert record.test_affinity > 1e-4
     assert of_teacher.test_affinity is None
 
@@ -288,7 +288,7 @@ def test_only_the_chosen_stages_are_compared(tiny_suite):
     suite = tiny_suite()
     suite.run([suite.teacher()])
     wanted = [suite.student("FAQD", weight_bits=1, stages=stages) for stages in ((1,), (2,), (3,), ())]
-    batches, teacher = suite.workshop.batches(wanted), suite.model(suite.teacher())
+    batches, teacher = suite.batches(wanted), suite.model(suite.teacher())
     batch = next(iter(batches.epoch(0)))
     terms = []
     for run in wanted:

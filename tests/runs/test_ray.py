@@ -75,14 +75,14 @@ def test_a_bad_setting_is_named(settings, message):
         RayEngine(**settings)
 
 
-def test_a_workshop_travels_without_its_images(open_suite):
+def test_a_suite_travels_without_its_images(open_suite):
     suite = open_suite("local")
     assert len(suite.splits.training) == 96
     assert suite.folder.is_absolute()
-    sent = pickle.dumps(suite.workshop)
+    sent = pickle.dumps(suite)
     assert len(sent) < 10_000
     there = pickle.loads(sent)  # noqa: S301 (our own bytes)
-    assert there == suite.workshop
+    assert there == suite
     assert there.images is None
     assert torch.equal(there.splits.training.pixels, suite.splits.training.pixels)  # loaded again
 

@@ -22,6 +22,7 @@ from . import grids
 from .grids import Cell
 
 NOT_RUN = "not run"
+TIMES = "Times are of each run's own day and of what ran beside it: compare them only where benchmarks/ does."
 NOT_A_RESULT = "not a result"
 OURS = "ours, last epoch"
 RUNS = "runs"  # the column of records behind a row, their names separated by spaces
@@ -363,7 +364,7 @@ def affinity_losses(suite: Suite, reference: pd.DataFrame) -> Table:
     what = (
         f"Label-free students {suite.profile.student} with quantized weights, end to end; the final affinity loss is "
         "the training loss's mean over the last epoch (FFA: an estimate of the same quantity); a step is the student's "
-        "own, without data and teacher."
+        f"own, without data and teacher. {TIMES}"
     )
     return _table(suite, "T4_affinity_loss", what, rows)
 
@@ -384,7 +385,7 @@ def cost(suite: Suite) -> Table:
     if len(frame):
         shown[RUNS] = shown["run"]
     what = f"{len(frame)} runs, {total:.0f} s of training in all; a cohort's data and teacher time is shared evenly."
-    caption = f"{what} {suite.caption}; {suite.profile.seeds} seed(s)."
+    caption = f"{what} {TIMES} {suite.caption}; {suite.profile.seeds} seed(s)."
     return with_origin(suite, Table(f"T5_cost_{suite.dataset}", f"T5 Cost, {suite.dataset}", caption, shown))
 
 

@@ -128,9 +128,10 @@ class Learner:
             self.kernels["cuda_graphs"] = "off" if recorder is None else "on"
 
     def step(self, batch: Batch, teacher: TeacherOutput) -> dict[str, torch.Tensor]:
-        """Forward, compare, backward, clip, blend, update; returns the terms and ``gradient_norm`` (before clipping).
+        """Forward, compare, backward, clip, blend, update.
 
-        The step can be recorded. Hence it must not draw random numbers on the host, read values or copy from the host.
+        Returns the terms of the objective, and ``gradient_norm`` before clipping, as scalars without gradient. The step
+        can be recorded. Hence it must not draw random numbers on the host, read values or copy from the host.
         """
         timed = not self._recorded_step.replays_next  # no clock runs within a recording
         with torch.autocast(self.device.type, torch.bfloat16, self.config.optimization.precision == "bf16"):

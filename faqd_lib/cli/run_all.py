@@ -50,10 +50,7 @@ def notebooks_folder() -> Path:
 
 
 def select(only: Sequence[str]) -> list[Path]:
-    """The notebooks to run, in order: all, or those of the numbers given (``0``, ``00``, ``00,01``).
-
-    Raises SeriesError for a number that no notebook has.
-    """
+    """The notebooks to run, in order: all, or those of numbers (``0``, ``00,01``); SeriesError if one is unknown."""
     notebooks = {path.name[:2]: path for path in sorted(notebooks_folder().glob("[0-9][0-9]_*.ipynb"))}
     wanted = [number.zfill(2) for item in only for number in item.split(",") if number]
     if unknown := [number for number in wanted if number not in notebooks]:

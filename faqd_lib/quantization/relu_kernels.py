@@ -62,10 +62,7 @@ def _root(x: Tensor, highest: int) -> float:
 
 
 def _wide(step: Tensor, x: Tensor) -> Tensor:
-    """The step, at least ``SMALLEST_STEP``, as a tensor (1,) of float32 at least.
-
-    A scalar tensor would let bfloat16 input be divided in bfloat16.
-    """
+    """The step, at least ``SMALLEST_STEP``, as a tensor (1,), float32 at least. A scalar would not widen bfloat16."""
     return step.clamp_min(SMALLEST_STEP).to(torch.promote_types(x.dtype, torch.float32)).reshape(1)
 
 

@@ -154,7 +154,7 @@ def scaling(
             axis.set_ylabel(part["y_label"].iloc[0] if "y_label" in part else y_label)
             measured = part.loc[part["kind"] == "measured", "x"]
             if x_scale == "log" and measured.nunique() <= 8:
-                # Few values: ticks stand at them, as plain numbers.
+                # Ticks stand at the measured values, if these are few, as plain numbers.
                 axis.xaxis.set_major_locator(FixedLocator(sorted(set(measured))))
                 axis.xaxis.set_major_formatter(ScalarFormatter())
                 axis.xaxis.set_minor_formatter(NullFormatter())
@@ -173,6 +173,7 @@ def convergence(frame: pd.DataFrame, exact: float, deviation: float) -> Figure:
 
     Args:
         frame: columns ``k``, ``estimate`` and ``draw``; one line for each draw.
+        exact: the exact value.
         deviation: standard deviation of one estimate; the band is the exact value ± deviation/√k.
     """
     _require(frame, "k", "estimate", "draw")

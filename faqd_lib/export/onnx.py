@@ -49,8 +49,8 @@ def export_onnx(
             metadata properties of the model: text unchanged, everything else as JSON.
 
     Raises:
-        OnnxExportError: a module or function is unknown, control flow depends on data, the traced network gives
-            other outputs, the network does not take images of that shape, or a package is missing.
+        OnnxExportError: a module or function is unknown, control flow depends on data, or the traced network gives
+            other outputs. Also: the network takes no images of that shape, or a package is missing.
         ValueError: a weight was changed after it was loaded from a packed file, or the metadata is not JSON.
         OSError: the file could not be written.
     """

@@ -160,8 +160,8 @@ def _override(bits: dict[str, int], overrides: Mapping[str, int], layers: Iterab
         matched = [pattern] if pattern in bits else fnmatch.filter(reached, pattern)
         if not matched:
             raise ValueError(
-                f"the pattern {pattern!r} matches no layer with weights and no ReLU that is quantized; these are, "
-                f"among others, {', '.join(reached[:8])}"
+                f"the pattern {pattern!r} matches no layer with weights and no ReLU that is quantized; names to "
+                f"match are, among others, {', '.join(reached[:8])}"
             )
         for name in matched:
             offered = WEIGHT_BITS if name in layers else ACTIVATION_BITS

@@ -209,7 +209,7 @@ class Learner:
         return None if len(self.history) > max(0, epoch) else self.steps - epoch * self.steps_per_epoch
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """(tensors on the CPU, numbers and text) from which :meth:`load_state` goes on with the same bits.
+        """Tensors on the CPU, and numbers and text, from which :meth:`load_state` goes on with the same bits.
 
         Call it between steps. Order and augmentation of images need no state: they follow from seed and step.
         """

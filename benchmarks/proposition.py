@@ -10,7 +10,7 @@ image from the first k of them, ``--repeats`` times. Measures
 - the share of estimates that are off by more than half of the loss at k = 15 beside Chebyshev's bound.
 
 The interval of the slope is from 400 bootstrap samples of the repeats, with the images fixed. Nothing is timed. Prints
-a table; writes ``proposition.json`` to ``--out``, by default ``results/benchmarks``.
+a table, and writes ``proposition.json`` to ``--out``, by default ``results/benchmarks``.
 """
 
 import argparse
@@ -34,7 +34,7 @@ OFF = 0.5  # of the loss
 
 
 def estimates(student: torch.Tensor, teacher: torch.Tensor, repeats: int, seed: int) -> np.ndarray:
-    """Estimates of one image's loss over the loss, (len(KS), repeats), from maps (1, channels, height, width)."""
+    """Estimates of one image's loss, divided by this loss: (len(KS), repeats); maps (1, channels, height, width)."""
     difference = (affinity_matrix(student) - affinity_matrix(teacher))[0].double()
     pixels = len(difference)
     generator = torch.Generator().manual_seed(seed)
@@ -49,7 +49,7 @@ def estimates(student: torch.Tensor, teacher: torch.Tensor, repeats: int, seed: 
 
 
 def row(network: str, stage: str, maps: tuple[torch.Tensor, torch.Tensor], repeats: int) -> dict:
-    """One line of the table: a stage, over all images."""
+    """One line of the table: a stage of a network, over all images."""
     found = np.stack(
         [estimates(s[None], t[None], repeats, seed) for seed, (s, t) in enumerate(zip(*maps, strict=True))]
     )  # images × k × repeats

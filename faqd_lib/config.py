@@ -156,7 +156,7 @@ class ObjectiveConfig(StrictModel):
     distribution: Literal["gaussian", "rademacher"] = "gaussian"
     label_weight: Weight = 0.0
     adapters: bool = False
-    stages: tuple[Count, ...] = omitted_at_default(())  # whose maps are compared, from 1 on; () for all
+    stages: tuple[Count, ...] = omitted_at_default(())  # whose maps are compared, numbered from 1; () for all
     affinity_recipe: int | None = omitted_at_default(None)
 
     @model_validator(mode="before")
@@ -289,8 +289,10 @@ class RunConfig(StrictModel):
 
     @property
     def method(self) -> str:
-        """``KD``, ``FAQD`` or ``FFAQD``; ``FA`` or ``FFA`` without a logit loss; ``labels`` without a teacher; ``none``
-        without training."""
+        """``KD``, ``FAQD`` or ``FFAQD``.
+
+        ``FA`` or ``FFA`` without a logit loss, ``labels`` without a teacher, ``none`` without training.
+        """
         if self.optimization.epochs == 0:
             return "none"
         if not self.objective.uses_teacher:

@@ -143,13 +143,13 @@ class FeatureTap:
     [(2, 16, 32, 32), (2, 64, 8, 8)]
 
     ``features`` lists the maps of the latest forward pass in the order of ``names``; ``clear()`` drops them. The end of
-    the block, or ``close()``, removes the hooks and leaves the network unchanged. Of a module that returns a tuple or a
-    dictionary, name the item: ``"attention[0]"``, ``"backbone[out]"``. A copy of the network that is made while the
-    tap is open does not write into the tap.
+    the block, or ``close()``, removes the hooks and leaves the network unchanged. Name an item of a module that
+    returns a tuple or a dictionary: ``"attention[0]"``, ``"backbone[out]"``. A copy of the network that is made while
+    the tap is open does not write into the tap.
 
     Raises:
         ValueError: the network has no module of that name, or a name is given twice.
-        TypeError: at the forward pass, a tapped module returns no tensor, or an item that is none.
+        TypeError: in a forward pass, a tapped output or item is no tensor.
         RuntimeError: ``features`` was read before every tapped module had run, or a later in-place module such as
             ``nn.ReLU(inplace=True)`` overwrote a tapped output.
     """
@@ -223,11 +223,7 @@ class FeatureTap:
 
 
 def _tensor_of(name: str, output: object, item: str | None) -> Tensor:
-    """What a tapped module returned, or the item of it that was asked for.
-
-    Raises:
-        TypeError: that is no tensor.
-    """
+    """The output of a tapped module, or an item of the output; TypeError if it is no tensor."""
     found = output
     if item is not None:
         key = int(item) if isinstance(output, tuple | list) and item.lstrip("-").isdigit() else item

@@ -17,8 +17,9 @@ from .loss import check_pair, draw_projections, feature_affinity_loss, loss_of_m
 
 
 def orthogonal_probes(student: Tensor, teacher: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
-    """Mean of ‖D z_j‖²/N² over k = 1…N projections of length √N, orthogonal to each other. Unbiased; exact at k = N.
+    """Mean of ‖D z_j‖²/N² over ``k`` projections of length √N, orthogonal to each other. ``k`` is from 1 to N.
 
+    The estimate is unbiased, and exact at k = N.
     Yu et al. (2016, "Orthogonal random features") use such projections for kernels. The QR decomposition costs O(N k²).
     """
 
@@ -26,7 +27,7 @@ def orthogonal_probes(student: Tensor, teacher: Tensor, k: int, generator: torch
         if not 1 <= k <= pixels:
             raise ValueError(f"k must be from 1 to the number of pixels, {pixels}, got {k}")
         q, r = torch.linalg.qr(draw_projections(pixels, k, generator=generator).double())
-        # Mezzadri (2007): with these signs the orthonormal system is uniformly distributed. Squares do not need them.
+        # Mezzadri (2007): with these signs the orthonormal system is uniformly distributed. Squares ignore the signs.
         return q * r.diagonal().sign() * pixels**0.5
 
     return loss_of_maps(student, teacher, "projection", "l2", "mean", draw)
@@ -38,9 +39,9 @@ def hutch_plus_plus(
     """Hutch++ (Meyer et al. 2021) for tr D²: exact on a sketched range, by random projections outside it. Unbiased.
 
     The sketch S has m = ⌊products/4⌋ random columns. An orthonormal basis V of D²S costs 2m products with D, ‖DV‖²_F
-    costs m, and ‖Dg‖² of m projections g orthogonal to V costs m. These ‖Dg‖² estimate the trace outside V. The budget
-    of ``products`` D·vector is at least 4. The gradient treats V as constant. It is unbiased because the estimate is
-    unbiased for every V.
+    costs m, and ‖Dg‖² of m projections g orthogonal to V costs m. These ‖Dg‖² estimate the trace outside V.
+    ``products``, the number of products of D with a vector, is at least 4. The gradient treats V as constant. It is
+    unbiased because the estimate is unbiased for every V.
     """
     teacher = check_pair(student, teacher)
     if products < 4:
@@ -63,7 +64,7 @@ def hutch_plus_plus(
 
 
 def pixel_subset(student: Tensor, teacher: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """The exact loss of ``count`` = 2…N randomly chosen pixels, scaled so that it is unbiased.
+    """The exact loss of ``count`` randomly chosen pixels, from 2 to N, scaled so that it is unbiased.
 
     Pairs of different pixels have the weight N(N−1)/(count(count−1)). Entries of the diagonal have the weight N/count;
     only pixels without direction have an entry other than 0.

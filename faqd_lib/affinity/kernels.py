@@ -25,8 +25,9 @@ def accumulation_dtype(features: Tensor) -> torch.dtype:
 class MapPair:
     """Factors of D = Q K Qᵀ for a student's and a teacher's map, made for a few images at a time.
 
-    ``images`` is the batch size, ``pixels`` N = height·width, ``channels`` C_s, ``width`` w = C_s + C_t, ``shared`` m
-    the number of channels that both maps have, ``core`` K (w, w), and ``to_student`` T (w, C_s), so that X = Q T.
+    ``images`` is the batch size and ``pixels`` N = height·width. ``channels`` is C_s, and ``width`` is w = C_s + C_t.
+    ``shared`` is m, the number of channels that both maps have. ``core`` is K (w, w), and ``to_student`` is T (w, C_s)
+    with X = Q T.
     """
 
     def __init__(self, student: Tensor, teacher: Tensor) -> None:
@@ -46,7 +47,10 @@ class MapPair:
         self.to_student = torch.block_diag(torch.cat((-one, one)), rest if self.sign > 0 else rest[:, :0])
 
     def chunks(self, numbers_an_image: int) -> "Iterator[Chunk]":
-        """Chunks of images, so small that ``numbers_an_image`` stay in the cache; each is valid until the next one."""
+        """Chunks of images, so small that a buffer of ``numbers_an_image`` for each image stays in the cache.
+
+        All chunks share one buffer: a chunk is valid until the next one is made.
+        """
         size = min(self.images, max(1, self.limit // numbers_an_image))
         widest = max(self.width - self.channels, self.channels)
         q = self.student.new_empty((size, self.pixels, self.width), dtype=self.dtype)
@@ -154,7 +158,10 @@ def _pairwise(pair: MapPair, gradient: Tensor | None, norm: str) -> Tensor:
 def affinity_difference(
     student: Tensor, teacher: Tensor, method: str, norm: str, projections: Tensor | None, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Sum over images of ‖D‖²_F, of its estimate, or of ‖D‖₁; its gradient, empty unless ``with_gradient``."""
+    """The sum over images of ‖D‖²_F, of its estimate, or of ‖D‖₁; and the gradient of this sum.
+
+    The gradient has the shape of the student's map; it is empty unless ``with_gradient``.
+    """
     # Autocast would compute the products in a lower precision.
     with torch.autocast(student.device.type, enabled=False):
         pair = MapPair(student, teacher)

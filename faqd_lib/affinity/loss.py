@@ -19,12 +19,13 @@ the other, the further channels are further columns of Q.
 
 E stands in Q instead of X for precision. The form ‖XᵀX‖² + ‖YᵀY‖² − 2‖YᵀX‖² cancels in float32 when the student is
 close to the teacher, whereas every term of D above is as small as E. After a rotation of the channels, however, E is
-large while D is 0, and the rounding of G leaves an absolute error of up to 5e-8 in the loss. The pairwise form computes
-D itself and does not have this error.
+large while D is 0. The rounding of G then leaves an absolute error of up to 5e-8 in the loss. The pairwise form
+computes D itself and does not have this error.
 
 The forward pass computes the student's gradient by hand, a few images at a time, so that the work stays in the cache.
 The normalisation turns dX into dF = (dX − X⟨X, dX⟩) / ‖F‖. A pixel vector shorter than ``EPS`` has no direction. It
-counts as F/EPS in the value and receives no gradient: 1/EPS would be millions of times larger than all others.
+counts as F/EPS in the value and receives no gradient: the derivative 1/EPS would be millions of times larger than all
+others.
 """
 
 import math
@@ -43,8 +44,11 @@ def affinity_matrix(features: Tensor) -> Tensor:
     """Cosines between all pairs of pixels of a floating-point map (batch, channels, height, width).
 
     Returns:
-        (batch, N, N) with N = height·width, values in [−1, 1], dtype of ``features``, differentiable. It suits small
-        maps only; the losses never form it.
+        (batch, N, N) with N = height·width, values in [−1, 1], dtype of ``features``, differentiable. N² numbers an
+        image suit small maps only. The losses never form this matrix.
+
+    Raises:
+        TypeError, ValueError: see :func:`feature_affinity_loss`.
     """
     _check_map("features", features)
     pixels = unit_pixels(features)
@@ -74,18 +78,19 @@ def feature_affinity_loss(
         teacher: (batch, C_t, H_t, W_t); detached. C_t may differ from C_s. A map of another height or width is resized
             to the student's (bilinear, antialiased), as in the paper.
         method: ``"gram"``: exact, from (C_s+C_t)² products, linear in N. ``"pairwise"``: exact, from the N×N matrix in
-            blocks of rows. ``"auto"``: the cheaper of these, see :func:`cheaper_exact`. ``"projection"``: the paper's
-            fast estimate (FFA).
-        norm: ``"l2"``: the paper's squared norm. ``"l1"``: Σ|D_ij|, as in the released code, pairwise only: it has no
-            form of linear cost, and projections give no unbiased estimate of it.
+            blocks of rows. ``"auto"``: the cheaper of these two, see :func:`cheaper_exact`. ``"projection"``: the
+            paper's fast estimate (FFA).
+        norm: ``"l2"``: the paper's squared norm. ``"l1"``: Σ|D_ij|, as in the released code. L1 needs the pairwise
+            method: it has no form of linear cost and no unbiased estimate by projections.
         reduction: ``"mean"``: mean over images, as above. ``"released"``: the scale of the released code, for
-            comparisons: Σ‖D‖₁/N² over all images with L1, the code's default, and √(Σ‖D‖²_F)/N with L2, its
-            ``order=2``. With projections the root of the estimate is biased.
+            comparisons. With L1, the code's default, the sum over images of ‖D‖₁/N². With L2, its ``order=2``,
+            √(Σ‖D‖²_F)/N over all images. With projections this root is biased.
         k: number of projections, at least 1; None for the paper's 6. Only the projection method takes it. The relative
             errors of estimate and gradient fall like 1/√k; that of the gradient is larger.
         distribution: of the projections, ``"gaussian"`` (the paper) or ``"rademacher"`` (±1, smaller variance).
         generator: a CPU generator for the projections; None for torch's global one. Every call draws new projections,
-            shared by all images of the batch. :class:`FastFeatureAffinityLoss` has a seeded generator.
+            shared by all images of the batch. A repeatable training needs a seeded generator, such as that
+            of :class:`FastFeatureAffinityLoss`.
 
     Returns:
         A scalar, never negative: float64 if the student is float64, else float32. It is NaN if an input holds NaN, an
@@ -95,7 +100,7 @@ def feature_affinity_loss(
         TypeError: a map is not a floating-point tensor, ``k`` not an integer, or ``generator`` not a generator.
         ValueError: shapes that are not (batch, channels, height, width), unequal or empty batches, ``k`` below 1,
             an unknown method, norm, reduction or distribution, or L1 with another method than pairwise.
-        RuntimeError: a second or a forward-mode derivative, or one by ``torch.func``, is asked for; none exists.
+        RuntimeError: a second derivative, one in forward mode, or one by ``torch.func`` is asked for. None exists.
     """
     method = _check_method(method, norm, reduction)
     if k is not None and method != "projection":
@@ -152,12 +157,12 @@ class FeatureAffinityLoss(nn.Module):
 class FastFeatureAffinityLoss(nn.Module):
     """Fast feature-affinity loss (FFA) as a module: an unbiased estimate of FA from ``k`` random projections.
 
-    Every call draws new projections from the module's own generator, seeded with ``seed``. Its state is part of
-    ``state_dict()``, so that an interrupted training goes on with the projections that come next. Replicas of
+    Every call draws new projections from the module's own generator, seeded with ``seed``. The generator's state is
+    part of ``state_dict()``, so that an interrupted training goes on with the projections that come next. Replicas of
     ``DataParallel`` share one state: compute the loss outside of them.
 
-    With ``frozen`` every call uses the same projections for maps of one size, as the released code does: a fixed
-    quadratic form of rank k, for study only.
+    With ``frozen`` every call uses the same projections for maps of one size, as the released code does. The loss
+    is then a fixed quadratic form of rank k, for study only.
     """
 
     def __init__(
@@ -199,8 +204,8 @@ class FastFeatureAffinityLoss(nn.Module):
         """Draw now the projections of the next calls, one call for maps of each size in ``pixels`` (height·width).
 
         A CUDA graph cannot draw. Each ``predraw`` therefore writes float32 projections to the place of the former ones,
-        where a replay of the calls reads them. With no ``pixels`` calls draw for themselves again. Between ``predraw``
-        and the calls, ``state_dict()`` holds the state after them.
+        where a replay of the calls reads them. An empty ``pixels`` drops the projections drawn ahead, and calls
+        draw for themselves again. Between ``predraw`` and the calls, ``state_dict()`` holds the state after the calls.
         """
         drawn = [self._draw(number) for number in pixels]
         if [(z.shape, z.device.type) for z in self._ahead] != [(z.shape, device.type) for z in drawn]:
@@ -215,7 +220,7 @@ class FastFeatureAffinityLoss(nn.Module):
         return self.generator_state.clone()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Go on from a state of ``state_dict()``; RuntimeError if it is not the state of a generator."""
+        """Go on from a ``state`` of ``state_dict()``; RuntimeError if ``state`` is not that of a generator."""
         with torch.inference_mode(False):
             copy = state.detach().cpu().clone()
             torch.Generator().set_state(copy)  # raises if it is not a state
@@ -230,8 +235,8 @@ class FastFeatureAffinityLoss(nn.Module):
 def projections_needed(relative_error: float, confidence: float) -> int:
     """Number of Gaussian projections k that meets a relative error for any pair of maps.
 
-    Chebyshev's inequality and Var‖Dz‖² = 2‖D²‖²_F ≤ 2‖D‖⁴_F give P(|L_k − L| > εL) ≤ 2 / (k ε²), reached at rank one.
-    Real maps need fewer; :func:`faqd_lib.affinity_statistics` computes how many.
+    Chebyshev's inequality and Var‖Dz‖² = 2‖D²‖²_F ≤ 2‖D‖⁴_F give P(|L_k − L| > εL) ≤ 2 / (k ε²). The bound covers the
+    worst spectrum of D, rank one. Real maps need fewer; :func:`faqd_lib.affinity_statistics` computes how many.
 
     Raises:
         ValueError: ``relative_error`` is not above 0, or ``confidence`` not inside (0, 1).
@@ -241,7 +246,7 @@ def projections_needed(relative_error: float, confidence: float) -> int:
 
 
 def check_error_and_confidence(relative_error: float, confidence: float) -> None:
-    """Raise ValueError if one of them is out of range."""
+    """Raise ValueError unless ``relative_error`` is above 0 and ``confidence`` inside (0, 1)."""
     if not relative_error > 0 or not 0 < confidence < 1:
         raise ValueError(f"need relative_error > 0 and 0 < confidence < 1, got {relative_error!r} and {confidence!r}")
 

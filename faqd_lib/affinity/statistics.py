@@ -14,9 +14,11 @@ The estimate L_k = (1/k) Σ_j ‖D z_j‖² / N² has the mean L = tr D² / N².
 Orthogonal projections are z_j = √N u_j with a uniformly random orthonormal system u_1…u_k; they are exact at k = N.
 Chebyshev's inequality turns a variance into Proposition 4.2: P(|L_k − L| > εL) ≤ Var L_k / (εL)².
 
-The images of a batch share their projections. The mean of D² over the images therefore takes the place of D², and the
-variance is larger than that of a mean of independent estimates. The estimate of the loss's gradient is unbiased, too,
-but far less accurate: see notebook 02.
+The images of a batch share their projections. For the loss of the batch, the mean of D² over the images therefore takes
+the place of D². The variance is larger than that of a mean of independent estimates.
+
+These formulas are about the value of the loss. The estimate of its gradient is unbiased, too, but far less accurate:
+see notebook 02.
 """
 
 import math
@@ -92,7 +94,9 @@ class AffinityStatistics:
         return min(1.0, (self.relative_error(k, probes) / relative_error) ** 2)
 
     def projections_needed(self, relative_error: float, confidence: float, probes: str = "gaussian") -> int:
-        """The fewest projections for which Chebyshev's inequality gives this error with this confidence, at least 1.
+        """The fewest projections, at least 1, for which Chebyshev's inequality gives this error with this confidence.
+
+        Orthogonal probes need at most N.
 
         Raises:
             ValueError: ``relative_error`` is not above 0, ``confidence`` not inside (0, 1), or probes are unknown.
@@ -110,8 +114,8 @@ class AffinityStatistics:
 def affinity_statistics(student: Tensor, teacher: Tensor) -> AffinityStatistics:
     """Exact affinity loss of a pair of maps, and the accuracy of its estimates by projections.
 
-    Maps are those of :func:`faqd_lib.feature_affinity_loss`. Time is linear in N. Memory is a few float64 copies of the
-    two maps. There is no gradient.
+    The maps are as :func:`faqd_lib.feature_affinity_loss` takes them. Time is linear in N. Memory is a few float64
+    copies of the two maps. There is no gradient.
 
     Example:
         >>> statistics = affinity_statistics(student_map, teacher_map)

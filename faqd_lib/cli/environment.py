@@ -32,7 +32,7 @@ def results() -> Path | None:
 
 
 def progress_bar() -> bool | None:
-    """Whether ``FAQD_PROGRESS`` is ``bar``; None if it is not set, ConfigurationError if it is neither bar nor text."""
+    """Whether ``FAQD_PROGRESS`` is ``bar`` (not ``text``); None if not set, ConfigurationError for other values."""
     style = os.environ.get("FAQD_PROGRESS")
     if not style:
         return None

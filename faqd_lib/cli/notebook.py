@@ -29,7 +29,8 @@ def start(*, profile: str, dataset: str, data_root: str, results_dir: str, seeds
         extra: further parameters of the notebook, named here so that they count as known.
 
     Raises:
-        ConfigurationError: a parameter has the wrong type or value, or is unknown; papermill would let that pass.
+        ConfigurationError: a parameter has the wrong type or value, or is unknown. Papermill alone would accept an
+            unknown parameter.
     """
     texts = {"profile": profile, "dataset": dataset, "data_root": data_root, "results_dir": results_dir}
     check_injected({*texts, "seeds", *extra})
@@ -64,7 +65,7 @@ def injected_names(cells: list[str]) -> list[str]:
 
 
 def check_injected(known: set[str]) -> None:
-    """Make sure that the notebook has all injected parameters; ConfigurationError names one that it has not."""
+    """Raise ConfigurationError if papermill injected a parameter that is not ``known`` to the notebook."""
     shell = get_ipython()
     for name in injected_names([] if shell is None else shell.user_ns.get("In", [])):
         if name not in known:

@@ -51,8 +51,8 @@ def generated(root: Path) -> dict[str, str]:
     """Each generated table as Markdown, by name.
 
     ``claims``: one row a claim. ``loss_claims``: claims about the losses. ``accuracies``: table T1, without rows that
-    were not run. Those of ``MEASURED``: a part
-    of a benchmark's JSON, in four significant digits, under a line with its machine and versions.
+    were not run. Tables of ``MEASURED``: a part of a benchmark's JSON, in four significant digits, under a line with
+    machine and versions.
     """
     suite = Suite.read(root / SUITE)
     verdicts = claims.table(suite).readable.rename(columns={"n (seeds)": "seeds"})
@@ -99,7 +99,7 @@ def pages(root: Path) -> list[Path]:
 
 
 def filled(text: str, parts: Mapping[str, str], page: str) -> str:
-    """The text of a page with every generated part in its place; ResultsError if it asks for an unknown one."""
+    """The text of a page with every generated part in its place; ResultsError if a part is unknown."""
 
     def fill(match: re.Match) -> str:
         if match[2] not in parts:

@@ -50,7 +50,7 @@ def notebooks_folder() -> Path:
 
 
 def select(only: Sequence[str]) -> list[Path]:
-    """The notebooks to run, in order: all of them, or those whose numbers are given (``0``, ``00``, ``00,01``)."""
+    """The notebooks to run, in order: all, or those of numbers (``0``, ``00,01``); SeriesError if one is unknown."""
     notebooks = {path.name[:2]: path for path in sorted(notebooks_folder().glob("[0-9][0-9]_*.ipynb"))}
     wanted = [number.zfill(2) for item in only for number in item.split(",") if number]
     if unknown := [number for number in wanted if number not in notebooks]:
@@ -59,7 +59,7 @@ def select(only: Sequence[str]) -> list[Path]:
 
 
 def check_needs(selected: Sequence[Path], suite: Suite) -> None:
-    """Print how many of the runs that a notebook reads are missing; SeriesError if there are none at all."""
+    """Print how many of the runs that the notebook of tables reads are missing; SeriesError if all are."""
     chosen = {path.name[:2] for path in selected}
     missing = [number for number in READ if number not in chosen]
     if READER not in chosen or not missing:
@@ -87,7 +87,7 @@ def failing_cell(copy: Path) -> str:
 
 
 def execute(notebook: Path, copy: Path, parameters: dict[str, object]) -> float:
-    """Execute one notebook, with its text on the terminal. The copy is written after every cell. Returns seconds.
+    """Execute one notebook, with its text on the terminal; returns the seconds it took. Every cell updates the copy.
 
     Raises:
         SeriesError: the notebook has no such parameter, a cell failed, or the kernel died.
@@ -133,7 +133,11 @@ def move_old_results(folder: Path) -> None:
 
 
 def run_series(arguments: argparse.Namespace, profile: Profile, dataset: str, only: Sequence[str]) -> None:
-    """Run the selected notebooks on one dataset (a name, ``"auto"``, or nothing for the profile's own choice)."""
+    """Run the selected notebooks on one dataset: a name, ``"auto"``, or nothing for the profile's own choice.
+
+    Raises SeriesError if a notebook fails, or if another process works in the folder. Errors of
+    :meth:`~faqd_lib.runs.suite.Suite.open` pass through.
+    """
     name, reason = profile.resolve_dataset(dataset, arguments.data_root)
     print(f"\n=== profile {profile.name}, dataset {reason}")
     folder = suite_folder(profile, name, arguments.results)
@@ -169,7 +173,7 @@ def run_series(arguments: argparse.Namespace, profile: Profile, dataset: str, on
 
 
 def study(arguments: argparse.Namespace, profile: Profile) -> None:
-    """Run the study of a profile in place of the notebooks; ConfigurationError names an option that does not fit."""
+    """Run the study of a profile in place of notebooks; ConfigurationError names an option that studies lack."""
     for option in ("only", "seeds"):
         if getattr(arguments, option):
             raise ConfigurationError(f"--{option} is not for a study: its design says what is trained")
@@ -233,7 +237,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def choose_engine(arguments: argparse.Namespace) -> None:
-    """Set the environment variables that tell the kernels where runs are trained; start Ray if no cluster is named."""
+    """Set the environment variables that tell the kernels where runs are trained; start Ray if no cluster is named.
+
+    Raises EngineError if Ray is not installed or not reachable, or if an option needs ``--engine ray``.
+    """
     options = {
         "FAQD_RAY_ADDRESS": arguments.address,
         "FAQD_RAY_CPUS": arguments.cpus_per_run,
@@ -256,7 +263,7 @@ def choose_engine(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit status is 0 only if every notebook ran to its end."""
+    """Entry point; the exit status is 0 only if every notebook ran to its end, or the study until its time was up."""
     arguments = parser().parse_args(argv)
     for variable in ("FAQD_DATA", "FAQD_CACHE", "FAQD_RESULTS"):
         if os.environ.get(variable):
@@ -271,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         profile = Profile.load(arguments.profile)
         if profile.study is not None:
             study(arguments, profile)
-            return 0  # also where time was up
+            return 0  # also if the study stopped because time was up
         if arguments.hours is not None:
             raise ConfigurationError(f"--hours is for a study, and the profile {profile.name} has none: leave it out")
         datasets = [arguments.dataset] if arguments.dataset else profile.series_datasets

@@ -2,10 +2,10 @@
 
     ./run_all.sh claims --hours 2
 
-The seeds of the first look come first, cells by cells in the order of the design, so that the first cells have their
-verdicts first. The seeds of the second look follow, but only in cells where the first look left a claim open. Several
-calls at once, also on several machines with a common folder, take different seeds. A call goes on where an earlier one
-stopped.
+The seeds of the first look are trained first, one group of cells after another in the order of the design. The first
+groups therefore have their verdicts first. The seeds of the second look follow, only in groups where the first look
+left a claim open. Several calls at once, also on several machines with a common folder, take different seeds. A call
+goes on where an earlier one stopped.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from ..utils.progress import clock
 
 
 def run_study(suite: Suite, hours: float | None = None) -> bool:
-    """Train the runs of a suite's study, in the order that the head of this module says.
+    """Train the runs of a suite's study, in the order described at the head of this module.
 
     Args:
         suite: of a profile with a study.
@@ -87,7 +87,7 @@ def _epochs(suite: Suite, run: RunConfig) -> float:
 def report_study(suite: Suite) -> list[Table]:
     """Write the tables and figures of a study; print the verdicts and the hours that are left.
 
-    A study with claims has the claims table, accuracies and gains over updates; tuning has a table of validation
+    A study with claims has the claims table, accuracies, and gains over updates. Tuning has a table of validation
     accuracies. Both have the failure signs.
     """
     made = [tuning_table(suite)] if suite.profile.validation_images else []

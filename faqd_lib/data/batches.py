@@ -34,7 +34,8 @@ class Batch:
 class Normalizer:
     """Converts uint8 pixels on ``device`` to float32: (pixels / 255 − mean) / std, in channels-last memory.
 
-    ``mean`` and ``std`` have one value a channel, for pixels in [0, 1], and ``std`` is above 0; else ValueError.
+    ``mean`` and ``std`` have one value a channel, for pixels in [0, 1]. ``std`` is above 0. Other values raise
+    ValueError.
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
@@ -52,7 +53,7 @@ class Normalizer:
         return torch.addcmul(self._shift, pixels.float(), self._scale).permute(0, 3, 1, 2)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(batch, 3, height, width) uint8 → the same in float32, channels-last; ValueError for other pixels."""
+        """(batch, 3, height, width) uint8 → the same shape, float32, channels-last; ValueError for other pixels."""
         check_pixels(pixels)
         return self.from_nhwc(pixels.permute(0, 2, 3, 1).contiguous())
 
@@ -66,7 +67,7 @@ class Batches:
     Args:
         images: the split; ``images.unlabelled()`` for label-free training.
         batch_size: 2 to ``len(images)``; batch normalisation needs two images.
-        seed: of order and augmentation.
+        seed: seed of order and augmentation.
         normalizer: mean and deviation of the dataset, on the training device.
         flip: whether images may be mirrored.
         device: where pixels are kept and batches are built; None for the normalizer's device.

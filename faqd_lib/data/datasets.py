@@ -27,7 +27,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-CACHE_FORMAT = 2  # raise it where pictures would be decoded to other pixels than before
+CACHE_FORMAT = 2  # raise this number when pictures are decoded to other pixels than before
 
 
 def data_roots(data_root: str | os.PathLike | None = None) -> list[Path]:

@@ -2,8 +2,8 @@
 
 - Pictures are turned upright by their EXIF orientation.
 - Transparent pixels are composed on :data:`BACKGROUND`.
-- Pictures of more than 8 bits are scaled by their range of values, never clipped: 16-bit and 32-bit integers by the
-  largest value of the smallest type that holds them, floats in [0, 1] by 255. Other floats are refused.
+- Pictures of more than 8 bits are scaled to [0, 255], never clipped. Integers are scaled from [0, 65535], or from
+  [0, 2³¹ − 1] if one is larger, and floats from [0, 1]. Negative values and other floats are refused.
 - Grey pictures get three equal channels. Palette, CMYK and YCbCr pictures are converted.
 """
 
@@ -32,7 +32,7 @@ def decode(name: str, read: Callable[[], bytes], image_size: int | None = None) 
     """Decode a picture, and say what was done to it.
 
     Args:
-        name: of the file, for errors.
+        name: name of the file, for errors.
         read: returns the file's bytes.
         image_size: height and width to resize to; None keeps the size.
 
@@ -40,7 +40,7 @@ def decode(name: str, read: Callable[[], bytes], image_size: int | None = None) 
         uint8 (3, height, width), and those of :data:`DEEP`, :data:`TRANSPARENT` and :data:`TURNED` that apply.
 
     Raises:
-        DatasetError: the file cannot be read, is no picture, is damaged or too large, or has values without a scale.
+        DatasetError: the file cannot be read, is no picture, is damaged or too large, or has values that are refused.
     """
     try:
         with Image.open(io.BytesIO(read())) as picture:
@@ -108,10 +108,10 @@ def is_hidden(name: str) -> bool:
 
 
 def picture_files(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """The pictures below a folder, folder by folder, and what else is there. Hidden entries are left out.
+    """The pictures below a folder, folder by folder, and a count of all other files. Hidden entries are left out.
 
     Returns:
-        Paths of the pictures; and the number of other files by extension, such as ``{".gif": 3}``.
+        Paths of the pictures, and the number of other files by extension, such as ``{".gif": 3}``.
 
     Raises:
         DatasetError: the folder cannot be read, or links lead from a folder to one above it.
@@ -131,7 +131,7 @@ def picture_files(folder: Path) -> tuple[list[Path], Counter[str]]:
 
 
 def walk(folder: Path) -> Iterable[tuple[str, list[str], list[str]]]:
-    """``os.walk`` with links followed. A caller may shorten the list of folders.
+    """``os.walk`` with links followed. Callers may take folders off the second list to skip them.
 
     Raises:
         DatasetError: a folder cannot be read, or links lead from a folder to one above it.

@@ -24,7 +24,7 @@ def check_pixels(pixels: object) -> None:
 
 @dataclass(frozen=True)
 class Images:
-    """A split. Raises ValueError for pixels that :func:`check_pixels` refuses, and for another number of labels."""
+    """A split. Raises ValueError for pixels that :func:`check_pixels` refuses, and for too many or too few labels."""
 
     pixels: torch.Tensor  # uint8 (count, 3, height, width)
     labels: torch.Tensor | None = None  # int64 (count,), or None without labels

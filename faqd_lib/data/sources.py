@@ -48,7 +48,7 @@ class Source:
     """How to find and read one dataset."""
 
     places: tuple[str, ...]  # paths in a data root; the first for which ``is_there`` holds is read
-    read: Callable[[Path, int | None], Decoded]  # (path, image size; None keeps the size of the images)
+    read: Callable[[Path, int | None], Decoded]  # of path and image size; None keeps the size of the images
     is_there: Callable[[Path], bool] = Path.exists
     download: Callable[[Path], None] | None = None  # into a folder; None if it cannot be downloaded
     flip: bool = True  # whether mirrored images keep their class
@@ -145,7 +145,7 @@ def read_tree(path: Path, image_size: int | None) -> Decoded:
 def _read_tiny(path: Path, image_size: int | None) -> Decoded:
     """Read the official layout, from a folder or straight from the official zip archive.
 
-    The folder ``val`` may also be sorted into class folders, as many tutorials do.
+    Many tutorials sort the folder ``val`` into class folders, which is read as well.
     """
     if path.is_dir():
         root, names = path, sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())

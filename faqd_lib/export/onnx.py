@@ -7,8 +7,9 @@
 - A quantized ReLU becomes ``Min``, ``QuantizeLinear`` to UINT8 and ``DequantizeLinear``. UINT8 holds all levels of up
   to 8 bits.
 
-``torch.fx`` traces the network. :mod:`faqd_lib.export.onnx_operators` lists what can be exported. It covers this
-project's networks and most convolutional networks of torchvision. Any other part raises an error that names it.
+``torch.fx`` traces the network; onnx and ml_dtypes must be installed. :mod:`faqd_lib.export.onnx_operators` lists what
+can be exported. The list covers this project's networks and most convolutional networks of torchvision. Any other part
+raises an error that names it.
 """
 
 import copy
@@ -41,15 +42,15 @@ def export_onnx(
 
     Args:
         model: a quantized network, one loaded from a packed file, or a float network. It is exported in evaluation
-            mode, without wrappers of DataParallel, DistributedDataParallel and ``torch.compile``.
+            mode, without wrappers such as DataParallel and that of ``torch.compile``.
         path: path of the file, by convention ``*.onnx``.
         image_shape: (channels, height, width) of one input image. The number of images stays free.
         metadata: values that belong to the network, such as class names, mean and deviation of the pixels. They become
             metadata properties of the model: text unchanged, everything else as JSON.
 
     Raises:
-        OnnxExportError: a module or function is unknown, control flow depends on data, the traced network gives
-            other outputs, the network does not take images of that shape, or a package is missing.
+        OnnxExportError: a module or function is unknown, control flow depends on data, or the traced network gives
+            other outputs. Also: the network takes no images of that shape, or a package is missing.
         ValueError: a weight was changed after it was loaded from a packed file, or the metadata is not JSON.
         OSError: the file could not be written.
     """
@@ -109,7 +110,7 @@ def _values(traced: fx.GraphModule, images: int, image_shape: Sequence[int]) -> 
 
 
 def _check_trace(model: nn.Module, traced: nn.Module, image_shape: Sequence[int]) -> None:
-    """Compare outputs, because a trace shows neither hooks nor values that are overwritten and read again."""
+    """Raise OnnxExportError unless both give the same outputs: a trace lacks hooks and overwritten values."""
     images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
     with torch.random.fork_rng(devices=[]):
         expected, found = model(images.clone()), traced(images.clone())
@@ -129,7 +130,7 @@ class _Tracer(fx.Tracer):
         return _module_handler(module) is not None
 
     def where(self, model: nn.Module) -> str:
-        """The module that is being traced, or where an error ended the trace."""
+        """The module that is being traced, also after an error."""
         name = next(reversed(self.module_stack), "")
         return f"the module {name!r} ({type(model.get_submodule(name)).__name__})" if name else "the network"
 

@@ -18,7 +18,7 @@ class OnnxExportError(ValueError):
 
 
 def packages():
-    """The modules (onnx, ml_dtypes), imported here because only the export needs them."""
+    """The modules onnx and ml_dtypes, which only the export needs; OnnxExportError if one is not installed."""
     try:
         import ml_dtypes
         import onnx
@@ -31,7 +31,7 @@ class Writer:
     """Collects nodes and initialisers of an ONNX graph in order.
 
     ``quantized`` has the network's low-bit weights by the name of their layer. ``two`` and ``three`` have the value of
-    each node for two and for three images: values that differ depend on that number.
+    each node for two and for three images. A value that differs depends on the number of images.
     """
 
     def __init__(self, network: nn.Module, quantized: Mapping[str, LowBitWeight], two: Values, three: Values) -> None:
@@ -52,7 +52,7 @@ class Writer:
     def constant(self, values: Any, name: str = "") -> str:
         """Add an initialiser and return its name. A name that exists already is not added again."""
         name = name or f"constant_{len(self.constants)}"
-        if name not in self.constants:  # else a layer that is called twice
+        if name not in self.constants:  # a layer that is called twice has it already
             self.constants[name] = self.onnx.numpy_helper.from_array(np.asarray(values), name)
         return name
 
@@ -71,11 +71,11 @@ class Writer:
         return shape[:1] == (2,) and self._three[node].shape == (3, *shape[1:])
 
     def weight(self, name: str, label: str, module: nn.Module, factor: torch.Tensor | None) -> str:
-        """Add the weight of layer ``name``, times ``factor`` (output channels,), in its bits and return its name.
+        """Add the weight of layer ``name`` in its bits, and return the name of its value.
 
-        Output channels are the first dimension of a weight, but the second one of a transposed convolution.
-
-        Integer levels are stored once, however often the layer is called. ``label`` is for the scale or a float weight.
+        ``factor`` (output channels,) multiplies the weight; None for 1. ``label`` names the scale, or a float weight.
+        Integer levels are stored once, however often the layer is called. Output channels are the first dimension of
+        a weight, but the second one of a transposed convolution.
         """
         channels = 1 if isinstance(module, nn.ConvTranspose2d) else 0
         if name not in self._quantized:

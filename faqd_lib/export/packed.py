@@ -77,7 +77,7 @@ def save_packed(
 
     Args:
         model: a network quantized by :func:`faqd_lib.quantize` or loaded from a packed file. Float layers are stored
-            unchanged. Wrappers of DataParallel, DistributedDataParallel and ``torch.compile`` are removed.
+            unchanged. Wrappers, such as DataParallel and that of ``torch.compile``, are left out.
         path: path of the file, by convention ``*.safetensors``.
         architecture: arguments of :func:`faqd_lib.build_model`, such as ``{"name": "resnet20", "num_classes": 10}``.
             With them :func:`load_packed` builds the network itself.
@@ -208,7 +208,8 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     Quantized ReLUs replace the ReLUs. The network can be described, saved and exported. To train it with quantizers,
     call ``dequantize`` and ``quantize`` first. The number of batches that a batch normalisation has seen is not stored.
 
-    Names, shapes and kinds of activations are checked against ``model``, other settings such as stride are not.
+    Names, shapes and kinds of activations are checked against ``model``. Other settings, such as stride and padding,
+    cannot be checked.
 
     Args:
         path: path of the file.

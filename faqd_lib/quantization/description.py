@@ -61,9 +61,12 @@ def describe(model: nn.Module, images: Tensor | None = None) -> Description:
     Args:
         model: quantized, read from a packed file, or float.
         images: (batch, …) input, on which the network runs once in evaluation mode. The table then also lists
-            activations that are function calls: ``relu()`` under the name of the module that calls ``F.relu``.
+            activations that are function calls: ``F.relu`` as ``relu()``, under the name of the calling module.
             Equivalents such as ``clamp`` or ``maximum`` are not found. Modules that run more than once, or never, get
             a note. A quantized ReLU that is called in two places has one step for both.
+
+    Raises:
+        ValueError: the weight of a layer from a packed file was changed after reading.
     """
     model = unwrapped(model)
     notes, functions = _run(model, images)
@@ -118,7 +121,7 @@ def _stored(layer: nn.Module) -> int:
 
 @torch.no_grad()
 def _run(model: nn.Module, images: Tensor | None) -> tuple[dict[str, list[str]], dict[tuple[str, str], int]]:
-    """(notes by name on how often modules run, number of calls by (module, function)); empty without images."""
+    """Notes on how often modules run, by name; and numbers of calls, by module and function. Empty without images."""
     notes: dict[str, list[str]] = {}
     if images is None:
         return notes, {}

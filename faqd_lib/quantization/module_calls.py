@@ -21,8 +21,8 @@ _FUNCTIONS = {  # torch's names of activations that can be called as functions
 class ActivationCalls(TorchFunctionMode):
     """Counts a network's calls of its modules, and of activations that are functions (``F.relu``), while entered.
 
-    ``modules``: number of calls of each module. ``functions``: number of calls by (name of the calling module, name of
-    the function). Calls from inside an activation module are left out.
+    ``modules``: number of calls of each module. ``functions``: number of calls by names of the calling module and
+    of the function. Calls from inside an activation module are left out.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """Put quantizers into a network, take them out again, and read low-bit weights.
 
-Weights are quantized by ``torch.nn.utils.parametrize``: the layer computes with the quantized weight, and the gradient
+Weights are quantized by ``torch.nn.utils.parametrize``. The layer computes with the quantized weight. The gradient
 passes straight through to the float (latent) weight, which is learned. Each ``nn.ReLU`` and ``nn.ReLU6`` becomes a
 :class:`~faqd_lib.quantization.relu.QuantizedReLU`. A float network's ``state_dict`` loads into the quantized network.
 """
@@ -24,7 +24,7 @@ from .relu_kernels import kernels
 from .weights import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS, WeightQuantizer, low_bit_values, weight_quantizer
 
 WRAPPERS = ("module", "_orig_mod")  # first parts of names in checkpoints of wrapped networks
-_NESTED = "_faqd_use_nested_tensor"  # attribute of a transformer encoder: its setting before it was quantized
+_NESTED = "_faqd_use_nested_tensor"  # a transformer encoder's ``use_nested_tensor`` before it was quantized
 _UNPACKED = "_faqd_unpacked"  # attribute of a layer whose weight was read from a packed file: (bits, scale)
 
 
@@ -49,9 +49,9 @@ def quantize(
         first_layer: ``"quantize"`` or ``"float"``: the first layer with weights in module order (the stem).
         last_layer: the same for the last layer (the classifier). Both defaults follow the authors' released code.
         shortcuts: the same for layers with "shortcut" or "downsample" in their name.
-        overrides: bits by module name or shell pattern: ``{"layer1.*": 8, "fc": 32}``, stronger than the policies
-            above; later ones win. A whole name reaches every layer and ReLU. A pattern reaches weights only if
-            ``weight_bits`` is below 32, and activations only if ``activation_bits`` is.
+        overrides: bits by module name or shell pattern: ``{"layer1.*": 8, "fc": 32}``. A whole name reaches
+            every layer and ReLU. A pattern reaches weights only if ``weight_bits`` is below 32, and activations only if
+            ``activation_bits`` is. Overrides take precedence over policies, later overrides over earlier ones.
         per_channel: one weight scale for each output channel instead of one for the tensor (the paper).
         step_gradient: how activation steps learn: ``"lsq"``, ``"coarse"``, or ``"frozen"`` for not at all.
 
@@ -61,8 +61,8 @@ def quantize(
 
     Raises:
         ValueError: unknown bits or policy, a pattern that matches nothing, a network that is quantized already, a
-            weight that is no plain parameter (lazy, weight norm, another parametrization), or nothing to quantize. The
-            network is left unchanged.
+            weight that is no plain parameter (lazy, pruned, weight norm, another parametrization), or nothing to
+            quantize. The network is left unchanged.
     """
     check_choice("weight_bits", weight_bits, (*WEIGHT_BITS, FLOAT_BITS))
     check_choice("activation_bits", activation_bits, (*ACTIVATION_BITS, FLOAT_BITS))
@@ -111,7 +111,7 @@ def _hook_once(module: nn.Module, hook: Callable) -> None:
 def _check_quantizable(
     layers: Mapping[str, nn.Module], relus: Mapping[str, nn.Module], weight_bits: int, activation_bits: int
 ) -> None:
-    """Raise the ValueErrors of :func:`quantize` about the modules chosen."""
+    """Raise the ValueErrors of :func:`quantize` that depend on the chosen modules."""
     for kind, modules, bits in (("layer with weights", layers, weight_bits), ("ReLU", relus, activation_bits)):
         if bits != FLOAT_BITS and not modules:
             raise ValueError(f"every {kind} is kept float by policy: nothing would be quantized to {bits} bits")
@@ -149,7 +149,7 @@ def _why_no_relu(model: nn.Module) -> str:
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         return (
             f"the network has no nn.ReLU module to quantize: its activations are {found}, which have negative values. "
-            "Leave activation_bits at 32, or train it with nn.ReLU or nn.ReLU6 in their place"
+            "Leave activation_bits at 32, or train the network with nn.ReLU or nn.ReLU6 in their place"
         )
     return "the network has no nn.ReLU module to quantize: replace calls of F.relu or torch.relu by modules"
 
@@ -160,8 +160,8 @@ def _override(bits: dict[str, int], overrides: Mapping[str, int], layers: Iterab
         matched = [pattern] if pattern in bits else fnmatch.filter(reached, pattern)
         if not matched:
             raise ValueError(
-                f"the pattern {pattern!r} matches no layer with weights and no ReLU that is quantized; they are, among "
-                f"others, {', '.join(reached[:8])}"
+                f"the pattern {pattern!r} matches no layer with weights and no ReLU that is quantized; names to "
+                f"match are, among others, {', '.join(reached[:8])}"
             )
         for name in matched:
             offered = WEIGHT_BITS if name in layers else ACTIVATION_BITS
@@ -234,19 +234,19 @@ def _accept_float_part(part: nn.Module, state_dict: dict, prefix: str, *_) -> No
 def calibrate(model: nn.Module, images: Tensor, *others: object, **named: object) -> nn.Module:
     """Fit the step of every quantized ReLU to its input, first layer to last, in one pass over a batch of images.
 
-    Batch normalisation uses the batch's statistics, so that a freshly initialised network can be calibrated; all else
-    is in evaluation mode. Running statistics and modes are left as they were.
+    Batch normalisation uses the batch's statistics, so that a freshly initialised network can be calibrated. Everything
+    else, such as dropout, is in evaluation mode. Running statistics and modes are left as they were.
 
     Args:
-        model: a network; left unchanged if it has no quantized activations.
+        model: a network, which is also returned; left unchanged if it has no quantized activations.
         images: float (batch, …) input of the network, normalised as in training, at least 2 images.
-        others, named: what the network's ``forward`` takes beside the images.
+        others, named: further arguments of the network's ``forward``, by position and by name.
 
     Raises:
         ValueError: ``images`` is no such tensor, or an activation holds NaN or an infinity.
 
     Warns:
-        UserWarning: the network calls ``F.relu`` or ``torch.relu``, which stay float, or did not call a quantized ReLU.
+        UserWarning: the network calls ``F.relu`` or ``torch.relu``, which stay float; or it skips a quantized ReLU.
     """
     relus = _quantized_relus(model)
     if not relus:
@@ -292,7 +292,7 @@ def compile_activations(model: nn.Module, dtype: torch.dtype = torch.float32) ->
     """Compile the quantized activations' kernels by ``torch.compile``, for faster training on a CPU.
 
     Call it before a training loop of your own, for a network that is not compiled as a whole. Only large tensors in
-    training mode use the kernels; traces do not. A second derivative is refused. The steps' gradients differ in the
+    training mode use the kernels. Traces do not. A second derivative is refused. The steps' gradients differ in the
     last digits, and no other number does. Compiling takes seconds, the first time on a machine longer.
 
     Args:
@@ -321,8 +321,8 @@ def compile_activations(model: nn.Module, dtype: torch.dtype = torch.float32) ->
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """Estimate mean and variance of every batch normalisation again, as plain averages over some batches of images.
 
-    A quantized network that is not trained any further needs them: those of the float network can cost all accuracy at
-    few bits. Modes and momenta are left as they were (:func:`torch.optim.swa_utils.update_bn`).
+    A network that is quantized and not trained any further needs new statistics. Those of the float network can cost
+    all accuracy at few bits. Modes and momenta are left as they were (:func:`torch.optim.swa_utils.update_bn`).
 
     Raises:
         ValueError: there is no batch, or a batch is no float tensor of images. The statistics are left unchanged.
@@ -379,10 +379,13 @@ def quantizer_of(module: nn.Module) -> WeightQuantizer | None:
 
 @dataclass(frozen=True)
 class LowBitWeight:
-    """The weight that a layer computes with; see :func:`low_bit_values`. Float32, or float64 for a float64 weight."""
+    """The weight that a layer computes with, as scale and levels; see :func:`low_bit_values`.
+
+    Scale and levels are float32, or float64 for a float64 weight.
+    """
 
     bits: int
-    scale: Tensor  # () or (C_out, 1, …)
+    scale: Tensor  # (), or with C_out values along the channel dimension and 1 along all others
     levels: Tensor  # whole numbers, in the shape of the weight
     dtype: torch.dtype  # of the weight
 
@@ -444,8 +447,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def blend(model: nn.Module, share: float) -> None:
     """w ← (1 − share)·w + share·Q(w) for every quantized weight, in place.
 
-    Between ``backward()`` and ``optimizer.step()``, it turns SGD into the blended coarse gradient descent of Yin et al.
-    2019: w ← (1 − ρ)·w + ρ·Q(w) − lr·gradient, with the gradient taken at Q(w).
+    Called between ``backward()`` and ``optimizer.step()``, ``blend`` turns SGD into the blended coarse gradient descent
+    of Yin et al. 2019: w ← (1 − ρ)·w + ρ·Q(w) − lr·gradient, with the gradient taken at Q(w).
 
     Raises:
         ValueError: ``share`` outside [0, 1].
@@ -481,8 +484,9 @@ def replace_modules(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None
 def _choose_paths(model: nn.Module) -> None:
     """Let transformer layers call their activations where these are quantized.
 
-    In evaluation without gradients, torch's fast path computes with the activation's kind, noted when the layer was
-    built, and does not call the module. The padding of an encoder that uses nested tensors works on the fast path only.
+    In evaluation without gradients torch takes a fast path. It does not call the activation's module, but computes with
+    the kind of activation that the layer noted when it was built. An encoder that uses nested tensors for padding works
+    on the fast path only.
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -501,12 +505,12 @@ def _choose_paths(model: nn.Module) -> None:
 def float_state_dict(model: nn.Module, *, rounded: bool = False) -> dict[str, Tensor]:
     """The ``state_dict`` of the float network that was quantized: its weights, without steps of activations.
 
-    A quantized network's own ``state_dict`` does not load into a float network. To get float weights out of a saved
-    one, load it into ``quantize(network, …)`` first.
+    A quantized network's own ``state_dict`` does not load into a float network. To get float weights from a saved
+    quantized ``state_dict``, load it into ``quantize(network, …)`` first.
 
     Args:
         model: quantized by :func:`quantize`, or loaded from a packed file.
-        rounded: whether weights are the quantized ones, as the network computes with them, in place of the latent ones.
+        rounded: True for the quantized weights, which the network computes with; False for the latent weights.
     """
     model = unwrapped(model)
     low_bits = low_bit_weights(model) if rounded else {}

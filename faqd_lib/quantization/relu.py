@@ -31,17 +31,17 @@ class QuantizedReLU(nn.Module):
     average. Backward to x: straight through inside (0, Qα), 0 outside. Backward to α, summed over all elements:
 
     - ``"lsq"`` (Esser et al. 2020): 0 below the range, round(x/α) − x/α inside, Q above. The sum is scaled by
-      1/√(F·Q), with F the number of elements of one image, so that the step learns at the pace of a weight. The batch
+      1/√(F·Q), so that the step learns at the pace of a weight. F is the number of elements of one image. The batch
       size is left out, since the gradient of a mean over images does not grow with it.
-    - ``"coarse"`` (Yin et al. 2019, the paper's line of work): 0 below the range, 2^(bits−1) inside, Q above, with the
-      same scale.
+    - ``"coarse"`` (Yin et al. 2019): 0 below the range, 2^(bits−1) inside, Q above, with the same scale. Blended coarse
+      gradient descent, the paper's line of work, uses these values.
     - ``"frozen"``: no gradient. The step keeps the value from :meth:`fit`, as in the released code.
 
     Example for 4 bits, α = 0.1 and one image: (−1, 0.26, 9) → (0, 0.3, 1.5). The gradients to α are (0, 0.4, 15) for
     LSQ and (0, 8, 15) for coarse, each times 1/√45.
 
     ``step`` starts at the least-squares optimum for standard normal input, and :meth:`fit` sets it from data.
-    Dequantizing the network puts the module ``replaces`` back.
+    In a network the quantized ReLU stands in place of the module ``replaces``, which dequantizing puts back.
 
     Raises:
         ValueError: ``bits`` outside 1 to 8, or an unknown ``step_gradient``.
@@ -72,8 +72,8 @@ class QuantizedReLU(nn.Module):
     def fit(self, x: Tensor) -> None:
         """Set the step to the least-squares optimum for a :func:`sample` of ``x``.
 
-        If no value is positive, any step is right. A first value then changes in its last digits, so that
-        :attr:`is_initial` tells that it was fitted.
+        If no value is positive, any step is right. An initial step then changes in its last digits, so that
+        :attr:`is_initial` becomes False.
 
         Raises:
             ValueError: ``x`` holds NaN or an infinity.

@@ -62,7 +62,7 @@ def _root(x: Tensor, highest: int) -> float:
 
 
 def _wide(step: Tensor, x: Tensor) -> Tensor:
-    """The step, at least ``SMALLEST_STEP``, (1,), float32 at least. Division by a scalar would keep bfloat16."""
+    """The step, at least ``SMALLEST_STEP``, as a tensor (1,), float32 at least. A scalar would not widen bfloat16."""
     return step.clamp_min(SMALLEST_STEP).to(torch.promote_types(x.dtype, torch.float32)).reshape(1)
 
 
@@ -238,7 +238,7 @@ _making = threading.Lock()
 def kernels(dtype: torch.dtype, coarse: bool) -> _Kernels | None:
     """Compiled kernels for inputs of a dtype on the CPU, made once a process for each gradient and number of threads.
 
-    None where compiling fails, with a UserWarning, or is switched off by torch's own ``TORCH_COMPILE_DISABLE=1``.
+    None where torch's own ``TORCH_COMPILE_DISABLE=1`` switches compiling off; None and a UserWarning where it fails.
     """
     if torch._dynamo.config.disable:
         return None

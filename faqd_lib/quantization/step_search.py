@@ -5,9 +5,9 @@ the explained share ⟨w, q⟩²/⟨q, q⟩, which has many local maxima. Levels
 m = 1..L: one value then rises by one level. Two searches follow from that.
 
 Exact. Sort all w_i/(m − ½) in descending order. Two cumulative sums along that order give ⟨w, q⟩ and ⟨q, q⟩ between any
-two of them, and the largest share is the global optimum. The sort of n·L numbers serves short rows, and longer ones of
-at most 128 distinct magnitudes, counted in a histogram. Weights that are quantized to 8 bits already have that many,
-and their optimum is too narrow for a scan.
+two breakpoints, and the largest share is the global optimum. The search sorts n·L numbers, so it serves short rows. It
+also serves longer rows of at most 128 distinct magnitudes, counted in a histogram. Weights that are quantized to 8 bits
+already are such rows, and their optimum is too narrow for a scan.
 
 Scanned. A fine histogram gives the share of any step by a few look-ups. A coarse grid of steps over thirteen octaves is
 tried, then fine grids around the best four. The error comes within 1 % of the best one, unless a few magnitudes out of
@@ -53,8 +53,8 @@ def best_step(magnitudes: Tensor, highest: int) -> Tensor:
 def running_sums(rows: Tensor) -> Tensor:
     """Cumulative sums along each row of (rows, n), the same bits at every call.
 
-    On CUDA several blocks would share a single row, and add up in an order that varies: it is folded into several rows,
-    which have one block each.
+    On CUDA several blocks would share a single row, and add up in an order that varies. A single row is therefore
+    folded into several rows, which have one block each.
     """
     if len(rows) != 1 or rows.device.type != "cuda":
         return rows.cumsum(1)

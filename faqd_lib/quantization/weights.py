@@ -34,10 +34,10 @@ class _StraightThrough(torch.autograd.Function):
 class WeightQuantizer(nn.Module):
     """A map from float weights to at most 2^bits values s·q, q integer; the gradient passes straight through.
 
-    The tensor has one scale s, as in the paper, or each output channel has one: each index of ``channel_dim``, which is
-    0 for Conv2d and Linear and 1 for ConvTranspose2d. Scales are computed from the weights, in float64, by :meth:`fit`
-    of the subclasses. Quantizing quantized weights again leaves them unchanged, in float16 and bfloat16 to one unit in
-    the last place.
+    The tensor has one scale s, as in the paper, or each output channel has one. Output channels lie along
+    ``channel_dim``: 0 for Conv2d and Linear, 1 for ConvTranspose2d. Scales are no parameters: :meth:`fit` of the
+    subclasses computes them from the weights, in float64. Quantizing quantized weights again leaves them unchanged, in
+    float16 and bfloat16 to one unit in the last place.
     """
 
     bits: int
@@ -53,8 +53,8 @@ class WeightQuantizer(nn.Module):
     def levels(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and integer levels of a weight tensor; ``scale·levels`` is the quantized weight.
 
-        Both are float32, or float64 for float64 weights. The scale is a scalar, or per channel of the weight's number
-        of dimensions, with C_out values along ``channel_dim``.
+        Both are float32, or float64 for float64 weights. Levels have the shape of ``weight``. The scale is a scalar.
+        Per channel it has C_out values along ``channel_dim``, and size 1 along all other dimensions of the weight.
 
         Raises:
             ValueError: the weight is empty, or holds NaN or an infinity. NaN and infinities are found on the CPU only,
@@ -128,7 +128,7 @@ class TernaryWeight(WeightQuantizer):
 
 
 class UniformWeight(WeightQuantizer):
-    """b bits, 3 to 8: levels {−L..L}·s, L = 2^(b−1) − 1, with s by :mod:`faqd_lib.quantization.step_search`.
+    """b bits, 3 to 8: levels {−L..L}·s, L = 2^(b−1) − 1, with the least-squares s of :func:`best_step`.
 
     Example, 4 bits: (−0.7, 0.1, 0.3) → s = 0.1, levels (−7, 1, 3). Other bits raise ValueError.
     """

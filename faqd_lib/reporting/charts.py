@@ -76,8 +76,8 @@ def save(figure: Figure, folder: Path, name: str, runs: Iterable[Run] = (), note
     """Write ``<folder>/<name>.png`` and ``.pdf``, each whole or not at all; returns both paths.
 
     Args:
-        runs: behind the figure; written into the metadata (``Runs`` of the PNG, keywords of the PDF).
-        note: a remark on the figure's origin; written into the metadata (``Note`` of the PNG, subject of the PDF).
+        runs: behind the figure; written into the metadata, as ``Runs`` of the PNG and keywords of the PDF.
+        note: a remark on the figure's origin; written into the metadata, as ``Note`` of the PNG and subject of the PDF.
     """
     names = " ".join(dict.fromkeys(run.run_id for run in runs))
     # Without dates, the same figure gives the same bytes.
@@ -154,7 +154,7 @@ def scaling(
             axis.set_ylabel(part["y_label"].iloc[0] if "y_label" in part else y_label)
             measured = part.loc[part["kind"] == "measured", "x"]
             if x_scale == "log" and measured.nunique() <= 8:
-                # Few values: ticks stand at them, as plain numbers.
+                # Ticks stand at the measured values, if these are few, as plain numbers.
                 axis.xaxis.set_major_locator(FixedLocator(sorted(set(measured))))
                 axis.xaxis.set_major_formatter(ScalarFormatter())
                 axis.xaxis.set_minor_formatter(NullFormatter())
@@ -173,6 +173,7 @@ def convergence(frame: pd.DataFrame, exact: float, deviation: float) -> Figure:
 
     Args:
         frame: columns ``k``, ``estimate`` and ``draw``; one line for each draw.
+        exact: the exact value.
         deviation: standard deviation of one estimate; the band is the exact value ± deviation/√k.
     """
     _require(frame, "k", "estimate", "draw")
@@ -303,7 +304,7 @@ def accuracy_by_bits(frame: pd.DataFrame, references: Mapping[str, float] | None
     """Test accuracy of students by bits and method. Every seed is a point, the mean a bar.
 
     Args:
-        frame: columns ``bits`` (a number or a name such as 1W4A), ``method``, ``accuracy`` (percent), ``seed``.
+        frame: columns ``bits`` (a number or 1W4A), ``method``, ``accuracy`` (percent), ``seed``.
         references: accuracies drawn as horizontal lines, by name (teacher, float student).
     """
     _require(frame, "bits", "method", "accuracy", "seed")
@@ -332,7 +333,7 @@ def accuracy_by_bits(frame: pd.DataFrame, references: Mapping[str, float] | None
 def accuracy_and_size(frame: pd.DataFrame) -> Figure:
     """Test accuracy against bits. The area of a mark is the size of the weights; seeds are points within it.
 
-    ``frame``: columns ``bits`` (a name, in the order of the axis), ``method``, ``accuracy`` (percent), ``size_kB``.
+    ``frame``: columns ``bits`` (names in axis order), ``method``, ``accuracy`` (percent), ``size_kB``.
     """
     _require(frame, "bits", "method", "accuracy", "size_kB")
     grid, methods = list(dict.fromkeys(frame["bits"])), list(frame["method"].unique())

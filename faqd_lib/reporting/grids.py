@@ -98,7 +98,7 @@ def full_cells(suite: Suite) -> list[Cell]:
 def _quantization_cells(
     suite: Suite, paper: Sequence[Bits], planned: Sequence[Bits], regimes: Sequence[str], teachers: Sequence[str]
 ) -> list[Cell]:
-    """Float networks, float students rounded after training, then trained students: planned in ``regimes`` only."""
+    """Float networks, float students rounded after training, and trained students, planned in ``regimes`` only."""
     cells, bits = reference_cells(suite), sorted({*paper, *planned})
     for weights, activations in bits:
         row = {"teacher": "", "regime": "post-training", "bits": f"{weights}W{activations}A"}

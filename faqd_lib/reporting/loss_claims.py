@@ -1,12 +1,15 @@
 """The paper's claims about its losses, judged on committed measurements: cost, and Proposition 4.2.
 
-Cost. Two medians of one benchmark run differ if their notches do not overlap: median ± 1.57 · IQR / √n (McGill, Tukey
-and Larsen 1978), about 95 % each. Otherwise the row is inconclusive.
+Cost. The notch of a median is median ± 1.57 · IQR / √n, an interval of about 95 % (McGill, Tukey and Larsen 1978). Two
+medians of one benchmark run differ if their notches do not overlap. Otherwise the row is inconclusive.
 
-Proposition 4.2. The error of FFA falls like 1/k: the 95 % interval of the slope of log error against log k, averaged
-over all maps, lies within −1 ± :data:`SLOPE_MARGIN`. Maps may share their projections, so their errors do not average
-out: the half-width is the mean of the maps' own. Its tail: on every map, the share of estimates that are off by half of
-the loss is at most Chebyshev's bound.
+Proposition 4.2, rate. The mean squared error of FFA falls like 1/k if the slope of log error against log k is −1. The
+slope is averaged over all maps. The claim is reproduced if the 95 % interval lies within −1 ± :data:`SLOPE_MARGIN`, and
+contradicted if it lies outside. The half-width of the interval is the mean of the maps' half-widths, because maps may
+share their projections, so that their errors do not average out.
+
+Proposition 4.2, tail. On every map, the share of estimates that are off by more than half of the loss is at most
+Chebyshev's bound.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,14 +33,9 @@ PLACE = ("batch", "C", "H", "precision")
 def loss_claims(
     affinity: Mapping[str, Sequence[Mapping]], proposition: Mapping[str, Sequence[Mapping]]
 ) -> pd.DataFrame:
-    """One row a claim and measured case.
+    """One row a claim and measured case: columns ``claim``, ``case``, ``measured`` and ``verdict``.
 
-    Args:
-        affinity: what ``benchmarks/affinity.py`` wrote.
-        proposition: what ``benchmarks/proposition.py`` wrote.
-
-    Returns:
-        Columns ``claim``, ``case``, ``measured`` and ``verdict``.
+    ``affinity`` and ``proposition`` are what the benchmarks of these names wrote as JSON.
     """
     rows = [*_proposition(proposition["rows"])]
     for part, cheaper, dearer, claim in COSTS:
@@ -59,7 +57,7 @@ def loss_claims(
 
 
 def _differ(cheaper: Mapping, dearer: Mapping) -> str:
-    """Whether the notches of two medians are apart, and on which side."""
+    """The verdict on "cheaper": whether the notches of the two medians are apart, and on which side."""
     low, high = ((row["median_ms"], NOTCH * row["iqr_ms"] / row["n"] ** 0.5) for row in (cheaper, dearer))
     if low[0] + low[1] < high[0] - high[1]:
         return REPRODUCED

@@ -109,7 +109,7 @@ def pixel_affinity(
     """
     count, columns, colours = len(images), len(maps) + 1, _cosine_colours(maps.values())
     side = min(2.35, (WIDTH + 2.0) / columns)  # inches; many maps share the width of a notebook
-    size = 9 * side / 2.35  # of the circles, in points
+    size = 9 * side / 2.35  # diameter of the circles in points
     (height, width), (h, w) = images.shape[2:], next(iter(maps.values())).shape[1:]
     place = {"extent": (0, width, height, 0)}
     with new_figure(count, columns, width=side * columns + 0.8, height=0.95 * side * count + 0.3) as (figure, axes):

@@ -1,17 +1,17 @@
 """Three signs that distillation has failed, watched in every run; the paper's own list of what can go wrong.
 
-Plateau. The student stays behind its teacher and has stopped closing in: its test accuracy ends at least
-:data:`GAP` points below the teacher's, and the gap has shrunk by less than :data:`CLOSING` of itself since two thirds
-of the epochs. Runs with fewer than :data:`FEWEST_EVALUATIONS` evaluations are not judged.
+Plateau. The student stays behind its teacher and has stopped closing in. Its test accuracy ends at least :data:`GAP`
+percentage points below the teacher's, and the last third of the epochs closed less than :data:`CLOSING` of the gap.
+Runs with fewer than :data:`FEWEST_EVALUATIONS` evaluations are not judged.
 
-FFA is not FA. A student of FFA and its partner of FA (the same but for the estimate) end more than
-:data:`APART` points apart, or the exact affinity loss of one, on test images, is more than :data:`AFFINITY_RATIO` times
-that of the other.
+FFA is not FA. A student of FFA and its partner of FA have the same settings but for the estimate. Their test accuracies
+end more than :data:`APART` percentage points apart, or their exact affinity losses on test images differ by more than
+the factor :data:`AFFINITY_RATIO`.
 
-Instability. After the first epoch, the mean gradient norm of an epoch is above the norm at which gradients are clipped,
-so that most steps are cut; or its training loss is above that of the first epoch. High affinity weights do both.
+Instability. In an epoch after the first, the mean gradient norm is above the norm at which gradients are clipped, or
+the training loss is above that of the first epoch. High affinity weights cause both.
 
-A sign is a warning about one run. It is no test, so it has no error rate.
+A sign is a warning about one run. A sign is no test, so it has no error rate.
 """
 
 from collections.abc import Iterable
@@ -40,7 +40,7 @@ def gap_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     """The gap of each student to its teacher, evaluation by evaluation.
 
     Returns:
-        Columns ``run``, ``method``, ``progress`` (finished share of the epochs) and ``gap``, in percentage points.
+        Columns ``run``, ``method``, ``progress``, the finished share of the epochs, and ``gap`` in percentage points.
         Students whose teacher is not among the records are left out.
     """
     by_digest = {record.digest: record for record in records}
@@ -67,8 +67,8 @@ def estimate_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     """Each student of FFA beside its partner of FA.
 
     Returns:
-        Columns ``run``, ``partner``, ``k``, ``apart`` (FFA − FA, percentage points of test accuracy) and ``ratio`` (of
-        the exact affinity losses on test images, NaN where a record has none).
+        Columns ``run``, ``partner`` and ``k``; ``apart``, the test accuracy FFA − FA in percentage points; ``ratio``,
+        the exact affinity loss on test images FFA / FA, NaN where a record has none.
     """
     exact = {_but_for_the_estimate(record.configuration): record for record in records if _loss(record) == "fa"}
     rows = []
@@ -92,8 +92,8 @@ def stability_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
     """Gradient norm and training loss of each student, epoch by epoch.
 
     Returns:
-        Columns ``run``, ``affinity_weight``, ``epoch``, ``norm`` (mean gradient norm over the clipping norm) and
-        ``loss`` (training loss over that of the first epoch). Records without gradient norms are left out.
+        Columns ``run``, ``affinity_weight`` and ``epoch``; ``norm``, the mean gradient norm / the clipping norm;
+        ``loss``, the training loss / that of the first epoch. Records without gradient norms are left out.
     """
     rows = []
     for record in records:
@@ -118,13 +118,13 @@ def _loss(record: RunRecord) -> str:
 
 
 def _but_for_the_estimate(config: RunConfig) -> RunConfig:
-    """The configuration with what only FFA uses set to one value."""
+    """The configuration as one of FA, with the settings that only FFA uses made equal."""
     same = config.objective.model_copy(update={"affinity": "fa", "k": 1, "distribution": "gaussian"})
     return config.model_copy(update={"objective": same})
 
 
 def plateaus(gaps: pd.DataFrame) -> tuple[list[str], list[str]]:
-    """(runs that are judged, runs with the sign) of :func:`gap_frame`."""
+    """Runs of :func:`gap_frame` that are judged, and those of them with the sign."""
     judged, found = [], []
     for run, rows in gaps.groupby("run", sort=False):
         if len(rows) < FEWEST_EVALUATIONS:
@@ -138,14 +138,14 @@ def plateaus(gaps: pd.DataFrame) -> tuple[list[str], list[str]]:
 
 
 def apart(pairs: pd.DataFrame) -> tuple[list[str], list[str]]:
-    """(runs that are judged, runs with the sign) of :func:`estimate_frame`."""
+    """Runs of :func:`estimate_frame` that are judged, and those of them with the sign."""
     ratio = pairs["ratio"].fillna(1.0)
     far = (pairs["apart"].abs() > APART) | (ratio > AFFINITY_RATIO) | (ratio < 1 / AFFINITY_RATIO)
     return list(pairs["run"]), list(pairs.loc[far, "run"])
 
 
 def unstable(steps: pd.DataFrame) -> tuple[list[str], list[str]]:
-    """(runs that are judged, runs with the sign) of :func:`stability_frame`."""
+    """Runs of :func:`stability_frame` that are judged, and those of them with the sign."""
     later = steps[steps["epoch"] > 1]
     bad = later[(later["norm"] > 1) | (later["loss"] > 1)]
     return list(later["run"].unique()), list(bad["run"].unique())

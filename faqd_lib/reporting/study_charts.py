@@ -17,8 +17,8 @@ def over_updates(arms: pd.DataFrame, gain: pd.DataFrame) -> Figure:
     """Test accuracy over updates, and what FAQD gains over KD, with 95 % intervals.
 
     Args:
-        arms: of :func:`faqd_lib.reporting.study_curves.arms_frame`. Drawn are KD, FAQD and FFAQD on all images at the
-            fewest bits.
+        arms: of :func:`faqd_lib.reporting.study_curves.arms_frame`. The chart draws KD, FAQD and FFAQD on all images at
+            the fewest bits.
         gain: of :func:`faqd_lib.reporting.study_curves.gain_frame`; one line for each number of images and bits.
     """
     _require(arms, "weight_bits", "images", "updates", "arm", "accuracy", "low", "high")
@@ -77,7 +77,7 @@ def failure_signs(gaps: pd.DataFrame, pairs: pd.DataFrame, steps: pd.DataFrame) 
 
 
 def _lines(axis: Axes, groups: Mapping[str, pd.DataFrame], column: str) -> None:
-    """One line with points and intervals a group; groups stand a little beside each other."""
+    """Draw one line with points and intervals a group. Groups stand a little beside each other."""
     for place, (name, group) in enumerate(groups.items()):
         if group.empty:
             continue

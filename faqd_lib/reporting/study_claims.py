@@ -26,15 +26,15 @@ ASSAY = "assay of {}"  # name of the estimates that a claim builds on
 
 @dataclass(frozen=True)
 class Measured:
-    """A run of a study; per test image, whether it is right and −log of the true class."""
+    """A run of a study, with its answers on the N test images."""
 
     record: RunRecord
-    right: np.ndarray
-    surprise: np.ndarray
+    right: np.ndarray  # (N,), 1 where the predicted class is the true one, else 0
+    surprise: np.ndarray  # (N,), −log of the true class's probability, in nats
     classes: int
 
     def endpoint(self, name: str) -> float:
-        """``accuracy`` in percent after the last epoch, or ``affinity``: the logarithm of the loss on test images."""
+        """``accuracy``: percent after the last epoch. ``affinity``: natural log of the exact loss on test images."""
         return self.record.last_accuracy if name == "accuracy" else math.log(self.record.test_affinity)
 
 
@@ -44,10 +44,10 @@ class Contrast:
 
     Args:
         values: one value a seed: accuracy in percentage points, or the logarithm of the affinity loss.
-        right: accuracy a seed and image, between −1 and 1; images are the test images. None for the affinity loss.
-        surprise: the contrast of cross-entropy a seed and image, in nats.
-        records: the runs behind it.
-        dead: for each seed, the names of those among them that learned nothing.
+        right: (seeds, test images), the contrast of correct answers, from −1 to 1. None for the affinity loss.
+        surprise: (seeds, test images), the contrast of cross-entropy in nats.
+        records: the runs behind the contrast.
+        dead: for each seed, the names of the runs that learned nothing.
     """
 
     values: list[float]
@@ -58,15 +58,15 @@ class Contrast:
 
     @property
     def runs(self) -> list[str]:
-        """Names of the runs behind it."""
+        """Names of the runs behind the contrast."""
         return [record.run_id for record in self.records]
 
     def estimate(self, seeds: int | None = None) -> Estimate:
-        """Of the endpoint, from the first ``seeds`` seeds; None: all."""
+        """Estimate of the endpoint from the first ``seeds`` seeds; None for all."""
         return Estimate.of(self.values[:seeds], None if self.right is None else self.right[:seeds])
 
     def cross_entropy(self) -> Estimate:
-        """In nats, from all seeds; below 0 where the side with positive weights is better."""
+        """Estimate of cross-entropy in nats, from all seeds; below 0 where the side of positive weights is better."""
         return Estimate.of(self.surprise.mean(1), self.surprise, scale=1)
 
 
@@ -110,7 +110,7 @@ def _measured(suite: Suite, config: RunConfig) -> Measured | None:
 
 
 def all_contrasts(suite: Suite) -> dict[str, tuple[Contrast | None, Contrast | None]]:
-    """By claim, its contrast and that of its assay."""
+    """The contrast of each claim and that of its assay, by the claim's name; None without a complete seed."""
     return {
         name: (contrast(suite, claim, claim.contrast), contrast(suite, claim, claim.assay) if claim.assay else None)
         for name, claim in suite.profile.study.claims.items()
@@ -118,7 +118,7 @@ def all_contrasts(suite: Suite) -> dict[str, tuple[Contrast | None, Contrast | N
 
 
 def is_open(suite: Suite, cells: str) -> bool:
-    """Whether a claim on these cells is not settled by the looks so far."""
+    """Whether the looks so far leave a claim on these cells open."""
     rulings = judge(suite, all_contrasts(suite))
     return any(
         cells in (claim.cells, claim.reference)
@@ -241,7 +241,7 @@ def forest_frame(made: Table) -> pd.DataFrame:
     """What :func:`faqd_lib.reporting.charts.forest` draws: claims on accuracy with an interval.
 
     Returns:
-        Columns ``claim``, ``mean``, ``low``, ``high``, ``margin`` (NaN where it is half of an effect) and ``verdict``.
+        Columns ``claim``, ``mean``, ``low``, ``high``, ``margin`` and ``verdict``. A margin of half an effect is NaN.
     """
     frame = made.frame
     measured = frame.reindex(columns=["95 % interval"], fill_value="")["95 % interval"].str.contains(" to ")

@@ -15,13 +15,13 @@ BASE, TAUGHT = "kd", "fa"  # arms that every comparison over updates needs
 
 
 def arms_frame(suite: Suite) -> pd.DataFrame:
-    """One row for each arm of each cells that has a complete seed.
+    """One row for each arm with a complete seed, in each group of cells.
 
     Returns:
         Columns ``cells``, ``weight_bits``, ``images``, ``updates``, ``arm``; ``n``, the number of complete seeds;
-        ``accuracy``, ``low`` and ``high``, last-epoch test accuracy in percent with its 95 % interval for other seeds
-        and other test images (NaN with one seed); ``affinity``, the geometric mean of the exact affinity loss on test
-        images (NaN without a teacher); ``runs``, their names, separated by spaces.
+        ``accuracy``, last-epoch test accuracy in percent; ``low`` and ``high``, the 95 % interval for other seeds and
+        other test images, NaN with one seed; ``affinity``, the geometric mean of the exact affinity loss on test
+        images, NaN without a teacher; ``runs``, names of runs separated by spaces.
     """
     rows = []
     for name, cells in suite.profile.study.cells.items():
@@ -44,10 +44,11 @@ def arms_frame(suite: Suite) -> pd.DataFrame:
 
 
 def gain_frame(suite: Suite) -> pd.DataFrame:
-    """FAQD − KD in percentage points over updates: one row for each cells that has both arms and a complete seed.
+    """FAQD − KD over updates: one row for each group of cells with both arms and a complete seed.
 
     Returns:
-        Columns ``cells``, ``weight_bits``, ``images``, ``updates``, ``n``, ``gain``, ``low``, ``high``.
+        Columns ``cells``, ``weight_bits``, ``images``, ``updates``, ``n``; ``gain`` in percentage points, with ``low``
+        and ``high``, the 95 % interval for other seeds and other test images.
     """
     rows = []
     for name, cells in _compared(suite).items():
@@ -60,14 +61,14 @@ def gain_frame(suite: Suite) -> pd.DataFrame:
 def reach_frame(suite: Suite) -> pd.DataFrame:
     """How many updates FAQD needs for the accuracy that KD has after a budget.
 
-    FAQD's accuracy is interpolated over the logarithm of updates, in each seed for itself. Only budgets with all
-    images and complete seeds are used.
+    FAQD's accuracy is interpolated over the logarithm of updates, seed by seed. Only budgets with all images and
+    complete seeds are used.
 
     Returns:
         One row for each budget and bit-width: ``weight_bits``; ``updates`` of KD; ``n``, the number of seeds;
-        ``share``, FAQD's updates over KD's, the geometric mean over seeds, with ``low`` and ``high``, its 95 %
-        interval for other seeds. Where FAQD is ahead after its shortest budget already, ``share`` is that budget over
-        KD's, the interval is NaN and ``bound`` is true.
+        ``share``, the geometric mean over seeds of FAQD's updates / KD's; ``low`` and ``high``, the 95 % interval for
+        other seeds, NaN with one seed; ``bound``, whether FAQD is ahead in its shortest budget already, in any seed.
+        Then ``share`` is an upper bound, and the interval is NaN.
     """
     points: dict[str, list[tuple[int, list[float], list[float]]]] = {}
     for name, cells in _compared(suite).items():
@@ -82,7 +83,7 @@ def reach_frame(suite: Suite) -> pd.DataFrame:
             seeds = min(len(kd), *(len(fa) for _, _, fa in curve))
             needed = [_updates_to(kd[seed], [(count, fa[seed]) for count, _, fa in curve]) for seed in range(seeds)]
             if None in needed:
-                continue  # FAQD does not reach it in the budgets that were trained
+                continue  # FAQD does not reach KD's accuracy in the budgets that were trained
             bound = any(count <= curve[0][0] for count in needed)
             share = Estimate.of([math.log(count / updates) for count in needed])
             low, high = share.interval() if seeds > 1 and not bound else (float("nan"),) * 2
@@ -96,7 +97,7 @@ def reach_frame(suite: Suite) -> pd.DataFrame:
 
 
 def _updates_to(accuracy: float, curve: list[tuple[int, float]]) -> float | None:
-    """Updates at which a curve of (updates, accuracy) first reaches an accuracy; None if it does not.
+    """Updates at which a curve of (updates, accuracy) first reaches an accuracy; None if the curve stays below.
 
     The first point of the curve stands for all budgets below it.
     """
@@ -113,7 +114,7 @@ _PLACE = ("weight_bits", "images", "updates")
 
 
 def _place(suite: Suite, name: str, cells: Cells) -> dict[str, object]:
-    """Where cells stand among the others: bits, images and updates of their runs."""
+    """What tells cells from others: bits, images and updates of their runs."""
     run = next(iter(suite.study_runs(name, suite.profile.study.first_seed).values()))
     images = run.data.train_images or suite.state.training_count
     return {

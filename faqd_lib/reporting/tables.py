@@ -147,7 +147,7 @@ MEASURES = {
 def history_frame(records: Iterable[RunRecord], measures: Iterable[str]) -> pd.DataFrame:
     """Histories in long form, for charts: columns ``run``, ``epoch``, ``measure`` (its label) and ``value``.
 
-    ``measures``: keys of ``MEASURES``, whose values are the labels.
+    ``measures`` are keys of ``MEASURES``, whose values are the labels.
     """
     wanted = list(measures)
     rows = [
@@ -172,7 +172,7 @@ def finished(suite: Suite, runs: Iterable[RunConfig]) -> list[RunRecord]:
 
 
 def _text(suite: Suite, values: list[float], show: Callable[[list[float]], str] = percent) -> str:
-    """What is said of the values of a cell's runs: a number, "not run", or "not a result"."""
+    """The text of a cell with these values of its runs: a number, "not run", or "not a result"."""
     if not values:
         return NOT_RUN
     return show(values) if suite.profile.shows_results else NOT_A_RESULT
@@ -224,8 +224,8 @@ def _rows(suite: Suite, reference: pd.DataFrame, table: str, cells: list[Cell], 
 def read_paper_reference(path: Path | None = None) -> pd.DataFrame:
     """Read the paper's printed values that the user filled in; see results/README.md.
 
-    ``path``: None for ``results/paper_reference.csv``. The columns are ``REFERENCE_COLUMNS``; without a file there are
-    no rows.
+    ``path`` is a CSV file; None for ``results/paper_reference.csv``. The columns are ``REFERENCE_COLUMNS``. Without a
+    file there are no rows.
 
     Raises:
         ResultsError: the file lacks a column, a value matches no run, an accuracy is not a percentage, or two lines
@@ -401,10 +401,10 @@ def not_run(dataset: str, profile: str) -> Table:
 
 
 def all_tables(suite: Suite, reference: pd.DataFrame | None = None) -> list[Table]:
-    """T1 for the suite's dataset and for the profile's others, then T2 to T5 for the suite's dataset.
+    """T1 for the suite's dataset and for other datasets, then T2 to T5 for the suite's dataset.
 
-    The others are the datasets of the paper that the profile's series has, or that have a results folder.
-    ``reference``: the paper's values. None: :func:`read_paper_reference`.
+    Other datasets are those of the paper that the profile's series has, or that have a results folder. ``reference``
+    has the paper's values; None for those of :func:`read_paper_reference`.
     """
     reference = read_paper_reference() if reference is None else reference
     tables = [weight_quantization(suite, reference)]

@@ -63,8 +63,8 @@ def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], facts: Chec
 def read_checkpoint(folder: Path, digest: str) -> tuple[dict[str, torch.Tensor], CheckpointInfo] | None:
     """Read the newest whole checkpoint of a run.
 
-    A damaged checkpoint, or one of another ``digest`` (of a configuration), is renamed with a
-    :class:`CheckpointWarning`. Then the previous one is read.
+    ``digest`` is that of the run's configuration. A damaged checkpoint, or one with another digest, is renamed with a
+    :class:`CheckpointWarning`. Then the previous checkpoint is read.
 
     Returns:
         Tensors on the CPU, and the rest; None if there is no checkpoint.

@@ -94,7 +94,7 @@ class Configurations:
 
         Args:
             method: ``"labels"`` (cross-entropy only), ``"KD"`` (logits), ``"FA"`` (exact feature affinity), ``"FAQD"``
-                (logits and exact feature affinity) or ``"FFAQD"`` (logits and feature affinity from k projections).
+                (logits and exact feature affinity) or ``"FFAQD"`` (logits and affinity from k projections).
             labels: whether cross-entropy is added to a distillation loss.
             weight_bits, activation_bits: 1 to 8, or 32 for float.
             quantization: other settings of :class:`~faqd_lib.config.QuantizationConfig`, such as ``per_channel``.

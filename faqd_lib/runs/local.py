@@ -127,7 +127,7 @@ def _save(workshop: Workshop, trained: Learner, teacher: nn.Module | None, machi
 
 
 class _CohortReport:
-    """Tells the progress display what a cohort does; epochs that its checkpoints brought do not count."""
+    """Reports a cohort to the progress display. Epochs that came from checkpoints do not count as progress."""
 
     def __init__(self, progress: ProgressReporter, label: str, learners: Sequence[Learner]) -> None:
         self._progress, self._label, self._learners = progress, label, learners

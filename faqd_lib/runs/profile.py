@@ -171,7 +171,10 @@ class Profile(StrictModel):
         return cls.parse({"name": path.stem, **values}, where=str(profile))
 
     def resolve_dataset(self, dataset: str, data_root: str | Path | None) -> tuple[str, str]:
-        """The name of a dataset (a name, ``"auto"``, or empty for the profile's own), and why it was taken.
+        """Choose the dataset: a name, ``"auto"``, or empty for the profile's own choice.
+
+        Returns:
+            The dataset's name, and in words why it was taken.
 
         Raises:
             DatasetError: the dataset is unknown, or not found.
@@ -286,9 +289,10 @@ def read_state(folder: Path) -> SuiteState:
 
 
 def begin_or_continue(folder: Path, state: SuiteState, asked_seeds: int) -> SuiteState:
-    """Write the state of profile and images into a new folder, or compare it with that of a folder begun earlier.
+    """Write ``state`` into a new folder, or compare ``state`` with that of a folder that was begun already.
 
-    ``asked_seeds`` is the number of seeds; 0 for the larger of the profile's and the folder's.
+    ``state`` is of the profile and images in use now. ``asked_seeds`` is the number of seeds; 0 for the larger of the
+    profile's and the folder's.
 
     Returns:
         The state to work with. Its precision is that of the folder.

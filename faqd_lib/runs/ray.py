@@ -118,7 +118,7 @@ class RayEngine:
         if failures:
             (cohort, error), *others = failures
             raised = getattr(error, "cause", None)
-            if not isinstance(raised, Exception):  # the work itself raised nothing
+            if not isinstance(raised, Exception):  # Ray raised it, not the work
                 raised = EngineError(
                     f"the worker that trained {cohort[0].run_id} died, and so did {_RETRIES} after it, most likely out "
                     "of memory. Finished runs are kept: call again to go on, with fewer workers at a time "
@@ -153,7 +153,7 @@ class RayEngine:
 def _follow(
     ray: Any, tasks: dict[str, tuple[Any, list[RunConfig]]], queue: Any, progress: ProgressReporter
 ) -> list[tuple[list[RunConfig], Exception]]:
-    """Wait for tasks, given by label with their cohorts; show the reports in ``queue``.
+    """Wait for the tasks, which have a label and a cohort each, and show the workers' reports from ``queue``.
 
     Returns:
         Cohorts that failed, with their errors.

@@ -194,8 +194,8 @@ class RunStore:
     def predictions(self, record: RunRecord) -> dict[str, torch.Tensor] | None:
         """The classes (N,) of the test images, ``predicted`` and ``label``; None for records without them.
 
-        Classes are integers of 8 bits, or of 16 in early records and where there are more than 256. Later records also
-        have ``log_probability`` (N,) float16, of the true class.
+        Classes are integers of 8 bits, or of 16 bits in early records and where there are more than 256 classes. Later
+        records also have ``log_probability`` (N,) float16, of the true class.
 
         Raises:
             ResultsError: the file is missing, damaged or of another record.

@@ -22,9 +22,9 @@ class Arm(StrictModel):
         labels: whether cross-entropy is added to a distillation loss.
         regime: ``fine-tuning`` starts from the float student of the same seed.
         logit_loss, k: None for the profile's own.
-        stages: numbers of the stages whose maps are compared, from 1 on; empty for all.
-        activation_bits: 32 for float activations.
-        step_gradient: how steps of activations are trained; None for the default.
+        stages: stages whose maps are compared, numbered from 1; empty for all.
+        activation_bits: 1 to 8, or 32 for float activations.
+        step_gradient: how steps of activations learn; None for ``lsq``.
         losses: changes to the profile's losses, such as ``{temperature = 2.0}``.
         epochs: None for the schedule's own.
         learning_rate: None for the schedule's own.
@@ -67,13 +67,13 @@ class PlannedClaim(StrictModel):
     Args:
         statement: the claim in words.
         contrast: weight of each arm; they sum to 0.
-        endpoint: ``accuracy`` on test images, in percentage points, or ``affinity``, the natural logarithm of the exact
+        endpoint: ``accuracy`` on test images, in percentage points; or ``affinity``, the natural logarithm of the exact
             affinity loss on test images.
         cells: name of the cells.
         reference: names of the cells of arms that ``cells`` does not have.
         margin: the claim is that the contrast lies above −margin. 0 for "better".
-        equivalence: the claim reads "no difference beyond …" if the contrast is shown to lie within ±equivalence. Only
-            for accuracy.
+        equivalence: the claim reads "no difference beyond …" if the contrast is shown to lie within ±equivalence. It
+            is used for accuracy only.
         assay: a contrast that must be shown to lie above 0 first; without it the claim is not testable here.
         family: claims of one family share an error rate of 5 %.
     """

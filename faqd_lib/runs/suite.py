@@ -34,7 +34,7 @@ from .workshop import Workshop
 class Suite(Configurations, Workshop):
     """Configurations, networks and records of one results folder.
 
-    Made by :meth:`open`, or by :meth:`read` from a folder without its images. Its fields are those of
+    :meth:`open` makes a suite, and so does :meth:`read`, from a folder without its images. The fields are those of
     :class:`~faqd_lib.runs.workshop.Workshop`, and the ``engine`` and ``bar`` of :meth:`open`.
     """
 
@@ -116,8 +116,8 @@ class Suite(Configurations, Workshop):
     def run(self, configs: Iterable[RunConfig], title: str = "runs", deadline: float | None = None) -> list[RunRecord]:
         """Train the runs that are not finished, after the teachers and initial weights they need.
 
-        Every finished run is written before the next cohort begins. Training stops at the ``deadline``, a time of
-        ``time.monotonic``. ``title`` is shown with the progress.
+        Every finished run is written before the next cohort begins. Training stops at ``deadline``, a time of
+        ``time.monotonic``; with None it goes on to the end. ``title`` is shown with the progress.
 
         Returns:
             One record a configuration, in the order of ``configs``, each once.

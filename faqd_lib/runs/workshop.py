@@ -26,7 +26,7 @@ AFFINITY_IMAGES = 1000  # of the test split, whose maps are compared after train
 
 
 class Splits(NamedTuple):
-    """Images to train on, to select epochs with (None if the profile holds none out) and to test on."""
+    """Images to train on, to select epochs with, and to test on; ``validation`` is None if none are held out."""
 
     training: Images
     validation: Images | None

@@ -88,9 +88,8 @@ class Recorder:
 class RecordedStep:
     """A function of tensors that is recorded after some calls and replayed from then on.
 
-    Without a recorder every call is an ordinary one. A replay returns the same tensors each time, with new numbers.
-
-    ``function`` takes tensors, None, batches, and tuples or lists of these.
+    ``function`` takes tensors, None, batches, and tuples or lists of these. Without a recorder every call is an
+    ordinary one. A replay returns the same tensors each time, with new numbers.
     """
 
     def __init__(self, function: Callable[..., Any], recorder: Recorder | None = None) -> None:

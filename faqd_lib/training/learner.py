@@ -128,9 +128,10 @@ class Learner:
             self.kernels["cuda_graphs"] = "off" if recorder is None else "on"
 
     def step(self, batch: Batch, teacher: TeacherOutput) -> dict[str, torch.Tensor]:
-        """Forward, compare, backward, clip, blend, update; returns the terms and ``gradient_norm`` (before clipping).
+        """Forward, compare, backward, clip, blend, update.
 
-        The step can be recorded. Hence it must not draw random numbers on the host, read values or copy from the host.
+        Returns the terms of the objective, and ``gradient_norm`` before clipping, as scalars without gradient. The step
+        can be recorded. Hence it must not draw random numbers on the host, read values or copy from the host.
         """
         timed = not self._recorded_step.replays_next  # no clock runs within a recording
         with torch.autocast(self.device.type, torch.bfloat16, self.config.optimization.precision == "bf16"):
@@ -208,7 +209,7 @@ class Learner:
         return None if len(self.history) > max(0, epoch) else self.steps - epoch * self.steps_per_epoch
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """(tensors on the CPU, numbers and text) from which :meth:`load_state` goes on with the same bits.
+        """Tensors on the CPU, and numbers and text, from which :meth:`load_state` goes on with the same bits.
 
         Call it between steps. Order and augmentation of images need no state: they follow from seed and step.
         """

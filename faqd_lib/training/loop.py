@@ -59,7 +59,7 @@ class OutOfTimeError(RuntimeError):
 
 
 class CohortResult(NamedTuple):
-    """Finished learners, their networks in evaluation mode; and the errors of the others by the name of the run."""
+    """Finished learners with networks in evaluation mode, and the errors of all others by the name of the run."""
 
     trained: list[Learner]
     failed: dict[str, NonFiniteLossError]
@@ -91,8 +91,8 @@ def train(
         splits: labelled images to evaluate, by name. One name is ``"test"``.
         on_epoch: called after every epoch with its number (from 0) and the learners that have just finished it.
         on_batch: called after every batch with the epoch (from 0) and the number of batches done in it.
-        checkpoint_due, time_is_up: asked after every batch whether to call ``checkpoint`` for each learner in
-            training, and whether to stop.
+        checkpoint_due: asked after every batch whether to call ``checkpoint`` for each learner in training.
+        time_is_up: asked after every batch whether to stop.
         cuda_graphs: whether steps on CUDA are recorded and replayed, with the same bits.
         evaluate_every: epochs from one evaluation to the next. The last epoch is always evaluated.
 

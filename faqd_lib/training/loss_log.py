@@ -33,7 +33,9 @@ class LossLog:
         self.steps += 1
 
     def check(self, run: str, epoch: int) -> None:
-        """Check the steps since the last check, in an epoch (from 0) of a run; a GPU's host waits for these steps.
+        """Check the steps since the last check; on a GPU the host waits for these steps.
+
+        The error message names ``run`` and ``epoch``, which counts from 0.
 
         Raises:
             NonFiniteLossError: a term is NaN or infinite.

@@ -185,11 +185,7 @@ class DistillationObjective(nn.Module):
 
 
 def _logits(name: str, logits: object) -> torch.Tensor:
-    """The logits in float32.
-
-    Raises:
-        TypeError: they are no tensor.
-    """
+    """The logits in float32; TypeError if they are no tensor."""
     if not isinstance(logits, torch.Tensor):
         raise TypeError(
             f"{name} must be a tensor (batch, classes), got {kind_of(logits)}: take the logits out of what the network "

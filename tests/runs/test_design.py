@@ -98,10 +98,14 @@ def test_a_design_that_contradicts_itself_is_refused(tiny_suite, changes, messag
 
 
 def test_shipped_studies_are_valid_and_share_no_seed_with_the_pilots():
-    for name in ("claims", "tuning"):
+    for name in ("claims", "claims-2-bits", "tuning", "short"):
         study = Profile.load(name).study
         assert 1 not in study.seeds
-    assert Profile.load("claims").study.looks == [5, 8]
+        assert not study.claims or study.looks == [5, 8]
+    one, two = Profile.load("claims"), Profile.load("claims-2-bits")
+    assert {bits for cells in two.study.cells.values() for bits in cells.weight_bits} == {2}
+    for name, cells in one.study.cells.items():
+        assert two.study.cells[name].model_copy(update={"weight_bits": [1]}) == cells
 
 
 def test_tuning_chooses_under_the_conditions_of_the_claims():

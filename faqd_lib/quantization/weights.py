@@ -158,11 +158,11 @@ def weight_quantizer(bits: int, per_channel: bool = False, channel_dim: int = 0)
 
 
 @torch.library.custom_op("faqd::quantized_weight", mutates_args=())
-def _quantized_weight(weight: Tensor, bits: int, per_channel: bool, channel_dim: int) -> Tensor:
+def _quantized_weight(weight: Tensor, bits: int, per_channel: bool, channel_dim: int = 0) -> Tensor:
     """Quantized weight as one opaque operation, so that compiling a network leaves the values' bits unchanged."""
     return low_bit_values(*weight_quantizer(bits, per_channel, channel_dim).levels(weight), weight.dtype)
 
 
 @_quantized_weight.register_fake
-def _(weight, bits, per_channel, channel_dim):
+def _(weight, bits, per_channel, channel_dim=0):
     return torch.empty_like(weight, memory_format=torch.contiguous_format)

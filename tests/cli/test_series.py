@@ -47,7 +47,7 @@ def test_every_notebook_is_executed_without_an_error(whole_series):
 def test_every_table_and_the_summary_are_written_and_named(whole_series):
     _, suite, done = whole_series
     names = {path.name.split("_")[0].split(".")[0] for path in (suite / "tables").iterdir()}
-    assert names == {"T1", "T2", "T3", "T4", "T5", "claims"}
+    assert names == {"T1", "T2", "T3", "T4", "T5", "claims", "signs"}
     assert str(suite / "summary.md") in done.stdout
     assert list((suite / "figures").glob("*.pdf"))
     assert "not a result" in (suite / "tables" / "claims.md").read_text()
@@ -128,7 +128,9 @@ def test_what_is_drawn_where_numbers_count(whole_series, tmp_path):
     done = run(["shown.toml", "--dataset", "digits", "--only", "05", "09", "--results", "results"], cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     drawn = {path.stem for path in (there / "figures").glob("*.png")}
-    assert drawn == {"05_accuracy_by_bits", "05_confusion", "05_curves_fewest_bits", "09_accuracy_and_size"}
+    assert drawn == {
+        "05_accuracy_by_bits", "05_confusion", "05_curves_fewest_bits", "09_accuracy_and_size", "09_failure_signs",
+    }  # fmt: skip
     assert "seeds 1, 2 (n = 2), trained" in (there / "report" / "index.html").read_text()
 
 

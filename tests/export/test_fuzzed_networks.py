@@ -112,9 +112,12 @@ STAGE = st.fixed_dictionaries(
 NETWORKS = st.fixed_dictionaries(
     {"stages": st.lists(STAGE, min_size=1, max_size=3), "hidden": st.booleans(), "seed": st.integers(0, 2**16)}
 )
+SOME_BITS = st.tuples(st.sampled_from([1, 2, 3, 4, 5, 8, 32]), st.sampled_from([1, 2, 4, 8, 32])).filter(
+    lambda bits: bits != (FLOAT_BITS, FLOAT_BITS)
+)
 POLICIES = st.fixed_dictionaries(
     {
-        "weight_bits": st.sampled_from([1, 2, 3, 4, 5, 8, 32]), "activation_bits": st.sampled_from([1, 2, 4, 8, 32]),
+        "bits": SOME_BITS,
         "first_layer": st.sampled_from(["quantize", "float"]), "last_layer": st.sampled_from(["quantize", "float"]),
         "per_channel": st.booleans(), "step_gradient": st.sampled_from(["lsq", "coarse", "frozen"]),
     }
@@ -217,6 +220,7 @@ def counted(examples: int) -> Counter[str]:
     )
     @given(NETWORKS, POLICIES)
     def check(spec: dict, policy: dict) -> None:
+        policy = dict(zip(("weight_bits", "activation_bits"), policy.pop("bits"), strict=True)) | policy
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             found[through_all_stations(spec, policy, Path(folder))] += 1

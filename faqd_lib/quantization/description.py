@@ -52,7 +52,7 @@ class Description(list[LayerBits]):
         return f"{self.frame().to_string(formatters=formats)}\n{total}"
 
 
-def describe(model: nn.Module, images: Tensor | None = None) -> Description:
+def describe(model: nn.Module, images: Tensor | None = None, *others: object, **named: object) -> Description:
     """List every layer with weights except normalisations, and every activation: bits, levels in use, scale, size.
 
     Layers without a quantizer in :func:`faqd_lib.quantize` (Conv1d, Embedding, SiLU, …) are listed with 32 bits, so
@@ -64,12 +64,13 @@ def describe(model: nn.Module, images: Tensor | None = None) -> Description:
             activations that are function calls: ``F.relu`` as ``relu()``, under the name of the calling module.
             Equivalents such as ``clamp`` or ``maximum`` are not found. Modules that run more than once, or never, get
             a note. A quantized ReLU that is called in two places has one step for both.
+        others, named: what the network's ``forward`` takes beside the images.
 
     Raises:
         ValueError: the weight of a layer from a packed file was changed after reading.
     """
     model = unwrapped(model)
-    notes, functions = _run(model, images)
+    notes, functions = ({}, {}) if images is None else _run(model, images, *others, **named)
     for name in uncalibrated(model):
         notes.setdefault(name, []).insert(0, "not calibrated")
     low_bits, first, rows = low_bit_weights(model), {}, Description()
@@ -120,14 +121,16 @@ def _stored(layer: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, images: Tensor | None) -> tuple[dict[str, list[str]], dict[tuple[str, str], int]]:
-    """Notes on how often modules run, by name; and numbers of calls, by module and function. Empty without images."""
-    notes: dict[str, list[str]] = {}
-    if images is None:
-        return notes, {}
+def _run(
+    model: nn.Module, images: Tensor, *others: object, **named: object
+) -> tuple[dict[str, list[str]], dict[tuple[str, str], int]]:
+    """Notes on how often modules run, by name; and numbers of calls, by module and function."""
     with kept_modes(model), ActivationCalls(model) as calls:
-        model.eval()(images)
-    for name, module in model.named_modules():
-        if (count := calls.modules[module]) != 1:
-            notes[name] = [f"called {count} times" if count else "its forward is not called"]
+        model.eval()(images, *others, **named)
+    counts = {name: calls.modules[module] for name, module in model.named_modules()}
+    notes = {
+        name: [f"called {count} times" if count else "its forward is not called"]
+        for name, count in counts.items()
+        if count != 1
+    }
     return notes, calls.functions

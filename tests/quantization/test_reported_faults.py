@@ -239,6 +239,7 @@ def test_calibrate_passes_on_what_else_the_network_takes():
     model = quantize(Conditional(), activation_bits=4)
     calibrate(model, torch.randn(4, 3), torch.full((3,), 100.0), scale=0.0)
     assert float(model.act.step.detach()) == pytest.approx(100)  # the one value is one level
+    assert not any(row.note for row in describe(model, torch.randn(4, 3), torch.zeros(3), scale=1.0))
 
 
 # ---- transposed convolutions

@@ -1,6 +1,7 @@
-"""Computation of the affinity losses: value and gradient in one pass, a few images at a time, as one operator.
+"""Computation of the affinity losses: value and gradient in one pass, a few images at a time.
 
-``torch.compile`` calls the operator without looking into it. The mathematics is in :mod:`faqd_lib.affinity.loss`.
+:func:`affinity_difference` is what losses call. Where torch traces, it is one operator: ``torch.compile`` calls the
+operator without looking into it. The mathematics is in :mod:`faqd_lib.affinity.loss`.
 """
 
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from ..utils.tracing import is_traced
 
 EPS = 1e-6  # a pixel vector shorter than this has no direction
 
@@ -154,14 +157,19 @@ def _pairwise(pair: MapPair, gradient: Tensor | None, norm: str) -> Tensor:
     return total
 
 
-@torch.library.custom_op("faqd::affinity_difference", mutates_args=())
 def affinity_difference(
     student: Tensor, teacher: Tensor, method: str, norm: str, projections: Tensor | None, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """The sum over images of ‖D‖²_F, of its estimate, or of ‖D‖₁; and the gradient of this sum.
+) -> Tensor:
+    """The sum over images of ‖D‖²_F, of its estimate, or of ‖D‖₁; differentiable where ``with_gradient`` says so."""
+    if is_traced(student):
+        return affinity_operator(student, teacher, method, norm, projections, with_gradient)[0]
+    return _Eager.apply(student, teacher, method, norm, projections, with_gradient)
 
-    The gradient has the shape of the student's map; it is empty unless ``with_gradient``.
-    """
+
+def _value_and_gradient(
+    student: Tensor, teacher: Tensor, method: str, norm: str, projections: Tensor | None, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The sum, and its gradient in the shape of the student's map; the gradient is empty unless ``with_gradient``."""
     # Autocast would compute the products in a lower precision.
     with torch.autocast(student.device.type, enabled=False):
         pair = MapPair(student, teacher)
@@ -183,7 +191,10 @@ def _empty_gradient(student: Tensor, with_gradient: bool) -> Tensor:
     return empty.permute(0, 3, 1, 2) if with_gradient else empty
 
 
-@affinity_difference.register_fake
+affinity_operator = torch.library.custom_op("faqd::affinity_difference", _value_and_gradient, mutates_args=())
+
+
+@affinity_operator.register_fake
 def _(student, teacher, method, norm, projections, with_gradient):
     return student.new_empty((), dtype=accumulation_dtype(student)), _empty_gradient(student, with_gradient)
 
@@ -204,7 +215,21 @@ def _scaled_gradient(ctx, of_total: Tensor, of_gradient: Tensor | None):
     return (gradient * of_total).to(ctx.student_dtype), *(None,) * 5
 
 
-affinity_difference.register_autograd(_scaled_gradient, setup_context=_keep_gradient)
+affinity_operator.register_autograd(_scaled_gradient, setup_context=_keep_gradient)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without its wrapper, whose first call imports torch's compiler for seconds."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _value_and_gradient(*inputs)
+        _keep_gradient(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, of_total):
+        return _scaled_gradient(ctx, of_total, None)
 
 
 @register_flop_formula(torch.ops.faqd.affinity_difference)

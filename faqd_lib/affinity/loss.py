@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..utils.messages import check_choice, kind_of
+from ..utils.tracing import is_traced
 from .kernels import EPS, accumulation_dtype, affinity_difference
 
 
@@ -198,7 +199,8 @@ class FastFeatureAffinityLoss(nn.Module):
 
     def _draw(self, pixels: int) -> Tensor:
         state = self.generator_state.clone() if self.frozen else self.generator_state
-        return _draw_and_advance(state, pixels, self.k, self.distribution)
+        draw = _draw_operator if is_traced(state) else _draw_and_advance
+        return draw(state, pixels, self.k, self.distribution)
 
     def predraw(self, pixels: Sequence[int], device: torch.device) -> None:
         """Draw now the projections of the next calls, one call for maps of each size in ``pixels`` (height·width).
@@ -324,7 +326,7 @@ def loss_of_maps(
     if not torch.compiler.is_compiling() and torch._C._functorch.is_gradtrackingtensor(student):
         raise RuntimeError("torch.func cannot differentiate the affinity loss: use backward() or torch.autograd.grad")
     with_gradient = torch.is_grad_enabled() and student.requires_grad
-    total, _ = affinity_difference(student, teacher, method, norm, projections, with_gradient)
+    total = affinity_difference(student, teacher, method, norm, projections, with_gradient)
     if reduction == "mean":
         return total / (len(student) * pixels**2)
     if norm == "l1":
@@ -333,7 +335,6 @@ def loss_of_maps(
     return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt() / pixels
 
 
-@torch.library.custom_op("faqd::draw_projections", mutates_args=("state",))
 def _draw_and_advance(state: Tensor, pixels: int, k: int, distribution: str) -> Tensor:
     """Draw projections from the state (uint8) of a CPU generator, and advance the state."""
     generator = torch.Generator()
@@ -343,6 +344,10 @@ def _draw_and_advance(state: Tensor, pixels: int, k: int, distribution: str) -> 
     return projections
 
 
-@_draw_and_advance.register_fake
+# Its first call imports torch's compiler, so it is for traces only.
+_draw_operator = torch.library.custom_op("faqd::draw_projections", _draw_and_advance, mutates_args=("state",))
+
+
+@_draw_operator.register_fake
 def _(state, pixels, k, distribution):
     return torch.empty(pixels, k)

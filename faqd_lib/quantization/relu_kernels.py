@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..utils.messages import first_line
+from ..utils.tracing import is_traced
 
 SMALLEST_STEP = 1e-6  # training could push a step to 0 or below, which would turn its layer off for ever
 
@@ -33,22 +34,11 @@ def quantized_relu(x: Tensor, step: Tensor, highest: int, coarse: bool, compiled
     uses :func:`kernels`, forward and backward, if ``x`` is large and on the CPU.
     """
     middle = (highest + 1) // 2 if coarse else 0  # the coarse gradient inside the range, 2^(bits−1)
-    if _is_traced(x):
+    if is_traced(x):
         return _OnePass.apply(x, step, highest, middle, None)
     if compiled and x.device.type == "cpu" and x.numel() >= _COMPILED_FROM and (made := kernels(x.dtype, coarse)):
         return _OnePass.apply(x, step, highest, middle, made)
     return _Chunked.apply(x, step, highest, middle)
-
-
-def _is_traced(x: Tensor) -> bool:
-    """Whether torch records, transforms, counts or imitates operations instead of only running them."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or type(x) not in (Tensor, torch.nn.Parameter)
-    )
 
 
 def features(x: Tensor) -> int:

@@ -3,6 +3,8 @@
 import copy
 import math
 import shutil
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -644,7 +646,7 @@ def test_operators_meet_torchs_own_checks():
     student, teacher = maps(33)
     for method, z in (("gram", None), ("pairwise", None), ("projection", torch.randn(16, 3, dtype=torch.float64))):
         arguments = (student.clone().requires_grad_(), teacher, method, "l2", z, True)
-        torch.library.opcheck(affinity_kernels.affinity_difference, arguments)
+        torch.library.opcheck(affinity_kernels.affinity_operator, arguments)
 
 
 @pytest.mark.parametrize("with_gradient", [False, True])
@@ -654,9 +656,9 @@ def test_counted_operations_are_those_of_the_products_inside(method, with_gradie
     z = torch.randn(25, 6, dtype=torch.float64) if method == "projection" else None
     arguments = (student, teacher, method, "l2", z, with_gradient)
     with FlopCounterMode(display=False) as declared:
-        affinity_kernels.affinity_difference(*arguments)
+        affinity_kernels.affinity_operator(*arguments)
     with FlopCounterMode(display=False) as inside:
-        affinity_kernels.affinity_difference._init_fn(*arguments)
+        affinity_kernels.affinity_operator._init_fn(*arguments)
     # torch's counter does not know the in-place baddbmm_ of the fast loss's gradient.
     unseen = 2 * 3 * 25 * 6 * 4 if method == "projection" and with_gradient else 0
     assert declared.get_total_flops() == inside.get_total_flops() + unseen > unseen
@@ -863,3 +865,24 @@ def test_torch_func_is_refused_in_the_losss_own_words(method):
     maps = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     with pytest.raises(RuntimeError, match=r"torch\.func cannot differentiate the affinity loss"):
         torch.func.grad(lambda student: feature_affinity_loss(student, maps[1], method))(maps[0])
+
+
+def test_an_eager_step_does_not_import_a_compiler():
+    """Losses, quantizers and objective of a 1W4A student; the compiler takes seconds to import."""
+    code = """
+import sys
+import torch
+from faqd_lib import DistillationObjective, FeatureTap, build_model, quantize
+student, teacher = quantize(build_model("resnet8", 10), 1, 4), build_model("resnet8", 10).eval()
+images = torch.randn(4, 3, 8, 8)
+for affinity in ("fa", "ffa"):
+    with FeatureTap(student, ["layer1"]) as s, FeatureTap(teacher, ["layer1"]) as t, torch.no_grad():
+        target = teacher(images)
+        with torch.enable_grad():
+            loss = DistillationObjective("mse", affinity)(student(images), s.features, target, t.features)["total"]
+    loss.backward()
+assert all(parameter.grad is not None for parameter in student.parameters())
+print(*{"torch._dynamo", "torch._inductor", "sympy"}.intersection(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

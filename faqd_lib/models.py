@@ -157,8 +157,8 @@ class FeatureTap:
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self.names = tuple(names)
         modules = {name: module for name, module in model.named_modules() if name}
-        parts = {name: _ITEM.fullmatch(name) for name in self.names}
-        tapped = {name: part["module"] for name, part in parts.items()}
+        parts = {name: _ITEM.fullmatch(str(name)) for name in self.names}
+        tapped = {name: part["module"] if part else name for name, part in parts.items()}
         for name in tapped.values():
             if name not in modules:
                 hint = did_you_mean(name, modules) or f": it has {', '.join(list(modules)[:5])}, …"
@@ -177,9 +177,10 @@ class FeatureTap:
     def _catcher(self, name: str, tapped: nn.Module, item: str | None):
         def catch(module: nn.Module, _inputs: tuple, output: object) -> None:
             if module is not tapped:  # a copy of the network took the hook along
-                if not torch.compiler.is_compiling():
+                # A shallow copy, such as a replica of DataParallel, has the same dictionary of hooks.
+                if not torch.compiler.is_compiling() and module._forward_hooks is not tapped._forward_hooks:
                     for key in [key for key, hook in module._forward_hooks.items() if hook is catch]:
-                        del module._forward_hooks[key]
+                        module._forward_hooks.pop(key, None)
                 return
             output = _tensor_of(name, output, item)
             counted = not torch.compiler.is_compiling() and not output.is_inference()

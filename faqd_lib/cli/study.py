@@ -3,13 +3,13 @@
     ./run_all.sh claims --hours 2
 
 The seeds of the first look are trained first, one group of cells after another in the order of the design. The first
-groups therefore have their verdicts first. The seeds of the second look follow, only in groups where the first look
-left a claim open. Several calls at once, also on several machines with a common folder, take different seeds. A call
+groups therefore have their verdicts first. The seeds of the second look follow when the first look is complete, only in
+groups where it left a claim open. Several calls at once, also on several machines with a common folder, take different seeds. A call
 goes on where an earlier one stopped.
 """
 
-import itertools
 import time
+from collections.abc import Iterable, Mapping
 
 import filelock
 
@@ -35,23 +35,53 @@ def run_study(suite: Suite, hours: float | None = None) -> bool:
         False if time was up; True if nothing is left but what other processes train.
     """
     deadline = None if hours is None else time.monotonic() + 3600 * hours
-    study, started = suite.profile.study, time.monotonic()
-    for look, cells in itertools.product(study.looks, study.cells):
-        if look > study.looks[0] and not study_claims.is_open(suite, cells):
-            continue
-        for seed in study.seeds[:look]:
-            runs = list(suite.study_runs(cells, seed).values())
-            if all(suite.store.record(run) for run in runs):
-                continue
+    started, trained = time.monotonic(), True
+    while trained:  # again, for seeds that another process had and has left
+        trained, elsewhere = False, set()
+        for cells, seed in wanted(suite):
+            lock = suite.store.group_lock(f"seed{seed}")
             try:
-                with suite.store.group_lock(f"{cells}-seed{seed}").acquire(timeout=0):
-                    suite.run(runs, f"{cells}, seed {seed}", deadline)
+                lock.acquire(timeout=0)
             except filelock.Timeout:
-                print(f"{cells}, seed {seed}: another process trains it", flush=True)
-            except OutOfTimeError:
-                print(f"time is up after {clock(time.monotonic() - started)}: call again to go on", flush=True)
-                return False
+                if seed not in elsewhere:
+                    print(f"seed {seed}: another process trains it", flush=True)
+                elsewhere.add(seed)
+                continue
+            with lock:
+                runs = list(suite.study_runs(cells, seed).values())
+                if all(suite.store.record(run) for run in runs):  # another process was here meanwhile
+                    continue
+                try:
+                    suite.run(runs, f"{cells}, seed {seed}", deadline)
+                except OutOfTimeError:
+                    print(f"time is up after {clock(time.monotonic() - started)}: call again to go on", flush=True)
+                    return False
+                trained = True
     return True
+
+
+def wanted(suite: Suite) -> list[tuple[str, int]]:
+    """What the design wants next: (group of cells, seed) in order, for all groups whose runs are not finished.
+
+    Only when the first look is complete, the seeds of the second look follow, in the groups that it left open.
+    """
+    study = suite.profile.study
+
+    def missing(groups: Iterable[str], seeds: Iterable[int]) -> list[tuple[str, int]]:
+        return [
+            (cells, seed)
+            for cells in groups
+            for seed in seeds
+            if not all(map(suite.store.record, suite.study_runs(cells, seed).values()))
+        ]
+
+    first, last = study.looks[0], study.looks[-1]
+    if left := missing(study.cells, study.seeds[:first]):
+        return left
+    if last == first:
+        return []
+    still_open = study_claims.open_cells(suite)
+    return missing([cells for cells in study.cells if cells in still_open], study.seeds[first:])
 
 
 def seed_runs(suite: Suite, seed: int) -> list[RunConfig]:
@@ -60,21 +90,29 @@ def seed_runs(suite: Suite, seed: int) -> list[RunConfig]:
 
 
 def hours_left(suite: Suite) -> float | None:
-    """Hours of training that the planned seeds still need, teachers included; None before this machine's first run.
+    """Hours of training, teachers included, that the design still wants at most; None before this machine's first run.
 
-    From the seconds that the finished runs of this machine took for an epoch of all images.
+    From the seconds that the finished runs of this machine took for an epoch of all images. Until the first look is
+    complete, all groups of cells may need the second look's seeds.
     """
-    here = environment(suite.device)
-    runs = [run for seed in suite.profile.study.seeds for run in seed_runs(suite, seed)]
-    needed = dict.fromkeys(each for run in runs for each in (run, run.teacher, run.initial) if each is not None)
-    done, seconds, left = 0.0, 0.0, 0.0
-    for run in needed:
-        record = suite.store.record(run)
-        if record is None:
-            left += _epochs(suite, run)
-        elif all(record.environment[key] == here[key] for key in ("device", "processor")):
-            done, seconds = done + _epochs(suite, run), seconds + record.cost["training_seconds"]
-    return left * seconds / done / 3600 if done else None
+    here, study = environment(suite.device), suite.profile.study
+    first = study.seeds[: study.looks[0]]
+    left = {(cells, seed) for cells, seed in wanted(suite)}
+    if any(seed in first for _, seed in left):
+        left |= {(cells, seed) for cells in study.cells for seed in study.seeds}
+    asked = {run for cells, seed in left for run in suite.study_runs(cells, seed).values()}
+    needed = {each for run in asked for each in (run, run.teacher, run.initial) if each is not None}
+    finished = [record for record in suite.store.records() if _is_of(record.environment, here)]
+    done = sum(_epochs(suite, record.configuration) for record in finished)
+    if not done:
+        return None
+    epochs = sum(_epochs(suite, run) for run in needed if suite.store.record(run) is None)
+    return epochs * sum(record.cost["training_seconds"] for record in finished) / done / 3600
+
+
+def _is_of(one: Mapping[str, str | int], other: Mapping[str, str | int]) -> bool:
+    """Whether two environments have the same device and processor."""
+    return all(one[key] == other[key] for key in ("device", "processor"))
 
 
 def _epochs(suite: Suite, run: RunConfig) -> float:

@@ -2,13 +2,15 @@
 
 - Pictures are turned upright by their EXIF orientation.
 - Transparent pixels are composed on :data:`BACKGROUND`.
-- Pictures of more than 8 bits are scaled to [0, 255], never clipped. Integers are scaled from [0, 65535], or from
-  [0, 2³¹ − 1] if one is larger, and floats from [0, 1]. Negative values and other floats are refused.
+- Pictures of more than 8 bits are scaled to [0, 255], never clipped: 16-bit integers from [0, 65535], 32-bit integers
+  from [0, 2³¹ − 1], floats from [0, 1]. Other floats, negative values and 32-bit pictures without a value above 65535
+  are refused.
 - Grey pictures get three equal channels. Palette, CMYK and YCbCr pictures are converted.
 """
 
 import io
 import os
+import struct
 import zipfile
 import zlib
 from collections import Counter
@@ -16,7 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from .images import DatasetError
 
@@ -26,6 +28,16 @@ DEEP = "more than 8 bits a value, scaled to 8 bits"
 TRANSPARENT = "transparent pixels, composed on white"
 TURNED = "EXIF rotation, turned upright"
 _ORIENTATION = 0x0112  # EXIF tag
+_TURNS = dict(
+    enumerate(
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+        start=2,
+    )
+)  # fmt: skip
 
 
 def decode(name: str, read: Callable[[], bytes], image_size: int | None = None) -> tuple[np.ndarray, list[str]]:
@@ -44,8 +56,9 @@ def decode(name: str, read: Callable[[], bytes], image_size: int | None = None) 
     """
     try:
         with Image.open(io.BytesIO(read())) as picture:
+            sixteen = picture.mode.startswith("I;16") or picture.format == "PPM"  # Pillow widens a PGM to 32 bits
             upright, notes = _upright(picture)
-            rgb, more = _rgb(name, upright)
+            rgb, more = _rgb(name, upright, 16 if sixteen else 32)
     except UnidentifiedImageError as error:
         raise DatasetError(f"{name} is not a picture, or its start is damaged: replace or remove it") from error
     except Image.DecompressionBombError as error:
@@ -63,14 +76,16 @@ def decode(name: str, read: Callable[[], bytes], image_size: int | None = None) 
 
 
 def _upright(picture: Image.Image) -> tuple[Image.Image, list[str]]:
-    if picture.getexif().get(_ORIENTATION, 1) == 1:
-        return picture, []
-    return ImageOps.exif_transpose(picture), [TURNED]
+    try:
+        turn = _TURNS.get(picture.getexif().get(_ORIENTATION))
+    except (SyntaxError, ValueError, TypeError, KeyError, IndexError, OSError, struct.error):
+        turn = None  # damaged EXIF says nothing of the picture
+    return (picture, []) if turn is None else (picture.transpose(turn), [TURNED])
 
 
-def _rgb(name: str, picture: Image.Image) -> tuple[Image.Image, list[str]]:
+def _rgb(name: str, picture: Image.Image, bits: int) -> tuple[Image.Image, list[str]]:
     if picture.mode == "F" or picture.mode.startswith("I"):
-        return Image.fromarray(_eight_bits(name, np.asarray(picture))).convert("RGB"), [DEEP]
+        return Image.fromarray(_eight_bits(name, np.asarray(picture), bits)).convert("RGB"), [DEEP]
     if picture.has_transparency_data:
         layer = picture.convert("RGBA")
         if layer.getextrema()[3][0] < 255:
@@ -80,20 +95,20 @@ def _rgb(name: str, picture: Image.Image) -> tuple[Image.Image, list[str]]:
     return picture.convert("RGB"), []
 
 
-def _eight_bits(name: str, values: np.ndarray) -> np.ndarray:
-    """Scale grey values of more than 8 bits to uint8.
+def _eight_bits(name: str, values: np.ndarray, bits: int) -> np.ndarray:
+    """Scale grey values of 16 or 32 bits to uint8, by one factor for all pictures of a depth.
 
     Raises:
-        DatasetError: negative or not finite values, or floats above 1.
+        DatasetError: negative or not finite values, floats above 1, or 32-bit integers that need only 16 bits.
     """
     low, high = values.min(), values.max()
     if values.dtype.kind == "f":
         if not (low >= 0 and high <= 1):
             raise DatasetError(f"{name} has float values from {low:g} to {high:g}: scale them to [0, 1]")
         return np.rint(values * 255).astype(np.uint8)
-    if low < 0:
-        raise DatasetError(f"{name} has integer values from {low} to {high}: store them as unsigned 8 or 16 bits")
-    largest = 2**16 - 1 if high < 2**16 else 2**31 - 1
+    if low < 0 or (bits == 32 and high < 2**16):  # the latter would be black, and their own scale is not known
+        raise DatasetError(f"{name} has integers from {low} to {high} in 32 bits: store them as unsigned 8 or 16 bits")
+    largest = 2**16 - 1 if bits == 16 else 2**31 - 1
     return np.rint(values.astype(np.float64) * (255 / largest)).astype(np.uint8)
 
 

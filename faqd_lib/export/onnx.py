@@ -131,7 +131,7 @@ class _Tracer(fx.Tracer):
 
     def where(self, model: nn.Module) -> str:
         """The module that is being traced, also after an error."""
-        name = next(reversed(self.module_stack), "")
+        name = next(reversed(self.module_stack), "").partition("@")[0]  # "@1" marks a module's second call
         return f"the module {name!r} ({type(model.get_submodule(name)).__name__})" if name else "the network"
 
 

@@ -18,13 +18,15 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from ..utils.messages import check_choice, kind_of
-from .module_calls import RECTIFIERS, WEIGHTED, ActivationCalls, is_activation, kept_modes
+from .module_calls import RECTIFIERS, WEIGHTED, ActivationCalls, kept_modes
 from .relu import QuantizedReLU, sample
 from .relu_kernels import kernels
 from .weights import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS, WeightQuantizer, low_bit_values, weight_quantizer
 
 WRAPPERS = ("module", "_orig_mod")  # first parts of names in checkpoints of wrapped networks
 _NESTED = "_faqd_use_nested_tensor"  # a transformer encoder's ``use_nested_tensor`` before it was quantized
+_NEGATIVE = (nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.Tanh)
+_FAST = "_faqd_fast_path"  # attribute of a transformer layer: its setting before it was quantized
 _UNPACKED = "_faqd_unpacked"  # attribute of a layer whose weight was read from a packed file: (bits, scale)
 
 
@@ -52,7 +54,8 @@ def quantize(
         overrides: bits by module name or shell pattern: ``{"layer1.*": 8, "fc": 32}``. A whole name reaches
             every layer and ReLU. A pattern reaches weights only if ``weight_bits`` is below 32, and activations only if
             ``activation_bits`` is. Overrides take precedence over policies, later overrides over earlier ones.
-        per_channel: one weight scale for each output channel instead of one for the tensor (the paper).
+        per_channel: one weight scale for each output channel instead of one for the tensor (the paper). The groups of a
+            transposed convolution share theirs.
         step_gradient: how activation steps learn: ``"lsq"``, ``"coarse"``, or ``"frozen"`` for not at all.
 
     Returns:
@@ -138,20 +141,19 @@ def _how_to_free(layer: nn.Module) -> str:
 
 def _why_no_relu(model: nn.Module) -> str:
     """Why a network without nn.ReLU and nn.ReLU6 has no activations to quantize, and what can be done."""
-    kinds = Counter(type(module).__name__ for module in model.modules() if is_activation(module))
+    kinds = Counter(type(module).__name__ for module in model.modules() if isinstance(module, _NEGATIVE))
     derived = {type(module).__name__ for module in model.modules() if isinstance(module, RECTIFIERS)}
+    no_relu = "the network has no nn.ReLU module to quantize"
     if derived:
-        return (
-            f"the network has no nn.ReLU module to quantize: {', '.join(sorted(derived))} is a subclass, whose forward "
-            "may differ; replace it by nn.ReLU or nn.ReLU6"
-        )
+        names = ", ".join(sorted(derived))
+        return f"{no_relu}: {names} is a subclass, whose forward may differ; use nn.ReLU or nn.ReLU6"
     if kinds:
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         return (
-            f"the network has no nn.ReLU module to quantize: its activations are {found}, which have negative values. "
-            "Leave activation_bits at 32, or train the network with nn.ReLU or nn.ReLU6 in their place"
+            f"{no_relu}: its activations are {found}, which have negative values. Leave activation_bits at 32, or "
+            "train it with nn.ReLU in their place; calls of F.relu or torch.relu must become modules"
         )
-    return "the network has no nn.ReLU module to quantize: replace calls of F.relu or torch.relu by modules"
+    return f"{no_relu}: replace calls of F.relu or torch.relu by modules"
 
 
 def _override(bits: dict[str, int], overrides: Mapping[str, int], layers: Iterable[str], reached: list[str]) -> None:
@@ -491,9 +493,10 @@ def _choose_paths(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             if isinstance(module.activation, QuantizedReLU):
+                module.__dict__.setdefault(_FAST, module.activation_relu_or_gelu)
                 module.activation_relu_or_gelu = 0
-            elif isinstance(module.activation, nn.ReLU):
-                module.activation_relu_or_gelu = 1
+            elif _FAST in module.__dict__:
+                module.activation_relu_or_gelu = module.__dict__.pop(_FAST)
         elif isinstance(module, nn.TransformerEncoder):
             if any(isinstance(getattr(layer, "activation", None), QuantizedReLU) for layer in module.layers):
                 module.__dict__.setdefault(_NESTED, module.use_nested_tensor)
@@ -517,9 +520,9 @@ def float_state_dict(model: nn.Module, *, rounded: bool = False) -> dict[str, Te
     state = {}
     for key, value in model.state_dict().items():
         layer, _, part = key.rpartition(".")
-        if part == "original" and layer.endswith("parametrizations.weight"):
-            layer = layer.removesuffix("parametrizations.weight").removesuffix(".")
-            low = low_bits.get(layer)
+        owner = layer.removesuffix("parametrizations.weight").removesuffix(".")
+        if part == "original" and quantizer_of(model.get_submodule(owner)) is not None:
+            layer, low = owner, low_bits.get(owner)
             key = join(layer, "weight")
             value = value if low is None else low_bit_values(low.scale, low.levels, low.dtype)
         if not isinstance(model.get_submodule(layer), QuantizedReLU):

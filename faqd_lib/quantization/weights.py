@@ -76,7 +76,7 @@ class WeightQuantizer(nn.Module):
         if not channels:
             return scale.reshape(()), levels.reshape(weight.shape)
         scale = scale.reshape(-1, *[1] * (weight.ndim - 1))
-        return scale.movedim(0, self.channel_dim), levels.reshape(first.shape).movedim(0, self.channel_dim)
+        return scale.movedim(0, self.channel_dim), levels.reshape(first.shape).movedim(0, self.channel_dim).contiguous()
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():

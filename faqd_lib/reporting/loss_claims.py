@@ -1,7 +1,7 @@
 """The paper's claims about its losses, judged on committed measurements: cost, and Proposition 4.2.
 
-Cost. The notch of a median is median ± 1.57 · IQR / √n, an interval of about 95 % (McGill, Tukey and Larsen 1978). Two
-medians of one benchmark run differ if their notches do not overlap. Otherwise the row is inconclusive.
+Cost. The notch of a median is median ± 1.57 · IQR / √n. Two medians of one benchmark run differ if their notches do
+not overlap, a comparison at about the 5 % level (McGill, Tukey and Larsen 1978). Otherwise the row is inconclusive.
 
 Proposition 4.2, rate. The mean squared error of FFA falls like 1/k if the slope of log error against log k is −1. The
 slope is averaged over all maps. The claim is reproduced if the 95 % interval lies within −1 ± :data:`SLOPE_MARGIN`, and

@@ -1,4 +1,4 @@
-"""Three signs that distillation has failed, watched in every run; the paper's own list of what can go wrong.
+"""Three signs that distillation has failed: the paper's own list of what can go wrong.
 
 Plateau. The student stays behind its teacher and has stopped closing in. Its test accuracy ends at least :data:`GAP`
 percentage points below the teacher's, and the last third of the epochs closed less than :data:`CLOSING` of the gap.
@@ -9,7 +9,7 @@ end more than :data:`APART` percentage points apart, or their exact affinity los
 the factor :data:`AFFINITY_RATIO`.
 
 Instability. In an epoch after the first, the mean gradient norm is above the norm at which gradients are clipped, or
-the training loss is above that of the first epoch. High affinity weights cause both.
+the training loss is above that of the first epoch. High affinity weights cause both. Runs of one epoch are not judged.
 
 A sign is a warning about one run. A sign is no test, so it has no error rate.
 """
@@ -70,6 +70,7 @@ def estimate_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
         Columns ``run``, ``partner`` and ``k``; ``apart``, the test accuracy FFA − FA in percentage points; ``ratio``,
         the exact affinity loss on test images FFA / FA, NaN where a record has none.
     """
+    records = list(records)
     exact = {_but_for_the_estimate(record.configuration): record for record in records if _loss(record) == "fa"}
     rows = []
     for record in records:

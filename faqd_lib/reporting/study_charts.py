@@ -23,11 +23,12 @@ def over_updates(arms: pd.DataFrame, gain: pd.DataFrame) -> Figure:
     """
     _require(arms, "weight_bits", "images", "updates", "arm", "accuracy", "low", "high")
     _require(gain, "weight_bits", "images", "updates", "gain", "low", "high")
-    shown = arms[(arms["images"] == arms["images"].max()) & (arms["weight_bits"] == arms["weight_bits"].min())]
+    fewest = min(arms["weight_bits"], key=lambda bits: int(bits.split("/")[0]))
+    shown = arms[(arms["images"] == arms["images"].max()) & (arms["weight_bits"] == fewest)]
     with new_figure(1, 2, height=3.6) as (figure, axes):
         lines = {name: shown[shown["arm"] == arm] for arm, name in ARMS.items()}
         _lines(axes[0], lines, "accuracy")
-        axes[0].set(ylabel="test accuracy (%)", title=f"{shown['weight_bits'].min()}-bit students")
+        axes[0].set(ylabel="test accuracy (%)", title=f"{fewest}-bit students")
         groups = {
             f"{bits} bit{'s' * (bits != '1')}, {images:,} images": group
             for (bits, images), group in gain.groupby(["weight_bits", "images"], sort=False)

@@ -20,7 +20,7 @@ from .tables import NOT_A_RESULT, NOT_RUN, RUNS, Table, with_origin
 from .verdicts import Estimate, Hypothesis, Ruling
 
 STATED_EFFECTS = (0.3, 0.5, 1.0)  # percentage points, for the number of seeds that would show them
-LOGARITHM = ", log of the affinity loss"
+LOGARITHM = ", log of the affinity loss; interval for other seeds only"
 ASSAY = "assay of {}"  # name of the estimates that a claim builds on
 
 
@@ -117,14 +117,21 @@ def all_contrasts(suite: Suite) -> dict[str, tuple[Contrast | None, Contrast | N
     }
 
 
-def is_open(suite: Suite, cells: str) -> bool:
-    """Whether the looks so far leave a claim on these cells open."""
-    rulings = judge(suite, all_contrasts(suite))
-    return any(
-        cells in (claim.cells, claim.reference)
-        and rulings[name].verdict in (verdicts.INCONCLUSIVE, verdicts.NOT_TESTABLE)
-        for name, claim in suite.profile.study.claims.items()
-    )
+def open_cells(suite: Suite) -> set[str]:
+    """Names of the groups of cells with a claim that the looks so far leave open and that later seeds can settle.
+
+    A claim with a run that learned nothing among the first look's seeds is left out: no look can give it a verdict.
+    """
+    study, found = suite.profile.study, all_contrasts(suite)
+    rulings = judge(suite, found)
+    return {
+        cells
+        for name, claim in study.claims.items()
+        if rulings[name].verdict in (verdicts.INCONCLUSIVE, verdicts.NOT_TESTABLE)
+        and not any(each is not None and any(each.dead[: study.looks[0]]) for each in found[name])
+        for cells in (claim.cells, claim.reference)
+        if cells is not None
+    }
 
 
 def judge(suite: Suite, found: Mapping[str, tuple[Contrast | None, Contrast | None]]) -> dict[str, Ruling]:
@@ -187,8 +194,8 @@ def table(suite: Suite) -> Table:
         f"Claims of the study {suite.profile.name} (design {suite.profile.design_digest}) on {suite.caption}. "
         "Contrasts of last-epoch test accuracy in percentage points, on complete seeds, each with its own teacher; "
         "where the contrast says so, of the natural logarithm of the exact affinity loss on test images. "
-        f"95 % interval for other seeds and other test images. Looks at {looks} seeds, Holm's procedure over each "
-        "family. The level is that of one side."
+        f"95 % interval for other seeds and, of accuracy, other test images. Looks at {looks} seeds, Holm's procedure "
+        "over each family. The level is that of one side."
         + (f" Learned nothing: {', '.join(sorted(dead))}. A look with such runs gives no verdict." if dead else "")
     )
     return with_origin(suite, Table("claims", f"Claims, {suite.dataset}", caption, pd.DataFrame(rows).fillna("")))
@@ -202,11 +209,9 @@ _NUMBERS = (
 
 def _numbers(measured: Contrast, assay: Contrast | None, ruling: Ruling) -> dict[str, str]:
     estimate, entropy = measured.estimate(), measured.cross_entropy()
+    stated = STATED_EFFECTS if estimate.seeds > 1 and measured.right is not None else ()  # they are points of accuracy
     needed = [
-        verdicts.seeds_for(effect, estimate.seed_variance, estimate.image_variance, ruling.level)
-        if estimate.seeds > 1
-        else None
-        for effect in STATED_EFFECTS
+        verdicts.seeds_for(effect, estimate.seed_variance, estimate.image_variance, ruling.level) for effect in stated
     ]
     return {
         "difference": f"{estimate.mean:+.2f}",
@@ -216,7 +221,7 @@ def _numbers(measured: Contrast, assay: Contrast | None, ruling: Ruling) -> dict
         "look": str(ruling.look) if ruling.look else "before the first",
         "level": f"{ruling.level:.2g}",
         "p": f"{ruling.p:.2g}" if ruling.look else "",
-        "seeds for 0.3, 0.5, 1": ", ".join("–" if n is None else str(n) for n in needed) if estimate.seeds > 1 else "",
+        "seeds for 0.3, 0.5, 1": ", ".join("–" if n is None else str(n) for n in needed),
         "verdict": ruling.verdict,
     }
 

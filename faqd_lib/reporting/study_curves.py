@@ -67,8 +67,10 @@ def reach_frame(suite: Suite) -> pd.DataFrame:
     Returns:
         One row for each budget and bit-width: ``weight_bits``; ``updates`` of KD; ``n``, the number of seeds;
         ``share``, the geometric mean over seeds of FAQD's updates / KD's; ``low`` and ``high``, the 95 % interval for
-        other seeds, NaN with one seed; ``bound``, whether FAQD is ahead in its shortest budget already, in any seed.
-        Then ``share`` is an upper bound, and the interval is NaN.
+        other seeds, NaN with one seed; and ``bound``. ``bound`` is ``"below"`` where FAQD is ahead in its shortest
+        budget already, in any seed, so that ``share`` is an upper bound. It is ``"above"`` where FAQD does not get
+        there in its longest budget, so that ``share`` is a lower bound, and ``"open"`` where seeds differ in this. The
+        interval is then NaN.
     """
     points: dict[str, list[tuple[int, list[float], list[float]]]] = {}
     for name, cells in _compared(suite).items():
@@ -81,33 +83,33 @@ def reach_frame(suite: Suite) -> pd.DataFrame:
         curve.sort()
         for updates, kd, _ in curve if len(curve) > 1 else ():
             seeds = min(len(kd), *(len(fa) for _, _, fa in curve))
-            needed = [_updates_to(kd[seed], [(count, fa[seed]) for count, _, fa in curve]) for seed in range(seeds)]
-            if None in needed:
-                continue  # FAQD does not reach KD's accuracy in the budgets that were trained
-            bound = any(count <= curve[0][0] for count in needed)
-            share = Estimate.of([math.log(count / updates) for count in needed])
-            low, high = share.interval() if seeds > 1 and not bound else (float("nan"),) * 2
+            found = [_updates_to(kd[seed], [(count, fa[seed]) for count, _, fa in curve]) for seed in range(seeds)]
+            bounds = {bound for _, bound in found if bound}
+            share = Estimate.of([math.log(count / updates) for count, _ in found])
+            low, high = share.interval() if seeds > 1 and not bounds else (float("nan"),) * 2
             rows.append(
                 {
                     "weight_bits": bits, "updates": updates, "n": seeds, "share": math.exp(share.mean),
-                    "low": math.exp(low), "high": math.exp(high), "bound": bound,
+                    "low": math.exp(low), "high": math.exp(high),
+                    "bound": bounds.pop() if len(bounds) == 1 else "open" if bounds else "",
                 }
             )  # fmt: skip
     return pd.DataFrame(rows, columns=["weight_bits", "updates", "n", "share", "low", "high", "bound"])
 
 
-def _updates_to(accuracy: float, curve: list[tuple[int, float]]) -> float | None:
-    """Updates at which a curve of (updates, accuracy) first reaches an accuracy; None if the curve stays below.
+def _updates_to(accuracy: float, curve: list[tuple[int, float]]) -> tuple[float, str]:
+    """Updates at which a curve of (updates, accuracy) first reaches an accuracy.
 
-    The first point of the curve stands for all budgets below it.
+    Returns:
+        The number of updates and ``""``; or the curve's first budget and ``"below"``, or its last one and ``"above"``.
     """
     if curve[0][1] >= accuracy:
-        return curve[0][0]
+        return curve[0][0], "below"
     for (before, low), (after, high) in pairwise(curve):
         if low < accuracy <= high:
             share = (accuracy - low) / (high - low)
-            return before * (after / before) ** share
-    return None
+            return before * (after / before) ** share, ""
+    return curve[-1][0], "above"
 
 
 _PLACE = ("weight_bits", "images", "updates")
@@ -169,7 +171,7 @@ def reach_table(suite: Suite) -> Table:
     shows = suite.profile.shows_results
 
     def shown(row) -> dict[str, object]:
-        share = f"{'below ' if row.bound else ''}{row.share:.2f}"
+        share = row.bound if row.bound == "open" else f"{row.bound} {row.share:.2f}".strip()
         interval = "" if math.isnan(row.low) else f"{row.low:.2f} to {row.high:.2f}"
         return {
             "weight bits": row.weight_bits, "KD's updates": f"{row.updates:,}", "n (seeds)": row.n,

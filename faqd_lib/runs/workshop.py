@@ -131,12 +131,11 @@ class Workshop:
         """A run before its first step: the quantized network, calibrated on the first batch, and its objective.
 
         Raises:
-            ConfigurationError: the network lacks a stage that is to be compared.
+            ConfigurationError: student and teacher have other numbers of stages, or lack one that is to be compared.
         """
         model = self.build(config)
-        if (last := max(config.objective.stages, default=0)) > len(model.feature_names):
-            count = len(model.feature_names)
-            raise ConfigurationError(f"stages: {config.model} has the stages 1 to {count}, there is no stage {last}")
+        if config.objective.affinity != "none":
+            self._check_stages(config, len(model.feature_names))
         calibrate(model, next(batches.epoch(0)).images)
         if count := config.optimization.batch_norm_batches:
             reestimate_batch_norm(model, (batch.images for batch in islice(batches.epoch(0), count)))
@@ -152,13 +151,27 @@ class Workshop:
         ).to(self.device)
         return Learner(config, model, objective, model.feature_names, len(batches))
 
+    def _check_stages(self, config: RunConfig, count: int) -> None:
+        if (last := max(config.objective.stages, default=0)) > count:
+            raise ConfigurationError(f"stages: {config.model} has the stages 1 to {count}, there is no stage {last}")
+        teacher = config.teacher.model
+        others = len(build_model(teacher, 2, image_size=self.data.image_size).feature_names)
+        if others != count:
+            raise ConfigurationError(
+                f"teacher: {teacher} has {others} stages and {config.model} has {count}, so not every map has a "
+                "partner; choose a teacher with as many stages"
+            )
+
     @exact_kernels()
     @torch.no_grad()
-    def test_affinity(self, student: nn.Module, teacher: nn.Module) -> float:
+    def test_affinity(self, student: nn.Module, teacher: nn.Module) -> float | None:
         """The exact affinity loss on test images, summed over stages; networks in evaluation mode.
 
-        The images are :data:`AFFINITY_IMAGES` of the test split, evenly spread, in float32.
+        The images are :data:`AFFINITY_IMAGES` of the test split, evenly spread, in float32. None where the networks
+        have other numbers of stages.
         """
+        if len(student.feature_names) != len(teacher.feature_names):
+            return None
         pixels = self.splits.test.pixels
         images = self.normalizer(pixels[:: max(1, len(pixels) // AFFINITY_IMAGES)].to(self.device))
         with FeatureTap(student, student.feature_names) as of_student, FeatureTap(teacher, teacher.feature_names) as of:

@@ -86,9 +86,8 @@ class Learner:
         self.config, self.model, self.objective = config, model, objective
         self.steps_per_epoch = steps_per_epoch
         self.device = next(model.parameters()).device
-        compared = config.objective.stages or range(1, len(feature_names) + 1)
-        self._compared = [stage - 1 for stage in compared if objective.affinity_weight > 0]
-        self.tap = FeatureTap(model, [feature_names[stage] for stage in self._compared])
+        names = [feature_names[stage - 1] for stage in config.objective.stages] or feature_names
+        self.tap = FeatureTap(model, names if objective.affinity_weight > 0 else ())
         weights, activation_steps = split_parameters(model)
         self.parameters = [*weights, *activation_steps, *objective.parameters()]
         optimization = config.optimization
@@ -136,7 +135,7 @@ class Learner:
         timed = not self._recorded_step.replays_next  # no clock runs within a recording
         with torch.autocast(self.device.type, torch.bfloat16, self.config.optimization.precision == "bf16"):
             logits = self.network(batch.images)
-            maps = [teacher.maps[stage] for stage in self._compared]
+            maps = [teacher.maps[stage - 1] for stage in self.config.objective.stages] or teacher.maps
             with self.clock.loss if timed else nullcontext():
                 terms = self.objective(logits, self.tap.features, teacher.logits, maps, batch.labels)
         self.optimizer.zero_grad(set_to_none=True)

@@ -29,7 +29,7 @@ def pixels(data: bytes, image_size: int | None = None) -> tuple[np.ndarray, list
     [
         (RAMP, "PNG", 65535),
         (RAMP, "TIFF", 65535),
-        (RAMP.astype(np.int32), "TIFF", 65535),
+        (RAMP, "PPM", 65535),
         (RAMP.astype(np.int32) * 32768, "TIFF", 2**31 - 1),
         (np.linspace(0, 1, 32, dtype=np.float32)[None], "TIFF", 1),
     ],
@@ -46,7 +46,8 @@ def test_deep_grey_pictures_keep_their_range(values, kind, largest):
     [
         (np.array([[0, 2.5]], np.float32), "float values from 0 to 2.5: scale them to"),
         (np.array([[np.nan, 0.5]], np.float32), "float values from nan"),
-        (np.array([[-1, 5]], np.int32), "integer values from -1 to 5"),
+        (np.array([[-1, 5]], np.int32), "integers from -1 to 5 in 32 bits"),
+        (np.array([[0, 200]], np.int32), "integers from 0 to 200 in 32 bits"),
     ],
 )
 def test_values_without_a_scale_are_refused(values, message):
@@ -120,8 +121,18 @@ def test_a_file_that_cannot_be_decoded_is_named(data, message):
         decode("picture", data)
 
 
-def test_damaged_exif_does_not_matter():
-    assert pixels(encoded(Image.new("RGB", (2, 1)), "JPEG", exif=b"Exif\0\0junk"))[0].shape == (3, 1, 2)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_does_not_matter(kind):
+    found, notes = pixels(encoded(Image.new("RGB", (2, 1)), kind, exif=b"Exif\0\0garbage!"))
+    assert (found.shape, notes) == ((3, 1, 2), [])
+
+
+@pytest.mark.parametrize("orientation", [0, 9])
+def test_an_orientation_that_does_not_exist_turns_nothing(orientation):
+    picture = Image.new("RGB", (2, 1))
+    exif = picture.getexif()
+    exif[0x0112] = orientation
+    assert pixels(encoded(picture, exif=exif))[1] == []
 
 
 def test_notes_are_counted():

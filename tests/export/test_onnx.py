@@ -528,6 +528,26 @@ def test_a_module_that_cannot_be_traced_is_named(tmp_path):
         export_onnx(model, tmp_path / "net.onnx", (3, 8, 8))
 
 
+def test_a_second_call_that_cannot_be_traced_is_named(tmp_path):
+    class Chooses(nn.Module):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return x if self.calls % 2 or x.sum() > 0 else -x
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.chooses = Chooses()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.chooses(self.chooses(x))
+
+    with pytest.raises(OnnxExportError, match=r"the module 'chooses' \(Chooses\) cannot be traced"):
+        export_onnx(Twice(), tmp_path / "net.onnx", (3, 8, 8))
+
+
 def test_an_averaged_model_is_exported(tmp_path):
     model = with_statistics(quantize(build_model("resnet8", 10, seed=1), 2))
     averaged = torch.optim.swa_utils.AveragedModel(model)

@@ -48,6 +48,8 @@ def test_a_transformer_layer_runs_its_quantized_activation(tmp_path):
     assert torch.equal(packed(tokens), layer(tokens))
     assert torch.allclose(dequantize(layer)(tokens), float_output, atol=1e-6)
     assert layer.activation_relu_or_gelu == 1
+    layer.activation_relu_or_gelu = 0  # a user's own choice
+    assert dequantize(quantize(layer, activation_bits=1)).activation_relu_or_gelu == 0
 
 
 @torch.no_grad()
@@ -94,6 +96,21 @@ def test_a_copy_does_not_write_into_the_tap(copied):
         other(IMAGES + 1)
         assert tap.features[0] is before
     assert not any(module._forward_hooks for module in [*model.modules(), *other.modules()])
+
+
+def test_a_shallow_copy_leaves_the_tap_alone():
+    """As the replicas of DataParallel, which share the dictionary of hooks."""
+    model = network()
+    with FeatureTap(model, ["0"]) as tap:
+        copy.copy(model[0])(IMAGES)
+        model(IMAGES)
+        assert len(tap.features) == 1
+
+
+@pytest.mark.parametrize("name", ["0[", "a[0]b", "0[0"])
+def test_names_of_no_module_are_refused(name):
+    with pytest.raises(ValueError, match="the network has no module"):
+        FeatureTap(network(), [name])
 
 
 # ---- taps of modules that return no tensor
@@ -188,6 +205,15 @@ def test_float_weights_come_out_of_a_quantized_network():
     assert len(float_network[3].weight.unique()) == 3
 
 
+def test_float_weights_leave_other_parametrizations_alone():
+    model = network()
+    nn.utils.parametrizations.spectral_norm(model[3])
+    quantize(model, 2, overrides={"3": 32})
+    other = network()
+    nn.utils.parametrizations.spectral_norm(other[3])
+    other.load_state_dict(float_state_dict(model))
+
+
 # ---- what cannot be quantized or calibrated, said
 
 
@@ -220,6 +246,7 @@ class Derived(nn.ReLU):
         (nn.GELU(), "its activations are 1 GELU, which have negative values"),
         (Derived(), "Derived is a subclass, whose forward may differ"),
         (nn.Identity(), "replace calls of F.relu or torch.relu by modules"),
+        (nn.Softmax(1), "quantize: replace calls of F.relu"),
     ],
 )
 def test_a_network_without_relu_is_told_what_it_has(activation, message):
@@ -255,6 +282,12 @@ def test_transposed_convolutions_have_a_scale_for_each_output_channel(per_channe
     expected = latent.abs().mean((0, 2, 3), keepdim=True) if per_channel else latent.abs().mean()
     assert torch.allclose(model[0].weight, expected * torch.where(latent < 0, -1.0, 1.0))
     assert next(iter(describe(model))).kind == "ConvTranspose2d"
+
+
+def test_transposed_convolutions_compile(compiler):
+    model = quantize(nn.Sequential(nn.ConvTranspose2d(3, 6, 3), nn.Conv2d(6, 2, 3)), 4, per_channel=True)
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(model, fullgraph=True)(IMAGES), model(IMAGES), atol=1e-5)
 
 
 def test_quantized_relus_are_differentiated_by_torch_func():

@@ -164,4 +164,20 @@ def test_an_affinity_claim_is_about_the_logarithm_of_the_loss_on_test_images(tmp
     row = rows(suite)["Nearer"]
     expected = np.mean([np.log(4 + seed / 10) for seed in range(2, 7)])
     assert (row["difference"], row["verdict"]) == (f"{expected:+.2f}", verdicts.REPRODUCED)
+    assert row["seeds for 0.3, 0.5, 1"] == ""  # these are points of accuracy
+    assert "interval for other seeds only" in row["contrast"]
     assert study_claims.forest_frame(study_claims.table(suite)).empty  # its unit is not percentage points
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "cells"),
+    [
+        ({"kd": 70, "fa": 70.3, "ffa": 70.3}, {"main"}),  # small effects: open
+        ({"kd": 70, "fa": 73, "ffa": 73}, set()),  # settled
+        ({"kd": 15, "fa": 16, "ffa": 16}, set()),  # learned nothing: no later look can help
+    ],
+)
+def test_groups_of_cells_that_later_seeds_can_settle(suite, accuracies, cells):
+    for seed in range(2, 7):
+        save(suite, seed, accuracies)
+    assert study_claims.open_cells(suite) == cells

@@ -62,14 +62,22 @@ def test_updates_to_an_accuracy_are_interpolated_on_a_logarithmic_axis(suite):
     assert frame.loc[4, "share"] == pytest.approx(2 * math.sqrt(2) / 4)
     assert frame.loc[8, "share"] == pytest.approx(4 * 2 ** (5 / 6) / 8)
     assert frame.loc[4, "low"] == pytest.approx(frame.loc[4, "share"])  # both seeds agree
-    assert (frame.loc[2, "bound"], frame.loc[2, "share"]) == (True, 1)  # ahead after the shortest budget already
+    assert (frame.loc[2, "bound"], frame.loc[2, "share"]) == ("below", 1)  # ahead after the shortest budget already
     shown = study_curves.reach_table(suite).frame["FAQD's updates / KD's"]
     assert list(shown) == ["below 1.00", "0.71", "0.89"]
 
 
-def test_an_accuracy_that_is_never_reached_has_no_row(suite):
+def test_an_accuracy_that_is_never_reached_has_a_lower_bound(suite):
     save(suite, 2, shift=-10.0), save(suite, 3, shift=-10.0)
-    assert list(study_curves.reach_frame(suite)["updates"]) == [2, 4]
+    frame = study_curves.reach_frame(suite).set_index("updates")
+    assert (frame.loc[8, "bound"], frame.loc[8, "share"]) == ("above", 1)  # 51 at 8 updates, and KD has 60
+    assert math.isnan(frame.loc[8, "low"])
+    assert list(study_curves.reach_table(suite).frame["FAQD's updates / KD's"]) == ["1.41", "1.78", "above 1.00"]
+
+
+def test_seeds_on_both_sides_leave_it_open(suite):
+    save(suite, 2, shift=-10.0), save(suite, 3, shift=20.0)
+    assert study_curves.reach_frame(suite).set_index("updates").loc[8, "bound"] == "open"
 
 
 def test_without_runs_all_frames_are_empty(suite):

@@ -160,11 +160,12 @@ def test_more_networks_than_torch_compiles_of_one_function():
             torch.testing.assert_close(compile_network(model, training=False)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("channel_dim", [0, 1])
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_the_quantizer_as_an_operator(bits, per_channel):
+def test_the_quantizer_as_an_operator(bits, per_channel, channel_dim):
     weight = torch.randn(8, 4, 3, 3).contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(torch.ops.faqd.quantized_weight.default, (weight, bits, per_channel))
+    torch.library.opcheck(torch.ops.faqd.quantized_weight.default, (weight, bits, per_channel, channel_dim))
 
 
 def test_switched_off_is_an_error_and_not_another_run():

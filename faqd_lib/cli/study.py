@@ -4,8 +4,8 @@
 
 The seeds of the first look are trained first, one group of cells after another in the order of the design. The first
 groups therefore have their verdicts first. The seeds of the second look follow when the first look is complete, only in
-groups where it left a claim open. Several calls at once, also on several machines with a common folder, take different seeds. A call
-goes on where an earlier one stopped.
+groups where it left a claim open. Several calls at once, also on several machines with a common folder, take different
+seeds. A call goes on where an earlier one stopped.
 """
 
 import time

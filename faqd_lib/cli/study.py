@@ -15,7 +15,7 @@ import filelock
 
 from ..config import RunConfig
 from ..reporting import charts, signs, study_charts, study_claims, study_curves
-from ..reporting.tables import Table
+from ..reporting.tables import NOT_RUN, Table
 from ..reporting.tuning import tuning_table
 from ..runs.suite import Suite
 from ..training.loop import OutOfTimeError
@@ -137,8 +137,11 @@ def report_study(suite: Suite) -> list[Table]:
             figures["claims"] = charts.forest(forest)
         if len(gain):
             figures["over_updates"] = study_charts.over_updates(study_curves.arms_frame(suite), gain)
-        for row in judged.frame.to_dict("records"):
+        begun = judged.frame[judged.frame["difference"] != NOT_RUN]
+        for row in begun.to_dict("records"):
             print(f"  {row['claim']}: {row['difference']} ({row['n (seeds)']} seeds): {row['verdict']}")
+        if len(begun) < len(judged.frame):
+            print(f"  {len(judged.frame) - len(begun)} of {len(judged.frame)} claims have no complete seed yet")
     records = suite.store.records()
     made.append(signs.table(suite))
     frames = [make(records) for make in (signs.gap_frame, signs.estimate_frame, signs.stability_frame)]
@@ -149,6 +152,6 @@ def report_study(suite: Suite) -> list[Table]:
     for table in made:
         table.write(require_writable(suite.folder / "tables"))
     left = hours_left(suite)
-    rest = "unknown before the first finished run" if left is None else f"about {left:.1f} on this machine"
-    print(f"hours of training left: {rest}; results are in {suite.folder}", flush=True)
+    rest = "unknown before the first finished run" if left is None else f"at most {clock(3600 * left)} on this machine"
+    print(f"training left: {rest}; results are in {suite.folder}", flush=True)
     return made

@@ -27,6 +27,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 DEEP = "more than 8 bits a value, scaled to 8 bits"
 TRANSPARENT = "transparent pixels, composed on white"
 TURNED = "EXIF rotation, turned upright"
+SQUEEZED = "sides of different length, squeezed into a square"
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNS = dict(
     enumerate(
@@ -49,7 +50,8 @@ def decode(name: str, read: Callable[[], bytes], image_size: int | None = None) 
         image_size: height and width to resize to; None keeps the size.
 
     Returns:
-        uint8 (3, height, width), and those of :data:`DEEP`, :data:`TRANSPARENT` and :data:`TURNED` that apply.
+        uint8 (3, height, width), and those that apply of :data:`DEEP`, :data:`TRANSPARENT`, :data:`TURNED` and
+        :data:`SQUEEZED`.
 
     Raises:
         DatasetError: the file cannot be read, is no picture, is damaged or too large, or has values that are refused.
@@ -71,6 +73,7 @@ def decode(name: str, read: Callable[[], bytes], image_size: int | None = None) 
             f"{name} cannot be decoded ({reason}): replace it with an intact copy, save it again, or remove it"
         ) from error
     if image_size is not None and rgb.size != (image_size, image_size):
+        more = more + [SQUEEZED] * (rgb.width != rgb.height)
         rgb = rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(rgb).transpose(2, 0, 1), notes + more
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..utils.files import cache_dir, require_writable, tensors_digest
-from .decoding import decode, is_hidden, picture_files, summary
+from .decoding import EXTENSIONS, decode, is_hidden, picture_files, summary
 from .images import DatasetError, Images, split_validation
 
 JPEG_NOTE = "all CIFAR-10 images re-encoded as JPEG; accuracies are not comparable with the original CIFAR-10"
@@ -129,8 +129,8 @@ def read_tree(path: Path, image_size: int | None) -> Decoded:
         labels = [label for label, files in enumerate(found.values()) for _ in files]
         splits.append(Images(_decode(jobs, image_size), torch.tensor(labels)))
     if others:
-        kinds = ", ".join(f"{count} of {suffix}" for suffix, count in others.most_common())
-        print(f"{path}: files that are no pictures are left out: {kinds}", flush=True)
+        kinds = ", ".join(f"{count} files of {suffix}" for suffix, count in others.most_common())
+        print(f"{path}: left out are {kinds}; read are {', '.join(EXTENSIONS)}", flush=True)
     if len(classes) < 2:
         raise DatasetError(f"{path} has one class, {classes[0]}: a classifier needs at least two")
     train, test = (split.pixels.shape[-1] for split in splits)

@@ -157,6 +157,11 @@ def _check_architecture(model: nn.Module, architecture: Mapping[str, Any]) -> No
     for name in architecture:
         if name not in known:
             raise ValueError(f"architecture has {name!r}, which build_model does not take; it takes {', '.join(known)}")
+    for name, parameter in known.items():
+        if parameter.default is parameter.empty and name not in architecture:
+            raise ValueError(
+                f"architecture lacks {name!r}, which build_model needs; leave architecture out for your own network"
+            )
     with torch.random.fork_rng(devices=[]):
         built = build_model(**architecture)
     own = {name.replace(_LATENT, "weight"): tensor.shape for name, tensor in model.state_dict().items()}

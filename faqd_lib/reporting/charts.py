@@ -22,6 +22,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, ScalarFor
 from ..config import RunConfig
 from ..runs.store import RunRecord
 from ..utils.files import atomic_write
+from .verdicts import CONTRADICTED, NO_DIFFERENCE, REPRODUCED
 
 Run = RunConfig | RunRecord  # both name a run
 WIDTH = 9.0  # inches: the text width of a notebook
@@ -391,7 +392,8 @@ def forest(frame: pd.DataFrame) -> Figure:
         for place, row in enumerate(frame.itertuples()):
             if row.margin > 0:
                 axis.barh(place, -row.margin, height=0.5, color="0.88")
-            hue = "0.55" if "inconclusive" in row.verdict or "not testable" in row.verdict else PALETTE[0]
+            settled = row.verdict.startswith((REPRODUCED, CONTRADICTED, NO_DIFFERENCE.partition("{")[0]))
+            hue = PALETTE[0] if settled else "0.55"
             axis.plot([row.low, row.high], [place, place], color=hue, linewidth=2.5)
             axis.plot(row.mean, place, marker="o", color=hue, markersize=7)
             axis.annotate(

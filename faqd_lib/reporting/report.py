@@ -35,6 +35,7 @@ from .charts import NOTE_KEY, RUNS_KEY
 # The exceptions of latex2mathml have no common base class.
 _NO_FORMULA = (IndexError, *(e for e in vars(exceptions).values() if isinstance(e, type) and issubclass(e, Exception)))
 # Display formulas first: their dollars come in pairs. Code spans and blocks are left alone.
+_ROLE = re.compile(r":\w+:`~?([^`]+)`")  # of Sphinx, in docstrings
 _MATHS = re.compile(r"(?P<code>```.*?```|`[^`\n]+`)|\$\$(?P<display>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
 
 
@@ -112,7 +113,7 @@ def write_report(suite: Suite) -> Path:
         finished=tables.span(record.finished[:10] for record in records),
         claims=_shown(verdicts),
         verdicts=verdicts.frame.to_dict("records"),
-        rule=(claims if suite.profile.study is None else verdict_rule).__doc__.partition("\n\n")[2],
+        rule=_ROLE.sub(r"\1", (claims if suite.profile.study is None else verdict_rule).__doc__.partition("\n\n")[2]),
         tables=[_shown(table) for table in (*tables.all_tables(suite), signs.table(suite))],
         pictures=[Picture.read(path) for path in sorted((suite.folder / "figures").glob("*.png"))],
         environments=_environments(records),

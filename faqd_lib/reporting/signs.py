@@ -28,6 +28,7 @@ CLOSING = 0.05  # share of the gap
 FEWEST_EVALUATIONS = 6
 APART = 1.0  # percentage points
 AFFINITY_RATIO = 1.25
+NOT_JUDGED = "no run to judge"
 SIGNS = {
     "plateau": f"ends {GAP:g} points or more below its teacher; under {CLOSING:.0%} of that closed in the last third",
     "FFA is not FA": f"more than {APART:g} point apart, or affinity losses on test images more than "
@@ -153,7 +154,7 @@ def unstable(steps: pd.DataFrame) -> tuple[list[str], list[str]]:
 
 
 def table(suite: Suite) -> Table:
-    """One row a sign: its threshold, the number of runs that were watched, and those that show it."""
+    """One row a sign: its threshold, the number of runs that were judged, and those that show it."""
     records = suite.store.records()
     found = {
         "plateau": plateaus(gap_frame(records)),
@@ -165,12 +166,15 @@ def table(suite: Suite) -> Table:
         {
             "sign": sign,
             "shown by a run that": SIGNS[sign],
-            "runs watched": str(len(judged)),
-            "runs with the sign": str(len(with_it)) if shows else NOT_A_RESULT,
+            "runs judged": str(len(judged)),
+            "runs with the sign": (str(len(with_it)) if shows else NOT_A_RESULT) if judged else NOT_JUDGED,
             "which": ", ".join(with_it) if shows else "",
             RUNS: " ".join(judged),
         }
         for sign, (judged, with_it) in found.items()
     ]
-    caption = f"Signs that distillation has failed, {suite.caption}. A sign is a warning about one run, not a test."
+    caption = (
+        f"Signs that distillation has failed, {suite.caption}. A plateau needs {FEWEST_EVALUATIONS} evaluations of a "
+        "run, instability a second epoch; others are not judged. A sign is a warning about one run, not a test."
+    )
     return with_origin(suite, Table("signs", f"Failure signs, {suite.dataset}", caption, pd.DataFrame(rows)))

@@ -20,6 +20,7 @@ from .tables import NOT_A_RESULT, NOT_RUN, RUNS, Table, with_origin
 from .verdicts import Estimate, Hypothesis, Ruling
 
 STATED_EFFECTS = (0.3, 0.5, 1.0)  # percentage points, for the number of seeds that would show them
+NO_LOOK, LEARNED_NOTHING = "no look yet", "no verdict: a run learned nothing"
 LOGARITHM = ", log of the affinity loss; interval for other seeds only"
 ASSAY = "assay of {}"  # name of the estimates that a claim builds on
 
@@ -186,7 +187,11 @@ def table(suite: Suite) -> Table:
             continue
         dead |= {run for each in (measured, assay) if each is not None for seed in each.dead for run in seed}
         shown = suite.profile.shows_results
-        numbers = _numbers(measured, assay, rulings[name]) if shown else dict.fromkeys(_NUMBERS, NOT_A_RESULT)
+        numbers = dict.fromkeys(_NUMBERS, NOT_A_RESULT)
+        if shown:
+            numbers = _numbers(measured, assay, rulings[name]) | _verdict(
+                measured, assay, rulings[name], study.looks[0]
+            )
         behind = dict.fromkeys([*measured.runs, *(assay.runs if assay else ())])
         rows.append({**row, **numbers, "family": claim.family, RUNS: " ".join(behind)})
     looks = " and ".join(map(str, study.looks))
@@ -218,12 +223,19 @@ def _numbers(measured: Contrast, assay: Contrast | None, ruling: Ruling) -> dict
         "95 % interval": _interval(estimate, 2),
         "FA − KD": "" if assay is None else f"{assay.estimate().mean:+.2f} ({_interval(assay.estimate(), 2)})",
         "cross-entropy (nats)": f"{entropy.mean:+.4f} ({_interval(entropy, 4)})",
-        "look": str(ruling.look) if ruling.look else "before the first",
+        "look": str(ruling.look) if ruling.look else "none",
         "level": f"{ruling.level:.2g}",
         "p": f"{ruling.p:.2g}" if ruling.look else "",
         "seeds for 0.3, 0.5, 1": ", ".join("–" if n is None else str(n) for n in needed),
-        "verdict": ruling.verdict,
     }
+
+
+def _verdict(measured: Contrast, assay: Contrast | None, ruling: Ruling, first: int) -> dict[str, str]:
+    """The verdict, or why there is none; ``first``: the number of seeds at the first look."""
+    if ruling.look:
+        return {"verdict": ruling.verdict}
+    dead = any(any(each.dead[:first]) for each in (measured, assay) if each is not None)
+    return {"verdict": LEARNED_NOTHING if dead and len(measured.values) >= first else NO_LOOK}
 
 
 def _interval(estimate: Estimate, digits: int) -> str:

@@ -105,7 +105,7 @@ class Configurations:
             stages: numbers of the stages whose maps are compared, from 1 on; empty for all.
             losses, schedule: changes to the profile's losses and to the regime's schedule, by setting.
             updates: number of steps, in place of epochs. Warm-up keeps its share of them.
-            images: number of training images, a class-balanced subset. The teacher has seen all of them.
+            images: number of training images, a class-balanced subset; None for all. The teacher has seen all of them.
             teacher: the teacher's model.
             seed: at least 1.
 
@@ -118,7 +118,11 @@ class Configurations:
         check_choice("regime", regime, ("end-to-end", "fine-tuning"), ConfigurationError)
         fine_tuning, taught = regime == "fine-tuning", method != "labels"
         changes = {**(losses or {}), **({} if affinity_weight is None else {"affinity_weight": affinity_weight})}
-        count = min(images or self.state.training_count, self.state.training_count)
+        count = self.state.training_count if images is None else images
+        if count > self.state.training_count:
+            raise ConfigurationError(
+                f"images = {images} is more than the {self.state.training_count} training images there are: lower it"
+            )
         data = self.state.data if count == self.state.training_count else (
             self.state.data.model_copy(update={"train_images": count})
         )  # fmt: skip

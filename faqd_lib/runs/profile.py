@@ -219,6 +219,12 @@ class SuiteState(StrictModel):
     ) -> Self:
         """The state of a profile on images; ConfigurationError if a batch is larger than the training split."""
         rest = len(images.train) - profile.validation_images - profile.held_out_images
+        if rest < 1:
+            raise ConfigurationError(
+                f"profile {profile.name}: held_out_images = {profile.held_out_images} and validation_images = "
+                f"{profile.validation_images} leave no training image of the {len(images.train):,} that {dataset} has: "
+                "lower them"
+            )
         data = DataConfig(
             name=dataset,
             fingerprint=images.fingerprint,

@@ -51,8 +51,10 @@ def atomic_write(path: Path, write: Callable[[Path], Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode  # as the user's umask has it; safetensors makes files that only their owner reads
     try:
         write(temporary)
+        temporary.chmod(mode)
         with open(temporary, "r+b") as written:  # Windows syncs only files opened for writing
             os.fsync(written.fileno())
         os.replace(temporary, path)

@@ -7,7 +7,9 @@ import torch
 
 
 def did_you_mean(value: object, known: Iterable[object]) -> str:
-    """`` (did you mean 'x'?)`` for the closest known name; an empty text if no name is close."""
+    """`` (did you mean 'x'?)`` for the closest known name; an empty text if no name is close, and for a number."""
+    if isinstance(value, int):
+        return ""
     near = difflib.get_close_matches(str(value), [str(name) for name in known], n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
@@ -16,7 +18,8 @@ def check_choice(name: str, value: object, known: Iterable[object], error: type[
     """Raise ``error`` unless the setting ``name`` has one of its known values: text or integers."""
     known = tuple(known)
     if isinstance(value, bool) or not any(isinstance(value, type(one)) and value == one for one in known):
-        raise error(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}{did_you_mean(value, known)}")
+        choices = ", ".join(map(str, known))
+        raise error(f"{name} must be one of {choices}, got {value!r}{did_you_mean(value, known)}")
 
 
 def first_line(error: BaseException) -> str:

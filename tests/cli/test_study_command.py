@@ -39,7 +39,7 @@ def test_a_study_of_tuning_is_trained_and_reported(tiny_suite, capsys):
     kd = [run.history[-1]["validation_accuracy"] for run in runs if run.configuration.method == "KD"]
     assert float(table.frame.iloc[0]["validation accuracy (%)"]) == pytest.approx(sum(kd) / 2, abs=0.005)
     assert (suite.folder / "tables" / "tuning.csv").is_file()
-    assert "left: about 0.0 on this machine" in capsys.readouterr().out
+    assert "training left: at most 0:00 on this machine" in capsys.readouterr().out
 
 
 def test_hours_left_follow_from_the_finished_epochs(tiny_suite):

@@ -213,7 +213,8 @@ def test_files_that_are_no_pictures_are_counted(root, capsys):
     for name in ("train/cat/notes.txt", "train/dog/a.gif", "test/dog/b.gif"):
         (tree / name).write_bytes(b"")
     load("pets", root)
-    assert "files that are no pictures are left out: 2 of .gif, 1 of .txt" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "left out are 2 files of .gif, 1 files of .txt; read are .jpg, .jpeg, .png" in said
 
 
 def test_an_empty_class_folder_says_what_it_holds(root):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from faqd_lib.data.decoding import BACKGROUND, DEEP, TRANSPARENT, TURNED, decode, picture_files, summary
+from faqd_lib.data.decoding import BACKGROUND, DEEP, SQUEEZED, TRANSPARENT, TURNED, decode, picture_files, summary
 from faqd_lib.data.images import DatasetError
 
 RAMP = np.linspace(0, 65535, 32).round().astype(np.uint16)[None].repeat(4, 0)
@@ -92,7 +92,8 @@ def test_pictures_are_turned_upright(orientation):
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB"])
 def test_every_common_mode_becomes_rgb(mode):
     found, notes = pixels(encoded(Image.new(mode, (4, 2)), "TIFF"), image_size=3)
-    assert (found.shape, found.dtype, notes) == ((3, 3, 3), np.uint8, [])
+    assert (found.shape, found.dtype, notes) == ((3, 3, 3), np.uint8, [SQUEEZED])
+    assert pixels(encoded(Image.new(mode, (4, 4)), "TIFF"), image_size=3)[1] == []
 
 
 def _text() -> bytes:

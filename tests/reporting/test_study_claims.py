@@ -85,7 +85,7 @@ def test_only_complete_seeds_in_planned_order_count(suite):
     found = rows(suite)
     assert (found["FA helps"]["n (seeds)"], found["FA helps"]["verdict"]) == ("5 of 8", verdicts.REPRODUCED)
     # Seed 4 lacks FFA: seeds 5 and 6 do not count either, or leaving a seed out could choose the verdict.
-    assert (found["FFA is as good"]["n (seeds)"], found["FFA is as good"]["verdict"]) == ("2 of 8", "inconclusive")
+    assert (found["FFA is as good"]["n (seeds)"], found["FFA is as good"]["verdict"]) == ("2 of 8", "no look yet")
 
 
 def test_seeds_between_the_looks_change_no_verdict(suite):
@@ -102,8 +102,8 @@ def test_seeds_between_the_looks_change_no_verdict(suite):
 def test_fewer_seeds_than_the_first_look_give_no_verdict(suite):
     for seed in range(2, 6):
         save(suite, seed, {"kd": 70, "fa": 80, "ffa": 80})
-    assert {row["verdict"] for row in rows(suite).values()} == {verdicts.INCONCLUSIVE}
-    assert {row["look"] for row in rows(suite).values()} == {"before the first"}
+    assert {row["verdict"] for row in rows(suite).values()} == {study_claims.NO_LOOK}
+    assert {row["look"] for row in rows(suite).values()} == {"none"}
 
 
 def test_kd_in_the_place_of_ffa_does_not_pass(suite):
@@ -126,7 +126,7 @@ def test_a_run_that_learned_nothing_leaves_no_verdict(suite, accuracies):
     for seed in range(2, 7):
         save(suite, seed, accuracies)
     found = study_claims.table(suite)
-    assert found.frame.iloc[0]["verdict"] == verdicts.INCONCLUSIVE
+    assert found.frame.iloc[0]["verdict"] == study_claims.LEARNED_NOTHING
     assert "Learned nothing: " in found.caption
 
 

@@ -366,3 +366,8 @@ def test_the_header_is_plain_json(path):
     size = int.from_bytes(path.read_bytes()[:8], "little")
     header = json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]["faqd"]
     assert json.loads(header)["format"] == "faqd-packed-1"
+
+
+def test_an_architecture_without_all_it_needs_is_named(tmp_path):
+    with pytest.raises(ValueError, match="architecture lacks 'num_classes', which build_model needs"):
+        save_packed(trained(weight_bits=2), tmp_path / "x.safetensors", architecture={"name": "resnet8"})

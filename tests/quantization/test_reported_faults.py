@@ -307,3 +307,8 @@ def test_quantized_relus_are_differentiated_by_torch_func():
 def test_a_network_of_ours_taps_and_quantizes_as_before():
     model = quantize(build_model("resnet8", 10), 1, 4)
     assert sum(isinstance(module, QuantizedReLU) for module in model.modules()) == 7
+
+
+def test_a_wrong_number_is_not_guessed_at():
+    with pytest.raises(ValueError, match=r"got 16$"):
+        quantize(network(), 16)

@@ -8,7 +8,7 @@ import torch
 
 from faqd_lib.config import ConfigurationError
 from faqd_lib.data.datasets import DatasetError
-from faqd_lib.runs.profile import Profile
+from faqd_lib.runs.profile import Profile, SuiteState
 from faqd_lib.runs.store import ResultsError
 from faqd_lib.runs.suite import Suite
 
@@ -253,3 +253,18 @@ def test_a_suite_is_sent_without_its_images_and_loads_them_again(tmp_path):
     there = pickle.loads(sent)  # noqa: S301 (our own bytes)
     assert there == suite
     assert there.data.fingerprint == suite.data.fingerprint
+
+
+def test_more_images_than_there_are_is_an_error(tiny_suite):
+    suite = tiny_suite()
+    assert suite.student("KD", weight_bits=1, images=suite.state.training_count).data.train_images is None
+    with pytest.raises(ConfigurationError, match=r"images = 1000 is more than the 48 training images"):
+        suite.student("KD", weight_bits=1, images=1000)
+
+
+def test_images_held_out_must_leave_some(tiny_suite, tiny_data):
+    profile = tiny_suite().profile.model_copy(update={"held_out_images": 40, "validation_images": 8})
+    with pytest.raises(
+        ConfigurationError, match=r"held_out_images = 40 and validation_images = 8 leave no training image"
+    ):
+        SuiteState.describe(profile, "tiny", "", tiny_data, "float32")

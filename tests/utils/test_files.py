@@ -7,6 +7,7 @@ import stat
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from faqd_lib.utils import files, measure, progress
 from faqd_lib.utils.files import (
@@ -244,3 +245,10 @@ def test_environment_names_machine_and_software():
 def test_commit_outside_a_checkout(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "project_root", lambda: tmp_path)
     assert measure.commit() == "unknown"
+
+
+def test_files_have_the_permissions_that_the_user_gives_new_files(tmp_path):
+    """safetensors alone makes files that only their owner can read."""
+    (tmp_path / "plain").touch()
+    written = atomic_write(tmp_path / "x.safetensors", lambda path: save_file({"x": torch.zeros(1)}, path))
+    assert written.stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -22,7 +22,7 @@ NOTCH = 1.57
 SLOPE_MARGIN = 0.05
 COSTS = (  # part of affinity.json, cheaper, dearer, claim
     ("targets", "FFA, k = 6", "direct", "FFA costs less than the N×N matrices"),
-    ("targets", "exact (auto)", "direct", "The exact loss at linear cost, too, costs less than the N×N matrices"),
+    ("targets", "exact (auto)", "direct", "The exact loss at linear cost costs less than the N×N matrices"),
     ("targets", "FFA, k = 6", "exact (auto)", "FFA costs less than the exact loss at linear cost"),
     ("step", "logits + FFA, k = 6", "logits + FA", "A training step with FFA costs less than one with exact FA"),
     ("step", "logits", "logits + FA", "A training step of plain distillation costs less than one with exact FA"),

@@ -13,6 +13,11 @@ from .utils.messages import check_choice, did_you_mean, kind_of
 MODEL_NAMES = (*(f"resnet{depth}" for depth in (8, 20, 32, 44, 56, 110)), "resnet18")
 
 
+def stage_names(name: str) -> tuple[str, ...]:
+    """Names of the modules of a network of :func:`build_model` whose maps are compared, one a stage."""
+    return tuple(f"layer{stage}" for stage in range(1, 5 if name == "resnet18" else 4))
+
+
 class SubsampleAndPad(nn.Module):
     """Option-A shortcut of He et al. (2016): takes every ``stride``-th pixel and appends channels of zeros.
 
@@ -57,7 +62,7 @@ class CifarResNet(nn.Module):
         ValueError: ``depth`` is not 6n+2 with n at least 1.
     """
 
-    feature_names = ("layer1", "layer2", "layer3")
+    feature_names = stage_names("resnet")
 
     def __init__(self, depth: int, num_classes: int = 10) -> None:
         super().__init__()
@@ -103,7 +108,7 @@ def _resnet18(num_classes: int, image_size: int) -> nn.Module:
         model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
-    model.feature_names = ("layer1", "layer2", "layer3", "layer4")
+    model.feature_names = stage_names("resnet18")
     return model
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from faqd_lib import models
-from faqd_lib.models import FeatureTap, build_model, parameter_count
+from faqd_lib.models import FeatureTap, build_model, parameter_count, stage_names
 
 
 @pytest.mark.parametrize(
@@ -185,3 +185,8 @@ def test_a_map_that_was_overwritten_behind_the_tap_is_refused():
     with torch.inference_mode(), FeatureTap(model, ["1"]) as tap:
         model(torch.randn(2, 3, 8, 8))
         assert tap.features[0].min() >= 0
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet20", "resnet18"])
+def test_stages_are_those_of_the_network(name):
+    assert build_model(name, 10).feature_names == stage_names(name)

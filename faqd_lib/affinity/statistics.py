@@ -17,7 +17,7 @@ Chebyshev's inequality turns a variance into Proposition 4.2: P(|L_k − L| > ε
 The images of a batch share their projections. For the loss of the batch, the mean of D² over the images therefore takes
 the place of D². The variance is larger than that of a mean of independent estimates.
 
-These formulas are about the value of the loss. The estimate of its gradient is unbiased, too, but far less accurate:
+These formulas are about the value of the loss. The estimate of its gradient is also unbiased, but far less accurate:
 see notebook 02.
 """
 

@@ -197,7 +197,7 @@ class _Kernels:
     """``_values`` and ``_gradients`` compiled for one dtype, gradient and number of threads."""
 
     def __init__(self, dtype: torch.dtype, coarse: bool) -> None:
-        # Code objects of its own, since torch refuses to compile one of them more than eight times.
+        # Each kernel gets its own code object: torch compiles a code object at most eight times.
         self._values, self._gradients = (
             torch.compile(types.FunctionType(f.__code__.replace(), f.__globals__), dynamic=True, fullgraph=True)
             for f in (_values, _gradients)

@@ -231,7 +231,7 @@ def _numbers(measured: Contrast, assay: Contrast | None, ruling: Ruling) -> dict
 
 
 def _verdict(measured: Contrast, assay: Contrast | None, ruling: Ruling, first: int) -> dict[str, str]:
-    """The verdict, or why there is none; ``first``: the number of seeds at the first look."""
+    """The verdict, or why there is none. The first look has ``first`` seeds."""
     if ruling.look:
         return {"verdict": ruling.verdict}
     dead = any(any(each.dead[:first]) for each in (measured, assay) if each is not None)

@@ -16,7 +16,7 @@ from ..config import (
     RunConfig,
     Schedule,
 )
-from ..models import MODEL_NAMES
+from ..models import MODEL_NAMES, stage_names
 from ..quantization.weights import FLOAT_BITS
 from ..utils.messages import check_choice
 from .profile import Losses, Profile, SuiteState
@@ -110,7 +110,8 @@ class Configurations:
             seed: at least 1.
 
         Raises:
-            ConfigurationError: an argument is unknown or out of range.
+            ConfigurationError: an argument is unknown or out of range, or student and teacher have other numbers of
+                stages.
         """
         if seed < 1:
             raise ConfigurationError(f"students have seeds from 1 on (seed 0 is the teachers'), got {seed}")
@@ -128,6 +129,9 @@ class Configurations:
         )  # fmt: skip
         times = self.profile.fine_tuning_schedule if fine_tuning else self.profile.student_schedule
         times = Schedule.parse(times.model_dump() | dict(schedule or {}), "schedule")
+        teacher_run = self.teacher(teacher, seed) if taught else None
+        if AFFINITY_OF_METHOD[method] != "none":
+            _check_stages(self.profile.student, teacher_run.model, stages)
         return RunConfig(
             data=data,
             model=self.profile.student,
@@ -139,7 +143,7 @@ class Configurations:
             ),
             quantization=_quantization(weight_bits, activation_bits, quantization),
             seed=seed,
-            teacher=self.teacher(teacher, seed) if taught else None,
+            teacher=teacher_run,
             initial=self.float_student(seed) if fine_tuning else None,
         )
 
@@ -247,6 +251,17 @@ class Configurations:
             "stages": stages,
         }
         return ObjectiveConfig.parse(settings, "student")
+
+
+def _check_stages(student: str, teacher: str, stages: Sequence[int]) -> None:
+    count, others = len(stage_names(student)), len(stage_names(teacher))
+    if count != others:
+        raise ConfigurationError(
+            f"teacher: {teacher} has {others} stages and {student} has {count}, so not every map has a partner; choose "
+            "a teacher with as many stages"
+        )
+    if (last := max(stages, default=0)) > count:
+        raise ConfigurationError(f"stages: {student} has the stages 1 to {count}, there is no stage {last}")
 
 
 def _of_updates(schedule: Schedule, updates: int, images: int) -> Schedule:

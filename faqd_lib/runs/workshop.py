@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..affinity.loss import feature_affinity_loss
-from ..config import ConfigurationError, RunConfig
+from ..config import RunConfig
 from ..data import datasets
 from ..data.batches import Batches, Normalizer
 from ..data.datasets import ImageData, Images
@@ -128,14 +128,8 @@ class Workshop:
 
     @exact_kernels()
     def learner(self, config: RunConfig, batches: Batches) -> Learner:
-        """A run before its first step: the quantized network, calibrated on the first batch, and its objective.
-
-        Raises:
-            ConfigurationError: student and teacher have other numbers of stages, or lack one that is to be compared.
-        """
+        """A run before its first step: the quantized network, calibrated on the first batch, and its objective."""
         model = self.build(config)
-        if config.objective.affinity != "none":
-            self._check_stages(config, len(model.feature_names))
         calibrate(model, next(batches.epoch(0)).images)
         if count := config.optimization.batch_norm_batches:
             reestimate_batch_norm(model, (batch.images for batch in islice(batches.epoch(0), count)))
@@ -150,17 +144,6 @@ class Workshop:
             seed=projection_seed(config.seed),
         ).to(self.device)
         return Learner(config, model, objective, model.feature_names, len(batches))
-
-    def _check_stages(self, config: RunConfig, count: int) -> None:
-        if (last := max(config.objective.stages, default=0)) > count:
-            raise ConfigurationError(f"stages: {config.model} has the stages 1 to {count}, there is no stage {last}")
-        teacher = config.teacher.model
-        others = len(build_model(teacher, 2, image_size=self.data.image_size).feature_names)
-        if others != count:
-            raise ConfigurationError(
-                f"teacher: {teacher} has {others} stages and {config.model} has {count}, so not every map has a "
-                "partner; choose a teacher with as many stages"
-            )
 
     @exact_kernels()
     @torch.no_grad()

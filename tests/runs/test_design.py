@@ -329,14 +329,14 @@ def test_only_the_chosen_stages_are_compared(tiny_suite):
 def test_a_stage_that_the_network_lacks_is_named(tiny_suite):
     suite = tiny_suite()
     with pytest.raises(ConfigurationError, match="has the stages 1 to 3, there is no stage 4"):
-        suite.run([suite.student("FAQD", weight_bits=1, stages=(4,))])
+        suite.student("FAQD", weight_bits=1, stages=(4,))
 
 
 @pytest.mark.parametrize(("student", "teacher"), [("resnet8", "resnet18"), ("resnet18", "resnet8")])
 def test_a_teacher_with_other_stages_is_refused_before_training(tiny_suite, student, teacher):
     suite = tiny_suite(student=student, teachers=[teacher])
     with pytest.raises(ConfigurationError, match=r"not every map has a partner"):
-        suite.run([suite.student("FAQD", weight_bits=1)])
+        suite.student("FAQD", weight_bits=1)
     (record,) = suite.run([suite.student("KD", weight_bits=1)])
     assert record.test_affinity is None
 

@@ -19,6 +19,13 @@ Count = Annotated[int, Field(ge=1)]
 WeightBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
 ActivationBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
 Precision = Literal["float32", "bf16"]
+Affinity = Literal["none", "fa", "ffa", "sp", "at", "hint", "cka", "channel"]
+Method = Literal["labels", "KD", "FA", "FAQD", "FFAQD", "KD+SP", "KD+AT", "KD+FitNet", "KD+CKA", "KD+CWD"]
+# How a student with a logit loss is called, by its loss between maps.
+METHOD_OF_AFFINITY: dict[Affinity, Method] = {
+    "none": "KD", "fa": "FAQD", "ffa": "FFAQD",
+    "sp": "KD+SP", "at": "KD+AT", "hint": "KD+FitNet", "cka": "KD+CKA", "channel": "KD+CWD",
+}  # fmt: skip
 
 
 def omitted_at_default(default: Any) -> Any:
@@ -150,7 +157,7 @@ class ObjectiveConfig(StrictModel):
     logit_loss: Literal["none", "mse", "kl"] = "none"
     logit_weight: Weight = 1.0
     temperature: Positive = 4.0
-    affinity: Literal["none", "fa", "ffa"] = "none"
+    affinity: Affinity = "none"  # the loss between maps; all but "fa" and "ffa" are of faqd_lib.affinity.rivals
     affinity_weight: Weight = 0.0
     k: Count = 6
     distribution: Literal["gaussian", "rademacher"] = "gaussian"
@@ -182,7 +189,7 @@ class ObjectiveConfig(StrictModel):
         if not self.uses_teacher and self.label_free:
             raise ValueError("the objective has no term: set logit_loss, affinity or label_weight")
         if (self.affinity == "none") != (self.affinity_weight == 0):
-            raise ValueError("affinity_weight must be 0 with affinity='none', and above 0 with 'fa' or 'ffa'")
+            raise ValueError("affinity_weight must be 0 with affinity='none', and above 0 with 'fa', 'ffa' or a rival")
         if self.affinity_recipe != (None if self.affinity == "none" else AFFINITY_RECIPE):
             raise ValueError(f"affinity_recipe {self.affinity_recipe} is not that of this version ({AFFINITY_RECIPE})")
         if (self.adapters or self.stages) and self.affinity == "none":
@@ -289,16 +296,16 @@ class RunConfig(StrictModel):
 
     @property
     def method(self) -> str:
-        """``KD``, ``FAQD`` or ``FFAQD``.
+        """``KD``, ``FAQD`` or ``FFAQD``; ``KD+SP``, ``KD+AT``, … with a rival.
 
-        ``FA`` or ``FFA`` without a logit loss, ``labels`` without a teacher, ``none`` without training.
+        ``FA``, ``FFA``, ``SP``, … without a logit loss, ``labels`` without a teacher, ``none`` without training.
         """
         if self.optimization.epochs == 0:
             return "none"
         if not self.objective.uses_teacher:
             return "labels"
-        name = {"none": "KD", "fa": "FAQD", "ffa": "FFAQD"}[self.objective.affinity]
-        return name if self.objective.logit_loss != "none" else name.removesuffix("QD")
+        name = METHOD_OF_AFFINITY[self.objective.affinity]
+        return name if self.objective.logit_loss != "none" else name.removesuffix("QD").removeprefix("KD+")
 
     @property
     def bits(self) -> str:

@@ -5,10 +5,11 @@ Nothing here trains, loads images or touches a disk: the same state gives the sa
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from ..config import (
+    METHOD_OF_AFFINITY,
     ConfigurationError,
+    Method,
     ObjectiveConfig,
     OptimizationConfig,
     Precision,
@@ -27,8 +28,7 @@ _BATCH_NORM_BATCHES = 16
 
 TEACHER_SEEDS = 1000  # the teacher of the students of seed s has the seed 1000 + s, where each seed has its own
 
-Method = Literal["labels", "KD", "FA", "FAQD", "FFAQD"]
-AFFINITY_OF_METHOD = {"labels": "none", "KD": "none", "FA": "fa", "FAQD": "fa", "FFAQD": "ffa"}
+AFFINITY_OF_METHOD = {"labels": "none", "FA": "fa"} | {name: affinity for affinity, name in METHOD_OF_AFFINITY.items()}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ class Configurations:
 
         Args:
             method: ``"labels"`` (cross-entropy only), ``"KD"`` (logits), ``"FA"`` (exact feature affinity), ``"FAQD"``
-                (logits and exact feature affinity) or ``"FFAQD"`` (logits and affinity from k projections).
+                (logits and exact feature affinity), ``"FFAQD"`` (logits and affinity from k projections); or with a
+                rival of feature affinity ``"KD+SP"``, ``"KD+AT"``, ``"KD+FitNet"``, ``"KD+CKA"``, ``"KD+CWD"``.
             labels: whether cross-entropy is added to a distillation loss.
             weight_bits, activation_bits: 1 to 8, or 32 for float.
             quantization: other settings of :class:`~faqd_lib.config.QuantizationConfig`, such as ``per_channel``.

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ..config import ActivationBits, Count, Positive, StrictModel, Weight, WeightBits, omitted_at_default
+from ..config import ActivationBits, Count, Method, Positive, StrictModel, Weight, WeightBits, omitted_at_default
 from ..quantization.weights import FLOAT_BITS
 
 FIRST_SEED = 2  # seed 1 was looked at while the method was worked out
@@ -19,7 +19,7 @@ class Arm(StrictModel):
     """What one student learns from.
 
     Args:
-        method: ``labels`` (cross-entropy only), ``KD``, ``FA``, ``FAQD`` or ``FFAQD``.
+        method: ``labels`` (cross-entropy only), ``KD``, ``FA``, ``FAQD``, ``FFAQD``, or ``KD+…`` with a rival of FA.
         labels: whether cross-entropy is added to a distillation loss.
         regime: ``fine-tuning`` starts from the float student of the same seed.
         logit_loss, k: None for the profile's own.
@@ -31,7 +31,7 @@ class Arm(StrictModel):
         learning_rate: None for the schedule's own.
     """
 
-    method: Literal["labels", "KD", "FA", "FAQD", "FFAQD"]
+    method: Method
     labels: bool = False
     regime: Literal["end-to-end", "fine-tuning"] = "end-to-end"
     logit_loss: Literal["mse", "kl"] | None = None
@@ -45,7 +45,7 @@ class Arm(StrictModel):
 
     @model_validator(mode="after")
     def _fits_its_method(self) -> Self:
-        if self.stages and self.method not in ("FA", "FAQD", "FFAQD"):
+        if self.stages and self.method in ("labels", "KD"):
             raise ValueError(f"stages = {self.stages}: the method {self.method} compares no maps")
         if self.stages != sorted(set(self.stages)):
             raise ValueError(f"stages = {self.stages} must rise")

@@ -1,6 +1,6 @@
 """The distillation objective: logits, feature affinity and, optionally, labels.
 
-logit_weight · (MSE or T²·KL)  +  affinity_weight · Σ_stages (FA or FFA)  +  label_weight · cross-entropy
+logit_weight · (MSE or T²·KL)  +  affinity_weight · Σ_stages (FA, FFA or a rival)  +  label_weight · cross-entropy
 """
 
 import warnings
@@ -14,7 +14,8 @@ from ..affinity.loss import FastFeatureAffinityLoss, FeatureAffinityLoss
 from ..utils.messages import check_choice, kind_of
 
 LOGIT_LOSSES = ("none", "mse", "kl")
-AFFINITY_LOSSES = ("none", "fa", "ffa")
+RIVALS = ("sp", "at", "hint", "cka", "channel")  # of faqd_lib.affinity.rivals
+AFFINITY_LOSSES = ("none", "fa", "ffa", *RIVALS)
 
 
 def logit_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -51,7 +52,8 @@ class DistillationObjective(nn.Module):
 
     Args:
         logit_loss: ``"mse"``, ``"kl"`` or ``"none"``.
-        affinity: ``"fa"`` (exact), ``"ffa"`` (``k`` random projections, own generators) or ``"none"``.
+        affinity: ``"fa"`` (exact), ``"ffa"`` (``k`` random projections, own generators) or ``"none"``; or the name of a
+            rival in :data:`faqd_lib.affinity.rivals.RIVALS`.
         logit_weight, affinity_weight, label_weight: each at least 0. Without labels leave ``label_weight`` at 0.
         temperature: of KL, above 0.
         k, distribution: of the projections (FFA only).
@@ -97,6 +99,10 @@ class DistillationObjective(nn.Module):
             self.affinity_loss = FeatureAffinityLoss()
         elif affinity == "ffa":
             self.affinity_loss = FastFeatureAffinityLoss(k, distribution, seed)
+        elif affinity != "none":
+            from ..affinity.rivals import rival  # runs of the paper's tables do not import rivals
+
+            self.affinity_loss = rival(affinity)
         self.adapters = nn.ModuleList(Adapter(channels) for channels in adapter_channels)
 
     def predraw(self, pixels: Sequence[int], device: torch.device) -> None:

@@ -127,7 +127,7 @@ def test_missing_teacher_and_maps_are_named(batch):
     ("arguments", "names"),
     [
         ({"logit_loss": "l1"}, "'l1'"),
-        ({"affinity": "cka"}, "'cka'"),
+        ({"affinity": "ckd"}, "'ckd'"),
         ({"temperature": 0}, "temperature.*0"),
         ({"temperature": math.nan}, "temperature.*nan"),
         ({"affinity_weight": -1.0}, r"affinity_weight.*-1\.0"),

@@ -1,0 +1,114 @@
+"""Other losses between feature maps, to compare feature affinity with. Runs of the paper's tables do not import them.
+
+Every loss is called as ``loss(student_map, teacher_map)``. Maps are floating-point, (batch, channels, height, width).
+The teacher's map is detached, and resized to the student's height and width if these differ. The result is a scalar in
+float32, or in float64 for maps in float64. It is 0 if the maps agree. With F the student's map and G the teacher's:
+
+    ``sp``       ‖A_F − A_G‖²_F / b², A the b×b products of whole images, with rows of length 1
+    ``at``       mean over images and pixels of (a_F − a_G)², a the mean of squares over channels, of length 1 an image
+    ``hint``     mean of (F − G)²
+    ``cka``      1 − ‖GᵀF‖²_F / (‖FᵀF‖_F ‖GᵀG‖_F) of centred images
+    ``channel``  T²/(b·C) Σ over images and channels of KL(softmax(G/T) ‖ softmax(F/T)), the softmax over pixels
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..utils.messages import check_choice
+from .kernels import accumulation_dtype
+from .loss import check_pair
+
+
+class MapLoss(nn.Module):
+    """Checks the maps and calls ``compare`` with both in full precision."""
+
+    same_channels = False  # whether the loss is defined for equal numbers of channels only
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        teacher = check_pair(student, teacher)
+        if self.same_channels and student.shape[1] != teacher.shape[1]:
+            raise ValueError(
+                f"{type(self).__name__} compares channel by channel, but the student's map has {student.shape[1]} "
+                f"channels and the teacher's {teacher.shape[1]}: tap maps with as many, or put a 1×1 convolution before"
+            )
+        with torch.autocast(student.device.type, enabled=False):
+            dtype = accumulation_dtype(student)
+            return self.compare(student.to(dtype), teacher.to(dtype))
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of two maps of one dtype, height and width."""
+        raise NotImplementedError
+
+
+class SimilarityPreservingLoss(MapLoss):
+    """Similarity between the images of a batch (SP; Tung and Mori, ICCV 2019, equation 4)."""
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        similarities = (F.normalize(features @ features.T) for features in (student.flatten(1), teacher.flatten(1)))
+        return torch.sub(*similarities).square().mean()
+
+
+class AttentionTransferLoss(MapLoss):
+    """Where the activations are large (AT; Zagoruyko and Komodakis, ICLR 2017; the mean of squares of their code)."""
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        attention = (F.normalize(features.square().mean(1).flatten(1)) for features in (student, teacher))
+        return torch.sub(*attention).square().mean()
+
+
+class HintLoss(MapLoss):
+    """The maps themselves (FitNets; Romero et al., ICLR 2015). Their regressor is the objective's adapter."""
+
+    same_channels = True
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return F.mse_loss(student, teacher)
+
+
+class CKALoss(MapLoss):
+    """1 − linear centred kernel alignment of the images of a batch (CKA; Kornblith et al., ICML 2019).
+
+    Computed from b×b Gram matrices. Where all images of the batch have the same map, there is nothing to align, and the
+    loss is 1 without a gradient.
+    """
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        centred = (features.flatten(1) - features.flatten(1).mean(0) for features in (student, teacher))
+        first, second = (F.normalize((features @ features.T).flatten(), dim=0) for features in centred)
+        return 1 - torch.dot(first, second)
+
+
+class ChannelDistillationLoss(MapLoss):
+    """Each channel as a distribution over pixels (channel-wise distillation; Shu et al., ICCV 2021, equation 5)."""
+
+    same_channels = True
+
+    def __init__(self, temperature: float = 4.0) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature!r}")
+        self.temperature = temperature
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        logs = (F.log_softmax(features.flatten(2) / self.temperature, 2) for features in (student, teacher))
+        divergence = F.kl_div(*logs, reduction="sum", log_target=True)
+        return self.temperature**2 * divergence / (student.shape[0] * student.shape[1])
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}"
+
+
+RIVALS: dict[str, type[MapLoss]] = {
+    "sp": SimilarityPreservingLoss,
+    "at": AttentionTransferLoss,
+    "hint": HintLoss,
+    "cka": CKALoss,
+    "channel": ChannelDistillationLoss,
+}
+
+
+def rival(name: str) -> MapLoss:
+    """The loss of a name in ``RIVALS``; ValueError for another name."""
+    check_choice("name", name, RIVALS)
+    return RIVALS[name]()

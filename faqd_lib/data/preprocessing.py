@@ -69,8 +69,8 @@ class Preprocessing:
     def fit(self, picture: Image.Image) -> np.ndarray:
         """Resize and crop an RGB picture: uint8 (image_size, image_size, 3).
 
-        The pixels are those of torchvision's ``Resize`` and ``CenterCrop``, up to rounding. Only the crop is computed:
-        a picture of 20,000 by 2 pixels needs no more memory than another.
+        The pixels are those of torchvision's ``Resize`` and ``CenterCrop``, up to Pillow's rounding between its two
+        passes. Only the crop is computed: a picture of 20,000 by 2 pixels needs no more memory than another.
         """
         short = min(picture.size)
         box = []

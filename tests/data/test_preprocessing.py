@@ -159,5 +159,7 @@ def test_timm_is_asked_for_only_if_the_spec_says_so(monkeypatch):
 
 def test_timm_itself():
     timm = pytest.importorskip("timm")
-    found = preprocessing_of(timm.create_model("resnet18", pretrained=False), "timm:resnet18")
-    assert (found.image_size, found.interpolation) == (224, "bilinear")
+    model = timm.create_model("resnet18", pretrained=False)
+    found = preprocessing_of(model, "timm:resnet18")
+    assert (found.image_size, found.interpolation) == (224, model.pretrained_cfg["interpolation"])
+    assert found.crop_ratio == pytest.approx(model.pretrained_cfg["crop_pct"], abs=0.01)

@@ -167,6 +167,8 @@ def split_pictures(pixels: torch.Tensor, *, held_out: float = 0.1, seed: int = 0
     Raises ValueError for other pixels, and the errors of the split that :func:`open_pictures` raises.
     """
     check_pixels(pixels)
+    if pixels.shape[1] != 3 or pixels.shape[2] != pixels.shape[3]:
+        raise ValueError(f"pixels must be (count, 3, size, size), got {kind_of(pixels)}: cut squares of RGB pictures")
     pixels = pixels.cpu()
     contents = np.fromiter((_content(picture.permute(1, 2, 0).numpy()) for picture in pixels), np.uint64)
     train, held = _split("images", contents, np.arange(len(pixels)), held_out, seed)
@@ -263,7 +265,6 @@ def cropped(pixels: torch.Tensor, boxes: torch.Tensor, crops: str) -> torch.Tens
         parts = [picture[:, y : y + size, x : x + size] for picture, (y, x) in zip(padded, starts, strict=True)]
     else:
         resized_crop = _torchvision_functional().resized_crop
-
         parts = [
             resized_crop(picture, *box, [size, size], antialias=True)
             for picture, box in zip(pixels, boxes.tolist(), strict=True)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -200,6 +201,7 @@ def test_no_more_results_wait_than_asked_for():
 # ---- bad input
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
 def test_unreadable_files_are_listed_and_left_out(tmp_path):
     photos = filled(tmp_path / "photos", 40)
     (photos / "empty.jpg").touch()
@@ -209,7 +211,7 @@ def test_unreadable_files_are_listed_and_left_out(tmp_path):
     os.symlink(photos / "nowhere", photos / "to nothing.jpg")
     os.symlink(photos / "itself.jpg", photos / "itself.jpg")
     os.mkfifo(photos / "pipe.png")  # reading it would wait for ever
-    os.close(os.open(os.fsencode(photos) + b"/\xff.jpg", os.O_CREAT))  # a name that is no UTF-8
+    (photos / os.fsdecode(b"\xff.jpg")).touch()  # a name that is no UTF-8
     pictures = opened(tmp_path, max_unreadable=0.2)
     reasons = dict(pictures.unreadable)
     assert sorted(reasons) == [
@@ -314,6 +316,12 @@ def test_equal_pictures_are_on_one_side():
     assert len(split_pictures(noise(2).repeat(5, 1, 1, 1), held_out=1).held_out) == 5  # no smaller part can be held out
 
 
+def test_pixels_in_memory_are_squares_of_three_channels():
+    for pixels in (noise(20)[:, :1], noise(20)[:, :, 1:]):
+        with pytest.raises(ValueError, match=r"pixels must be \(count, 3, size, size\), got torch.uint8"):
+            split_pictures(pixels)
+
+
 @pytest.mark.parametrize("held_out", [-0.1, 1.5, 20, 21])
 def test_held_out_pictures_must_be_a_share_or_a_number(held_out):
     with pytest.raises(ValueError, match="held_out must be a share below 1 or a number of the 20 pictures"):
@@ -328,6 +336,7 @@ def test_a_set_copies_what_is_asked_for(tmp_path):
     assert torch.equal(everything, pictures.images().pixels)
     assert torch.equal(everything[[2, 0]], pictures[torch.tensor([2, 0])])
     assert pictures.images().labels is None
+    assert split_pictures(everything, held_out=0).train.fingerprint == pictures.fingerprint  # in memory or mapped
     everything.zero_()
     assert pictures[:].any()  # the map did not change
 
@@ -418,6 +427,7 @@ def test_batches_refuse_what_they_cannot_draw():
         PictureBatches(noise(20), 2, 0, normalizer)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_the_map_is_not_copied_into_memory(tmp_path):
     filled(tmp_path / "photos")
     pictures = opened(tmp_path, held_out=2).train

@@ -1,6 +1,8 @@
 """What a network expects of its pictures: the pixels of torchvision's transforms, and what timm and torchvision say."""
 
+import json
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -90,6 +92,11 @@ def test_one_file_has_the_pixels_of_its_fit(tmp_path):
 def test_values_out_of_range_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         Preprocessing(**values)
+
+
+def test_it_comes_back_from_json():
+    made = Preprocessing(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 36, "bicubic", squeeze=True)
+    assert Preprocessing(**json.loads(json.dumps(asdict(made)))) == made
 
 
 # ---- what timm and torchvision say

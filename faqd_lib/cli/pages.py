@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..reporting import claims, loss_claims, tables
+from ..reporting import claims, loss_claims, study_claims, study_curves, tables
 from ..runs.store import ResultsError
 from ..runs.suite import Suite
 from ..utils.files import atomic_write_text, project_root
 
 SUITE = Path("results/reference/cpu-cifar10-jpeg")
+STUDY = Path("results/reference/short-cifar10-jpeg")
 BENCHMARKS = Path("results/reference/benchmarks")
 STEPS = "step|how|teacher|batch|n|median_ms|iqr_ms|time / float"
 COHORTS = "teacher|students|batch|n|median_ms|iqr_ms|time / separate runs"
@@ -51,7 +52,7 @@ def generated(root: Path) -> dict[str, str]:
     """Each generated table as Markdown, by name.
 
     ``claims``: one row a claim. ``loss_claims``: claims about the losses. ``accuracies``: table T1, without rows that
-    were not run. Tables of ``MEASURED``: a part of a benchmark's JSON, in four significant digits, under a line with
+    were not run. ``study`` and ``study_arms``: claims of the study with a complete seed, and accuracies behind them. Tables of ``MEASURED``: a part of a benchmark's JSON, in four significant digits, under a line with
     machine and versions.
     """
     suite = Suite.read(root / SUITE)
@@ -66,6 +67,10 @@ def generated(root: Path) -> dict[str, str]:
         for name in ("affinity", "proposition")
     )
     parts["loss_claims"] = _markdown(loss_claims.loss_claims(affinity, proposition))
+    study = Suite.read(root / STUDY)
+    judged = study_claims.table(study).frame.rename(columns={"contrast": "compared", "n (seeds)": "seeds"})
+    parts["study"] = _markdown(judged.loc[judged["difference"] != tables.NOT_RUN, columns])
+    parts["study_arms"] = _markdown(study_curves.arms_table(study).frame.drop(columns=[tables.RUNS, "cells"]))
     return parts | {
         name: _benchmark(root / BENCHMARKS / f"{file}.json", part, columns.split("|"))
         for name, (file, part, columns) in MEASURED.items()

@@ -177,15 +177,16 @@ def study(arguments: argparse.Namespace, profile: Profile) -> None:
     for option in ("only", "seeds"):
         if getattr(arguments, option):
             raise ConfigurationError(f"--{option} is not for a study: its design says what is trained")
-    if arguments.hours is not None and not 0 < arguments.hours < float("inf"):
-        raise ConfigurationError(f"--hours must be a number above 0, got {arguments.hours:g}")
+    if arguments.hours is not None and not 0 <= arguments.hours < float("inf"):
+        raise ConfigurationError(f"--hours must be a number of at least 0, got {arguments.hours:g}")
     name, reason = profile.resolve_dataset(arguments.dataset, arguments.data_root)
     print(f"\n=== study {profile.name}, dataset {reason}")
     if arguments.fresh:
         move_old_results(suite_folder(profile, name, arguments.results))
     places = arguments.dataset, arguments.data_root, arguments.results
     suite = Suite.open(profile, *places, engine=environment.engine(), bar=False)
-    run_study(suite, arguments.hours)
+    if arguments.hours != 0:
+        run_study(suite, arguments.hours)
     report_study(suite)
 
 
@@ -231,7 +232,7 @@ def parser() -> argparse.ArgumentParser:
     add("--address", help=f"{on_ray}: a cluster that runs already; left out: this machine")
     add("--cpus-per-run", type=int, metavar="N", help=f"{on_ray}: threads of a worker (1)")
     add("--gpus-per-run", type=float, metavar="X", help=f"{on_ray}: the part of a GPU it has (0.25 if there is one)")
-    add("--hours", type=float, metavar="H", help="for a study: hours to train; the next call goes on")
+    add("--hours", type=float, metavar="H", help="for a study: hours to train, 0 to write its tables alone; the next call goes on")
     add("--fresh", action="store_true", help="begin again; the old results are moved aside")
     return parser
 

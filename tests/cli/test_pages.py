@@ -12,7 +12,7 @@ def test_generated_tables_of_the_pages_are_those_of_the_records():
     texts = {page: page.read_text(encoding="utf-8") for page in pages(ROOT)}
     for page, text in texts.items():
         assert filled(text, parts, page.name) == text, f"{page}: run python -m faqd_lib.cli.pages"
-    assert "<!-- generated: claims -->" in texts[ROOT / "README.md"]
+    assert "<!-- generated: study -->" in texts[ROOT / "README.md"]
     everything = "".join(texts.values())
     assert all(f"<!-- generated: {name} -->" in everything for name in parts)
 

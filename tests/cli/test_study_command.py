@@ -17,8 +17,8 @@ STUDY = {
     [
         (["claims", "--only", "05"], "--only is not for a study"),
         (["claims", "--seeds", "3"], "--seeds is not for a study"),
-        (["claims", "--hours", "0"], "--hours must be a number above 0, got 0"),
-        (["claims", "--hours", "nan"], "--hours must be a number above 0, got nan"),
+        (["claims", "--hours", "-1"], "--hours must be a number of at least 0, got -1"),
+        (["claims", "--hours", "nan"], "--hours must be a number of at least 0, got nan"),
         (["smoke", "--hours", "1"], "--hours is for a study, and the profile smoke has none"),
     ],
 )

@@ -52,8 +52,9 @@ def generated(root: Path) -> dict[str, str]:
     """Each generated table as Markdown, by name.
 
     ``claims``: one row a claim. ``loss_claims``: claims about the losses. ``accuracies``: table T1, without rows that
-    were not run. ``study`` and ``study_arms``: claims of the study with a complete seed, and accuracies behind them. Tables of ``MEASURED``: a part of a benchmark's JSON, in four significant digits, under a line with
-    machine and versions.
+    were not run. ``study`` and ``study_arms``: claims of the study with a complete seed, and accuracies behind them.
+    Tables of ``MEASURED``: a part of a benchmark's JSON, in four significant digits, under a line with machine and
+    versions.
     """
     suite = Suite.read(root / SUITE)
     verdicts = claims.table(suite).readable.rename(columns={"n (seeds)": "seeds"})

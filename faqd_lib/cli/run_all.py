@@ -232,7 +232,7 @@ def parser() -> argparse.ArgumentParser:
     add("--address", help=f"{on_ray}: a cluster that runs already; left out: this machine")
     add("--cpus-per-run", type=int, metavar="N", help=f"{on_ray}: threads of a worker (1)")
     add("--gpus-per-run", type=float, metavar="X", help=f"{on_ray}: the part of a GPU it has (0.25 if there is one)")
-    add("--hours", type=float, metavar="H", help="for a study: hours to train, 0 to write its tables alone; the next call goes on")
+    add("--hours", type=float, metavar="H", help="for a study: hours to train; 0 only writes its tables")
     add("--fresh", action="store_true", help="begin again; the old results are moved aside")
     return parser
 

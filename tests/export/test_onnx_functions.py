@@ -46,8 +46,8 @@ def windows(x: torch.Tensor, _) -> torch.Tensor:
 FUNCTIONS = {
     "windows": windows,
     "roll": lambda x, _: torch.roll(x, shifts=(-2, 3), dims=(2, 3)),
-    "pad": lambda x, _: F.pad(F.pad(x, (1, 2, 0, 3), value=2.0), (1, 1), "replicate"),
-    "slices": lambda x, _: x[..., 1::3, :-1][:, 2, None] + x[:, -1:, :2, 2],
+    "pad": lambda x, _: F.pad(F.pad(x, (1, 2, 0, 3), value=2.0), (1, 1, 0, 2), "replicate"),
+    "slices": lambda x, _: x[..., 1::3, :-1][:, 2, None] + x[:, -1:, :2, 2, None],
     "stack": lambda x, _: torch.stack([x[:, 0], x[:, 1] * 2], dim=-1).amax(-1),
     "unbind": lambda x, _: x.unbind(1)[-1] - x.unbind(dim=2)[0].sum(1, keepdim=True),
     "split": lambda x, _: x.split([1, 3], dim=1)[1],
@@ -130,11 +130,11 @@ class Reads(nn.Linear):
 
 @pytest.mark.parametrize("bits", [1, 4, 8])
 def test_layers_with_a_forward_of_their_own_keep_their_bits(tmp_path, bits):
-    model = nn.Sequential(Standardised(4, 6, 3, padding=1, groups=2), nn.Conv2d(6, 2, 1), Reads(8, 5))
+    model = nn.Sequential(Standardised(4, 6, 3, padding=1, groups=2), nn.Conv2d(6, 2, 1), Reads(8, 5), nn.Linear(5, 4))
     quantize(model, bits, last_layer="quantize", per_channel=True)
     before = copy.deepcopy(model.state_dict())
     stored = {tensor.name: tensor for tensor in run(model, tmp_path / "net.onnx").graph.initializer}
-    kinds = {onnx.TensorProto.DataType.Name(stored[f"{layer}.levels"].data_type) for layer in range(3)}
+    kinds = {onnx.TensorProto.DataType.Name(stored[f"{layer}.levels"].data_type) for layer in range(4)}
     assert kinds == {{1: "INT2", 4: "INT4", 8: "INT8"}[bits]}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -159,8 +159,8 @@ class Weights(Attention):
      (Call(lambda x, v: x.roll(1, 0)), "images would be rolled"),
      (Call(lambda x, v: x.roll(1)), "give roll its dims"),
      (Call(lambda x, v: x.repeat(1, 2, 1, 1)), "repeating"),
-     (Call(lambda x, v: F.pad(x, (1, 1), "circular")), "circular"),
-     (Call(lambda x, v: x[:, x[0, 0, 0].argsort()[:4] % 4]), "no ONNX form"),
+     (Call(lambda x, v: F.pad(x, (1, 1, 1, 1), "circular")), "circular"),
+     (Call(lambda x, v: x[x.mean((1, 2, 3)) > 0]), "no ONNX form|cannot take|one tensor"),
      (Call(lambda x, v: x.double()), "no ONNX form is known for double"),
      (Call(lambda x, v: x.to(torch.float64)), "conversion from"),
      (Call(lambda x, v: x.softmax(1, dtype=torch.float64)), "dtype"),

@@ -152,13 +152,13 @@ class FeatureTap:
 
     ``features`` lists the maps of the latest forward pass in the order of ``names``; ``clear()`` drops them. The end of
     the block, or ``close()``, removes the hooks and leaves the network unchanged. Name an item of a module that
-    returns a tuple or a dictionary: ``"attention[0]"``, ``"backbone[out]"``. Behind ``@bhwc`` stands a map (batch,
+    returns a tuple or a dictionary: ``"attention[0]"``, ``"backbone[out]"``. The suffix ``@bhwc`` marks a map (batch,
     height, width, channels), as in Swin transformers: ``"features.1@bhwc"`` gives a view (batch, channels, height,
     width). A copy of the network that is made while the tap is open does not write into the tap.
 
     Raises:
         ValueError: the network has no module of that name, or a name is given twice.
-        TypeError: in a forward pass, a tapped output or item is no tensor, or behind ``@bhwc`` no map.
+        TypeError: in a forward pass, a tapped output or item is no tensor, or one with ``@bhwc`` has no 4 dimensions.
         RuntimeError: ``features`` was read before every tapped module had run, or a later in-place module such as
             ``nn.ReLU(inplace=True)`` overwrote a tapped output.
     """

@@ -1,6 +1,6 @@
 """Trace a network by torch.fx beside real values, so that sizes, types and flags are plain numbers.
 
-Each traced value knows what it is for two and for three images. A number that is the same for both, such as a height,
+Each traced value knows what it is for one image and for three. A number that is the same for both, such as a height,
 is a plain number in the network's code: it may decide a branch or a loop. The number of images stays symbolic. What
 depends on no image is computed at once and becomes a constant.
 """
@@ -19,7 +19,7 @@ _READING = {"item", "tolist", "equal", "allclose", "is_nonzero"}  # plain values
 
 
 class TracedValue(fx.Proxy):
-    """A value of the traced network. ``pair`` is its value for two and for three images."""
+    """A value of the traced network. ``pair`` is its value for one image and for three."""
 
     pair: tuple[Any, Any]
     of_images: bool  # False for parameters
@@ -57,7 +57,7 @@ class Tracer(fx.Tracer):
     ) -> None:
         super().__init__()
         self._is_leaf, self._known = is_leaf, known
-        self._images: tuple[torch.Tensor, ...] | None = tuple(torch.zeros(count, *image_shape) for count in (2, 3))
+        self._images: tuple[torch.Tensor, ...] | None = tuple(torch.zeros(count, *image_shape) for count in (1, 3))
         self._computing = False
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
@@ -153,7 +153,7 @@ class Tracer(fx.Tracer):
 
 
 def _at(index: int, arguments: Any) -> Any:
-    """The arguments with each traced value replaced by its value for two (index 0) or three images (1)."""
+    """The arguments with each traced value replaced by its value for one image (index 0) or for three (1)."""
     return fx.node.map_aggregate(arguments, lambda one: one.pair[index] if isinstance(one, TracedValue) else one)
 
 

@@ -166,7 +166,10 @@ class Weights(Attention):
      (Call(lambda x, v: x.softmax(1, dtype=torch.float64)), "dtype"),
      (Call(lambda x, v: F.batch_norm(x, None, None, training=True)), "running statistics"),
      (Call(lambda x, v: F.normalize(x, p=1.0)), "p = 2"),
-     (Call(lambda x, v: x if x.mean().item() > 0 else -x), "cannot be traced")],
+     (Call(lambda x, v: x if x.mean().item() > 0 else -x), "cannot be traced"),
+     (Call(lambda x, v: x if torch.equal(x, x.abs()) else -x), "cannot be traced"),
+     (Call(lambda x, v: x if len(x) > 1 else -x), "cannot be traced"),
+     (Call(lambda x, v: x if x.shape[0] > 1 else -x), "cannot be traced")],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )  # fmt: skip
 def test_what_has_no_form_is_refused(tmp_path, model, message):

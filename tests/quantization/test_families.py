@@ -258,9 +258,9 @@ def _whole_networks() -> dict[str, tuple[Callable[[], nn.Module], int]]:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for title, (make, pixels) in _whole_networks().items():
-        if sys.argv[1:] and title not in sys.argv[1:]:
-            continue
+    whole = _whole_networks()
+    for title in sys.argv[1:] or whole:
+        make, pixels = whole[title]
         begin = time.perf_counter()
         with tempfile.TemporaryDirectory() as place:
             try:

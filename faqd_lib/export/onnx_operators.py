@@ -173,7 +173,7 @@ def _transpose(w: Writer, node: fx.Node, _: None) -> str:
     else:
         dims = _argument(node, 1, "dims", ())
         dims = dims if isinstance(dims, tuple | list) else node.args[1:]
-    if function_name(node) in ("transpose", "getattr"):
+    if function_name(node) in ("transpose", "swapaxes", "getattr"):
         first, second = dims
         order[first], order[second] = order[second], order[first]
     else:
@@ -384,6 +384,29 @@ def _multihead_attention(w: Writer, node: fx.Node, module: nn.MultiheadAttention
     return w.add("Transpose", [output], perm=turned)
 
 
+def _norm_of(w: Writer, node: fx.Node, _: None) -> str:
+    """``norm``: the Euclidean length along given dimensions."""
+    _refuse_dtype(node)
+    dims, keep = _argument(node, 2, "dim", None), _argument(node, 3, "keepdim", False)
+    if _argument(node, 1, "p", 2) != 2 or dims is None:
+        raise OnnxExportError(f"{node.name}: a norm must have p = 2, and dims")
+    axes = w.constant(np.atleast_1d(np.array(dims, np.int64)))
+    return w.add("ReduceL2", [w.name_of(node.args[0]), axes], keepdims=int(keep))
+
+
+def _add_product(w: Writer, node: fx.Node, _: None) -> str:
+    """``addcmul``; its ``value`` must be 1."""
+    if node.kwargs.get("value", 1) != 1:
+        raise OnnxExportError(f"{node.name}: addcmul must have value = 1")
+    source, first, second = map(w.name_of, node.args)
+    return w.add("Add", [source, w.add("Mul", [first, second])])
+
+
+def _einsum(w: Writer, node: fx.Node, _: None) -> str:
+    equation, *parts = node.args
+    return w.add("Einsum", [w.name_of(part) for part in parts], equation=equation.replace(" ", ""))
+
+
 def _normalize(w: Writer, node: fx.Node, _: None) -> str:
     """``F.normalize``."""
     if _argument(node, 1, "p", 2.0) != 2:
@@ -496,7 +519,7 @@ FUNCTIONS: dict[str, Handler] = {
     "expand": _expand, "repeat": _expand, "roll": _roll, "pad": _pad, "stack": _stack, "clamp": _clamp,
     "cat": _concatenate, "getitem": _part, "chunk": _same, "split": _same, "unbind": _same,  # getitem writes each piece
     "linear": _linear, "conv2d": _conv2d, "batch_norm": _batch_norm, "layer_norm": _layer_norm,
-    "group_norm": _group_norm, "normalize": _normalize,
+    "group_norm": _group_norm, "normalize": _normalize, "norm": _norm_of, "einsum": _einsum, "addcmul": _add_product, "swapaxes": _transpose,
     "scaled_dot_product_attention": _scaled_dot_product_attention,
     "stochastic_depth": _same,  # torchvision's: the identity in evaluation mode
     **{name: handler for (_, name), handler in _BOTH.items()},

@@ -95,13 +95,13 @@ TIMM = ("test_resnet", "test_vit", "test_convnext")  # timm's own tiny networks
 
 
 def build(builder: Callable[[], nn.Module]) -> nn.Module:
-    """A network with random weights, also in layers that begin at zero."""
+    """A network with random weights, also where the library begins at zero: gradients would stop there."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = builder()
-        for layer in model.modules():
-            if isinstance(layer, nn.Linear) and not layer.weight.any():
-                nn.init.normal_(layer.weight, std=0.1)
+        for name, parameter in model.named_parameters():
+            if "bias" not in name and not parameter.any():
+                nn.init.normal_(parameter, std=0.1)
         return model.eval()
 
 
@@ -228,7 +228,7 @@ def _whole_networks() -> dict[str, tuple[Callable[[], nn.Module], int]]:
     found: dict[str, tuple[Callable[[], nn.Module], int]] = {
         name: (partial(getattr(tv, name), num_classes=CLASSES), 64)
         for name in ("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large",
-                     "efficientnet_b0", "efficientnet_v2_s", "shufflenet_v2_x1_0", "regnet_y_400mf", "mnasnet0_5",
+                     "efficientnet_b0", "efficientnet_v2_s", "shufflenet_v2_x1_0", "regnet_y_400mf",
                      "densenet121", "convnext_tiny", "swin_t", "swin_v2_t", "squeezenet1_1")
     }  # fmt: skip
     found["vgg11_bn"] = small_vgg, 64

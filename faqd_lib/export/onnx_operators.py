@@ -388,7 +388,7 @@ def _norm_of(w: Writer, node: fx.Node, _: None) -> str:
     """``norm``: the Euclidean length along given dimensions."""
     _refuse_dtype(node)
     dims, keep = _argument(node, 2, "dim", None), _argument(node, 3, "keepdim", False)
-    if _argument(node, 1, "p", 2) != 2 or dims is None:
+    if _argument(node, 1, "p", "fro") not in (2, "fro") or dims is None:
         raise OnnxExportError(f"{node.name}: a norm must have p = 2, and dims")
     axes = w.constant(np.atleast_1d(np.array(dims, np.int64)))
     return w.add("ReduceL2", [w.name_of(node.args[0]), axes], keepdims=int(keep))
@@ -519,7 +519,8 @@ FUNCTIONS: dict[str, Handler] = {
     "expand": _expand, "repeat": _expand, "roll": _roll, "pad": _pad, "stack": _stack, "clamp": _clamp,
     "cat": _concatenate, "getitem": _part, "chunk": _same, "split": _same, "unbind": _same,  # getitem writes each piece
     "linear": _linear, "conv2d": _conv2d, "batch_norm": _batch_norm, "layer_norm": _layer_norm,
-    "group_norm": _group_norm, "normalize": _normalize, "norm": _norm_of, "einsum": _einsum, "addcmul": _add_product, "swapaxes": _transpose,
+    "group_norm": _group_norm, "normalize": _normalize, "norm": _norm_of,
+    "einsum": _einsum, "addcmul": _add_product, "swapaxes": _transpose,
     "scaled_dot_product_attention": _scaled_dot_product_attention,
     "stochastic_depth": _same,  # torchvision's: the identity in evaluation mode
     **{name: handler for (_, name), handler in _BOTH.items()},

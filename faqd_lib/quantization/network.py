@@ -44,10 +44,15 @@ def quantize(
 ) -> nn.Module:
     """Quantize the weights of all Conv2d, ConvTranspose2d and Linear layers and the ReLUs of a network, in place.
 
+    Weights that a network computes with as bare parameters stay float, such as ``in_proj_weight`` of
+    ``nn.MultiheadAttention`` (queries, keys and values of torchvision's ViT). timm's ViT has Linear layers there.
+
     Args:
         model: any network. Its weights become the latent ones; a float checkpoint may be loaded before or afterwards.
         weight_bits: 1, 2 (ternary), 3 to 8; 32 leaves all weights float.
-        activation_bits: 1 to 8; 32 leaves all activations float.
+        activation_bits: 1 to 8; 32 leaves all activations float. Activations other than ReLU and ReLU6, such as SiLU,
+            GELU and Hardswish, stay float, and :func:`faqd_lib.describe` lists them. A network without any ReLU is
+            refused: it would stay float against what was asked for.
         first_layer: ``"quantize"`` or ``"float"``: the first layer with weights in module order (the stem).
         last_layer: the same for the last layer (the classifier). Both defaults follow the authors' released code.
         shortcuts: the same for layers with "shortcut" or "downsample" in their name.
@@ -141,7 +146,12 @@ def _how_to_free(layer: nn.Module) -> str:
 
 def _why_no_relu(model: nn.Module) -> str:
     """Why a network without nn.ReLU and nn.ReLU6 has no activations to quantize, and what can be done."""
-    kinds = Counter(type(module).__name__ for module in model.modules() if isinstance(module, _NEGATIVE))
+    negative = {kind.__name__.lower() for kind in _NEGATIVE} | {"swish"}  # timm has modules of these names
+    kinds = Counter(
+        kind
+        for module in model.modules()
+        if (kind := type(module).__name__).lower() in negative or isinstance(module, _NEGATIVE)
+    )
     derived = {type(module).__name__ for module in model.modules() if isinstance(module, RECTIFIERS)}
     no_relu = "the network has no nn.ReLU module to quantize"
     if derived:
@@ -175,16 +185,32 @@ def dequantize(model: nn.Module) -> nn.Module:
     """Put the float (latent) weights and the former ReLUs back, in place. Returns ``model``."""
     for module in model.modules():
         if quantizer_of(module) is not None:
-            # torch removes the property `weight` from the class, which a deep copy shares with the original. The
-            # module gets a separate class first, so that the other one keeps its weight.
-            shared = type(module)
-            own = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
-            module.__class__ = type(shared.__name__, shared.__bases__, own)
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+            _remove_quantizer(module)
     replace_modules(model, {relu: relu.replaces for relu in _quantized_relus(model)})
     for layer in _unpacked(model):
         del layer.__dict__[_UNPACKED]
     return model
+
+
+def _remove_quantizer(layer: nn.Module) -> None:
+    """Make the latent weight the layer's own again.
+
+    torch removes the property ``weight`` from the class, which a deep copy shares with the original. The layer gets a
+    separate class first, so that the other one keeps its weight.
+    """
+    shared = type(layer)
+    own = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+    layer.__class__ = type(shared.__name__, shared.__bases__, own)
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+
+
+def fix_weights(model: nn.Module, low_bits: Mapping[str, "LowBitWeight"]) -> None:
+    """Replace quantizers by their low-bit weights, as ordinary float32 parameters, in place. Activations stay."""
+    for name, low in low_bits.items():
+        layer = model.get_submodule(name)
+        if quantizer_of(layer) is not None:
+            _remove_quantizer(layer)
+            layer.weight = nn.Parameter(low_bit_values(low.scale, low.levels, torch.float32), requires_grad=False)
 
 
 def join(name: str, key: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..config import OptimizationConfig, RunConfig
+from ..config import OptimizationConfig, TrainingConfig
 from ..data.batches import Batch, stream
 from ..models import FeatureTap
 from ..quantization.network import blend, compile_activations, split_parameters
@@ -77,7 +77,7 @@ class Learner:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: TrainingConfig,
         model: nn.Module,
         objective: DistillationObjective,
         feature_names: Sequence[str],

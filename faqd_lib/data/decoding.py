@@ -37,16 +37,32 @@ _TURNS = {
 
 
 def decode(name: str, read: Callable[[], bytes], image_size: int | None = None) -> tuple[np.ndarray, list[str]]:
-    """Decode a picture, and say what was done to it.
+    """Decode a picture into an array, and say what was done to it.
 
     Args:
-        name: name of the file, for errors.
-        read: returns the file's bytes.
+        name, read: see :func:`decode_rgb`, whose errors it raises.
         image_size: height and width to resize to; None keeps the size.
 
     Returns:
         uint8 (3, height, width), and those that apply of :data:`DEEP`, :data:`TRANSPARENT`, :data:`TURNED` and
         :data:`SQUEEZED`.
+    """
+    rgb, notes = decode_rgb(name, read)
+    if image_size is not None and rgb.size != (image_size, image_size):
+        notes += [SQUEEZED] * (rgb.width != rgb.height)
+        rgb = rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return np.asarray(rgb).transpose(2, 0, 1), notes
+
+
+def decode_rgb(name: str, read: Callable[[], bytes]) -> tuple[Image.Image, list[str]]:
+    """Decode a picture, and say what was done to it.
+
+    Args:
+        name: name of the file, for errors.
+        read: returns the file's bytes.
+
+    Returns:
+        A picture of mode RGB, and those that apply of :data:`DEEP`, :data:`TRANSPARENT` and :data:`TURNED`.
 
     Raises:
         DatasetError: the file cannot be read, is no picture, is damaged or too large, or has values that are refused.
@@ -67,10 +83,7 @@ def decode(name: str, read: Callable[[], bytes], image_size: int | None = None) 
         raise DatasetError(
             f"{name} cannot be decoded ({reason}): replace it with an intact copy, save it again, or remove it"
         ) from error
-    if image_size is not None and rgb.size != (image_size, image_size):
-        more = more + [SQUEEZED] * (rgb.width != rgb.height)
-        rgb = rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    return np.asarray(rgb).transpose(2, 0, 1), notes + more
+    return rgb, notes + more
 
 
 def _upright(picture: Image.Image) -> tuple[Image.Image, list[str]]:
@@ -129,18 +142,21 @@ def picture_files(folder: Path) -> tuple[list[Path], Counter[str]]:
     Raises:
         DatasetError: the folder cannot be read, or links lead from a folder to one above it.
     """
-    found, others = [], Counter()
+    others: Counter[str] = Counter()
+    found = [Path(place, name) for place, names in picture_names(folder, others) for name in names]
+    return sorted(found, key=lambda path: (str(path.parent), path.name)), others
+
+
+def picture_names(folder: Path, others: Counter[str]) -> Iterable[tuple[str, list[str]]]:
+    """Each folder below ``folder``, with the names of its pictures; counts other files as :func:`picture_files` does.
+
+    Raises DatasetError as :func:`picture_files` does.
+    """
     for place, folders, names in walk(folder):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
-        for name in names:
-            suffix = Path(name).suffix.lower()
-            if is_hidden(name):
-                continue
-            if suffix in EXTENSIONS:
-                found.append(Path(place, name))
-            else:
-                others[suffix or "no extension"] += 1
-    return sorted(found, key=lambda path: (str(path.parent), path.name)), others
+        suffixes = {name: Path(name).suffix.lower() for name in names if not is_hidden(name)}
+        others.update(suffix or "no extension" for suffix in suffixes.values() if suffix not in EXTENSIONS)
+        yield place, [name for name, suffix in suffixes.items() if suffix in EXTENSIONS]
 
 
 def walk(folder: Path) -> Iterable[tuple[str, list[str], list[str]]]:

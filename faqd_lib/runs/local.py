@@ -168,7 +168,7 @@ def save_checkpoint(folder: Path, learner: Learner, machine: Machine) -> None:
 
 
 def resume(folder: Path, learner: Learner, machine: Machine, progress: ProgressReporter) -> None:
-    """Continue from the checkpoint in the run's folder, if there is one. Warns if the machine differs from the checkpoint's."""
+    """Continue from the checkpoint in the run's folder, if there is one. Warns if it is of another machine."""
     found = read_checkpoint(folder, learner.config.digest)
     if found is None:
         return

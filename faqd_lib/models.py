@@ -1,13 +1,15 @@
 """The networks of the experiments, and feature maps caught from any network by module name."""
 
 import re
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .quantization.module_calls import kept_modes
 from .utils.messages import check_choice, did_you_mean, kind_of
 
 MODEL_NAMES = (*(f"resnet{depth}" for depth in (8, 20, 32, 44, 56, 110)), "resnet18")
@@ -135,7 +137,8 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-_ITEM = re.compile(r"(?P<module>[^\[]*)(\[(?P<item>.+)\])?", re.DOTALL)  # a module's name, and an item of its output
+# A module's name, an item of its output, and a mark of maps whose channels come last.
+_ITEM = re.compile(r"(?P<module>[^\[@]*)(\[(?P<item>.+?)\])?(?P<last>@bhwc)?", re.DOTALL)
 
 
 class FeatureTap:
@@ -149,12 +152,13 @@ class FeatureTap:
 
     ``features`` lists the maps of the latest forward pass in the order of ``names``; ``clear()`` drops them. The end of
     the block, or ``close()``, removes the hooks and leaves the network unchanged. Name an item of a module that
-    returns a tuple or a dictionary: ``"attention[0]"``, ``"backbone[out]"``. A copy of the network that is made while
-    the tap is open does not write into the tap.
+    returns a tuple or a dictionary: ``"attention[0]"``, ``"backbone[out]"``. Behind ``@bhwc`` stands a map (batch,
+    height, width, channels), as in Swin transformers: ``"features.1@bhwc"`` gives a view (batch, channels, height,
+    width). A copy of the network that is made while the tap is open does not write into the tap.
 
     Raises:
         ValueError: the network has no module of that name, or a name is given twice.
-        TypeError: in a forward pass, a tapped output or item is no tensor.
+        TypeError: in a forward pass, a tapped output or item is no tensor, or behind ``@bhwc`` no map.
         RuntimeError: ``features`` was read before every tapped module had run, or a later in-place module such as
             ``nn.ReLU(inplace=True)`` overwrote a tapped output.
     """
@@ -175,11 +179,13 @@ class FeatureTap:
         self._versions: dict[str, int | None] = dict.fromkeys(self.names)
         self._copies = any(getattr(module, "inplace", False) for module in model.modules())
         self._handles = [
-            modules[tapped[name]].register_forward_hook(self._catcher(name, modules[tapped[name]], parts[name]["item"]))
+            modules[tapped[name]].register_forward_hook(
+                self._catcher(name, modules[tapped[name]], parts[name]["item"], bool(parts[name]["last"]))
+            )
             for name in self.names
         ]
 
-    def _catcher(self, name: str, tapped: nn.Module, item: str | None):
+    def _catcher(self, name: str, tapped: nn.Module, item: str | None, channels_last: bool):
         def catch(module: nn.Module, _inputs: tuple, output: object) -> None:
             if module is not tapped:  # a copy of the network took the hook along
                 # A shallow copy, such as a replica of DataParallel, has the same dictionary of hooks.
@@ -188,6 +194,10 @@ class FeatureTap:
                         module._forward_hooks.pop(key, None)
                 return
             output = _tensor_of(name, output, item)
+            if channels_last:
+                if output.ndim != 4:
+                    raise TypeError(f"{name!r} must be a map (batch, height, width, channels), got {kind_of(output)}")
+                output = output.permute(0, 3, 1, 2)
             counted = not torch.compiler.is_compiling() and not output.is_inference()
             # Compiled code has no version counters: copy a map that an in-place module could overwrite.
             self._caught[name] = output.clone() if self._copies and torch.compiler.is_compiling() else output
@@ -249,3 +259,163 @@ def _tensor_of(name: str, output: object, item: str | None) -> Tensor:
     else:
         inside = f"{kind_of(output)}: tap a module that returns a tensor"
     raise TypeError(f"{name!r} is to be tapped, and the module returned {inside}")
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What one module returned in the forward pass of :func:`stage_taps`."""
+
+    name: str
+    pixels: int  # of a map, or tokens
+    tokens: bool
+    channels_last: bool | None  # None: height, width and channels are the same number
+    storage: int  # the same for modules that return the same tensor
+    intact: bool = True  # False: overwritten later in place
+
+
+@torch.no_grad()
+def stage_taps(model: nn.Module, example_images: Tensor) -> list[str]:
+    """Names for :class:`FeatureTap`: the last map of every resolution, before the resolution falls.
+
+    One forward pass in evaluation mode finds them, in the order of execution. Maps are outputs of modules, of at least
+    2 pixels. The end of a block or stage is preferred to modules inside the block that lowers the resolution. A map
+    that a later in-place module overwrites is left out. Maps that come after the fall at a higher resolution are left
+    out, such as those of a U-Net's decoder.
+
+    A network whose maps keep one resolution is a transformer if it returns tokens (batch, N, channels): its taps are
+    the outputs of the blocks at one third, two thirds and the end. Class tokens stay in.
+
+    Examples, of torchvision: ``["relu", "layer1", "layer2", "layer3", "layer4"]`` of ResNet-18; ``["features.1@bhwc",
+    "features.3@bhwc", …]`` of a Swin transformer, whose maps are (batch, height, width, channels).
+
+    Args:
+        model: any network; modes, buffers and hooks are left as they were.
+        example_images: (batch, channels, height, width), the network's input. At least 2 images are best: outputs whose
+            first dimension is not the batch, such as windows, are left out. The layout of a map is recognised by the
+            images' proportions.
+
+    Raises:
+        ValueError: ``example_images`` has other dimensions, or no module returns a map or tokens.
+    """
+    if not isinstance(example_images, Tensor) or example_images.ndim != 4 or 0 in example_images.shape:
+        raise ValueError(
+            f"example_images must be (batch, channels, height, width) with nothing empty, got {kind_of(example_images)}"
+        )
+    outputs = _without_dips(_outputs(model, example_images))
+    maps = [output for output in outputs if not output.tokens]
+    names = _last_of_each_resolution(maps)
+    if len(names) < 2 and (tokens := [output for output in outputs if output.tokens]):
+        return _thirds(model, tokens)
+    if not names:
+        raise ValueError(
+            f"no module of {type(model).__name__} returns a map (batch, channels, height, width) of at least 2 pixels, "
+            f"or tokens, for images {tuple(example_images.shape)}: give larger images, or name the taps yourself"
+        )
+    return names
+
+
+def _outputs(model: nn.Module, images: Tensor) -> list[_Output]:
+    """The last output of every module that returns a map or tokens, in the order of execution."""
+    caught: dict[str, tuple[Tensor, int]] = {}
+
+    def hook(name: str):
+        def catch(_module: nn.Module, _inputs: tuple, output: object) -> None:
+            if isinstance(output, Tensor):
+                caught.pop(name, None)
+                caught[name] = output, output._version
+
+        return catch
+
+    handles = [
+        module.register_forward_hook(hook(name))
+        for name, module in model.named_modules()
+        if name and "parametrizations" not in name.split(".")
+    ]
+    try:
+        with kept_modes(model):
+            model.eval()(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = []
+    for name, (output, version) in caught.items():
+        if output.ndim not in (3, 4) or len(output) != len(images) or not output.is_floating_point():
+            continue
+        last = _channels_last(output, images) if output.ndim == 4 else False
+        pixels = (
+            output.shape[1] if output.ndim == 3 else output.shape[1:3].numel() if last else output.shape[2:].numel()
+        )
+        if pixels > 1:
+            intact = output._version == version
+            found.append(_Output(name, pixels, output.ndim == 3, last, output.data_ptr(), intact))
+    return found
+
+
+def _channels_last(output: Tensor, images: Tensor) -> bool | None:
+    """Whether a map is (batch, height, width, channels), by the images' proportions; None if both layouts fit."""
+    height, width = images.shape[2:]
+
+    def misfit(rows: int, columns: int) -> float:
+        return abs(rows * width - columns * height) / max(rows * width, columns * height)
+
+    first, last = misfit(*output.shape[2:]), misfit(*output.shape[1:3])
+    return None if first == last else last < first
+
+
+def _above(name: str) -> list[str]:
+    """Names of the modules that a module stands in: ``"a.b.c"`` → ``["a", "a.b"]``."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
+def _without_dips(outputs: list[_Output]) -> list[_Output]:
+    """The outputs that have no fewer pixels than the modules they stand in, unlike those of an attention's pooling."""
+    sizes = {output.name: output.pixels for output in outputs}
+    return [one for one in outputs if all(sizes.get(name, 0) <= one.pixels for name in _above(one.name))]
+
+
+def _last_of_each_resolution(maps: list[_Output]) -> list[str]:
+    """Names of the last map before each fall of the number of pixels."""
+    sizes = {output.name: output.pixels for output in maps}
+    inside = defaultdict(set)  # resolutions in a module, by its name
+    for output in maps:
+        for name in (*_above(output.name), output.name):
+            inside[name].add(output.pixels)
+    # A module whose modules fall more than once is a sequence of stages, and no stage.
+    sequences = {name for name, resolutions in inside.items() if len(resolutions) > 2}
+
+    def in_a_falling_module(output: _Output) -> bool:
+        above = [name for name in _above(output.name) if name not in sequences]
+        return any(sizes.get(name, output.pixels) < output.pixels for name in above)
+
+    stages: list[list[_Output]] = []
+    for output in maps:
+        if not stages or output.pixels < stages[-1][0].pixels:
+            stages.append([output])
+        elif output.pixels == stages[-1][0].pixels:
+            stages[-1].append(output)
+    chosen = []
+    for stage in stages:
+        intact = [output for output in stage if output.intact]
+        ends = [output for output in intact if not in_a_falling_module(output)] or intact
+        if not ends:
+            continue
+        same = [output for output in ends if output.storage == ends[-1].storage]
+        whole = [output for output in same if output.name not in sequences] or same
+        chosen.append(min(whole, key=lambda output: output.name.count(".")))
+    layouts = [output.channels_last for output in chosen if output.channels_last is not None]
+    usual = sum(layouts) * 2 > len(layouts)
+    return [
+        output.name + ("@bhwc" if (usual if output.channels_last is None else output.channels_last) else "")
+        for output in chosen
+    ]
+
+
+def _thirds(model: nn.Module, tokens: list[_Output]) -> list[str]:
+    """Names of the blocks at one third, two thirds and the end; blocks are alike and stand in one container."""
+    modules, alike = dict(model.named_modules()), defaultdict(list)
+    for output in tokens:
+        if modules[output.name]._modules:
+            alike[output.name.rpartition(".")[0], type(modules[output.name]), output.pixels].append(output.name)
+    blocks = max(alike.values(), key=len, default=[tokens[-1].name])
+    return list(dict.fromkeys(blocks[-(-len(blocks) * third // 3) - 1] for third in (1, 2, 3)))

@@ -1,8 +1,8 @@
 """Feature affinity: how two feature maps relate their pixels to each other, and losses that make them agree.
 
-A feature map (channels C, height H, width W) is read as N = H·W pixel vectors. Row i of X (N×C) is pixel i's vector
-divided by its length; the affinity matrix S = X Xᵀ holds the cosines between all pairs of pixels. With X from the
-student, Y from the teacher and D = X Xᵀ − Y Yᵀ,
+A feature map (channels C, height H, width W) is read as N = H·W pixel vectors. The tokens of a transformer (N×C) are N
+such vectors already. Row i of X (N×C) is pixel i's vector divided by its length; the affinity matrix S = X Xᵀ holds the
+cosines between all pairs of pixels. With X from the student, Y from the teacher and D = X Xᵀ − Y Yᵀ,
 
     exact loss (FA, arXiv 2302.10899, eq. for L_fa)     mean over images of ‖D‖²_F / N²
     fast loss (FFA, section IV)                         mean over images of (1/k) Σ_j ‖D z_j‖² / N²
@@ -42,7 +42,7 @@ from .kernels import EPS, accumulation_dtype, affinity_difference
 
 
 def affinity_matrix(features: Tensor) -> Tensor:
-    """Cosines between all pairs of pixels of a floating-point map (batch, channels, height, width).
+    """Cosines between all pairs of pixels of a map (batch, channels, height, width), or of tokens (batch, N, channels).
 
     Returns:
         (batch, N, N) with N = height·width, values in [−1, 1], dtype of ``features``, differentiable. N² numbers an
@@ -51,6 +51,7 @@ def affinity_matrix(features: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: see :func:`feature_affinity_loss`.
     """
+    (features,) = _as_maps(features=features)
     _check_map("features", features)
     pixels = unit_pixels(features)
     return pixels @ pixels.mT
@@ -75,9 +76,11 @@ def feature_affinity_loss(
     """Mean over images of ‖S_student − S_teacher‖²_F / N², exact or estimated from ``k`` random projections.
 
     Args:
-        student: (batch, C_s, H, W), floating point; receives the gradient.
-        teacher: (batch, C_t, H_t, W_t); detached. C_t may differ from C_s. A map of another height or width is resized
-            to the student's (bilinear, antialiased), as in the paper.
+        student: (batch, C_s, H, W), or tokens (batch, N, C_s); floating point; receives the gradient.
+        teacher: (batch, C_t, H_t, W_t), or tokens (batch, N_t, C_t); detached. C_t may differ from C_s. A map of
+            another height or width is resized to the student's (bilinear, antialiased), as in the paper. Tokens are not
+            resized: N_t must be N. Tokens beside a map must be H·W, and are then the map's pixels row by row. A class
+            token is one more: give ``tokens[:, 1:]``.
         method: ``"gram"``: exact, from (C_s+C_t)² products, linear in N. ``"pairwise"``: exact, from the N×N matrix in
             blocks of rows. ``"auto"``: the cheaper of these two, see :func:`cheaper_exact`. ``"projection"``: the
             paper's fast estimate (FFA).
@@ -99,8 +102,9 @@ def feature_affinity_loss(
 
     Raises:
         TypeError: a map is not a floating-point tensor, ``k`` not an integer, or ``generator`` not a generator.
-        ValueError: shapes that are not (batch, channels, height, width), unequal or empty batches, ``k`` below 1,
-            an unknown method, norm, reduction or distribution, or L1 with another method than pairwise.
+        ValueError: shapes that are neither (batch, channels, height, width) nor (batch, N, channels), unequal numbers
+            of tokens, unequal or empty batches, ``k`` below 1, an unknown method, norm, reduction or distribution, or
+            L1 with another method than pairwise.
         RuntimeError: a second derivative, one in forward mode, or one by ``torch.func`` is asked for. None exists.
     """
     method = _check_method(method, norm, reduction)
@@ -203,7 +207,7 @@ class FastFeatureAffinityLoss(nn.Module):
         return draw(state, pixels, self.k, self.distribution)
 
     def predraw(self, pixels: Sequence[int], device: torch.device) -> None:
-        """Draw now the projections of the next calls, one call for maps of each size in ``pixels`` (height·width).
+        """Draw now the projections of the next calls, one call for maps of each size N in ``pixels``.
 
         A CUDA graph cannot draw. Each ``predraw`` therefore writes float32 projections to the place of the former ones,
         where a replay of the calls reads them. An empty ``pixels`` drops the projections drawn ahead, and calls
@@ -264,6 +268,31 @@ def _check_map(name: str, features: Tensor) -> None:
         )
 
 
+def pixel_count(features: Tensor) -> int:
+    """N of a map (batch, channels, height, width), which is height·width, or of tokens (batch, N, channels)."""
+    return features.shape[1] if features.ndim == 3 else features.shape[2:].numel()
+
+
+def _as_maps(**named: Tensor) -> list[Tensor]:
+    """Views (batch, C, N, 1) of tokens (batch, N, C). A map beside tokens becomes (batch, C, H·W, 1).
+
+    Raises ValueError if the numbers of tokens, or of tokens and pixels, differ. Anything else is returned unchanged.
+    """
+    features = list(named.values())
+    if not any(isinstance(one, Tensor) and one.ndim == 3 for one in features):
+        return features
+    if not all(isinstance(one, Tensor) and one.ndim in (3, 4) for one in features):
+        return features  # _check_map raises
+    if len(counts := {name: pixel_count(one) for name, one in named.items()}) == 2 and len(set(counts.values())) == 2:
+        (first, n), (second, m) = counts.items()
+        shapes = " and ".join(f"{name} {tuple(one.shape)}" for name, one in named.items())
+        raise ValueError(
+            f"{first} and {second} must have the same number of tokens, got {n} and {m} (from {shapes}): tap layers "
+            "with the same tokens, and leave class tokens out where the other network has none; tokens are not resized"
+        )
+    return [one.mT.unsqueeze(3) if one.ndim == 3 else one.flatten(2).unsqueeze(3) for one in features]
+
+
 def check_count(k: int) -> None:
     """Raise TypeError or ValueError unless ``k`` is an integer of at least 1."""
     if isinstance(k, bool) or not isinstance(k, int):
@@ -314,6 +343,7 @@ def loss_of_maps(
     student: Tensor, teacher: Tensor, method: str, norm: str, reduction: str, draw: Callable[[int], Tensor]
 ) -> Tensor:
     """:func:`feature_affinity_loss` with checked choices; ``draw`` makes the projections (N, k) for N pixels."""
+    student, teacher = _as_maps(student=student, teacher=teacher)
     teacher = check_pair(student, teacher)
     pixels = student.shape[2] * student.shape[3]
     if method == "auto":

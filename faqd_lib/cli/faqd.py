@@ -182,14 +182,11 @@ def _inspect_packed(path: Path) -> None:
 
 def _inspect_onnx(path: Path) -> None:
     import onnx
+    from google.protobuf.message import DecodeError
 
     try:
         model = onnx.load(path)
-    except (onnx.checker.ValidationError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or no ONNX file: {first_line(error)}") from error
-    except Exception as error:  # protobuf's DecodeError has no public base class
-        if type(error).__name__ != "DecodeError":
-            raise
+    except DecodeError as error:
         raise ValueError(f"{path} is damaged or no ONNX file: {first_line(error)}") from error
     opset = max(entry.version for entry in model.opset_import)
     print(
@@ -226,8 +223,9 @@ def classify(arguments: argparse.Namespace) -> None:
         preprocessing = Preprocessing(**metadata["preprocessing"])
     normalizer, classes = preprocessing.normalizer("cpu"), metadata.get("classes", ())
     for picture in arguments.pictures:
-        images = normalizer(preprocessing.tensor(picture)[None]).contiguous()
-        shares, numbers = run(images).softmax(1)[0].topk(min(arguments.top, run(images).shape[1]))
+        with torch.no_grad():
+            (logits,) = run(normalizer(preprocessing.tensor(picture)[None]).contiguous())
+        shares, numbers = logits.softmax(0).topk(min(arguments.top, len(logits)))
         named = [classes[number] if number < len(classes) else str(number) for number in numbers.tolist()]
         print(f"{picture}: {', '.join(f'{name} {share:.1%}' for name, share in zip(named, shares, strict=True))}")
 
@@ -263,7 +261,7 @@ def _packed_network(path: Path, arguments: argparse.Namespace):
         named = header["metadata"].get("teacher")
         made = f"; it was made from {named}" if named else ""
         raise ValueError(f"{path} holds weights only: give its float network by --network SPEC{made}")
-    return torch.no_grad()(network), header["metadata"]
+    return network, header["metadata"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,14 +11,12 @@
 A killed call goes on, with the same bits, when it is made again. A finished one writes its outputs anew.
 """
 
-import copy
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +25,20 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from ..config import ConfigurationError, Precision, QuantizationConfig
-from ..data.batches import Normalizer
-from ..data.images import DatasetError, Images
-from ..data.pictures import PHOTOGRAPH, PictureBatches, Pictures, PictureSet, open_pictures, split_pictures
+from ..config import Precision, QuantizationConfig
+from ..data.images import DatasetError
+from ..data.pictures import PictureBatches, Pictures, PictureSet, open_pictures, split_pictures
 from ..data.preprocessing import Preprocessing
-from ..models import stage_taps
-from ..quantization.network import calibrate, quantize, reestimate_batch_norm
 from ..runs.checkpoints import due_every, remove_unfinished_writes
 from ..runs.local import resume, save_checkpoint
 from ..training.cuda_graphs import own_stream
-from ..training.learner import Learner, precision_that_pays, projection_seed
+from ..training.learner import Learner
 from ..training.loop import Cohort, CohortResult, train
-from ..training.objective import DistillationObjective
-from ..utils.files import atomic_write_text, require_writable, tensors_digest
+from ..utils.files import atomic_write_text, require_writable
 from ..utils.measure import environment, exact_kernels
 from ..utils.messages import kind_of
 from ..utils.progress import Progress, clock
 from . import card, planning
-from .measures import Share, agreement, logits_of
 from .planning import Candidate, Chosen, Plan, Trial
 from .task import WATCHED, CompressionError, Task
 
@@ -359,7 +352,7 @@ def _seconds_of_an_update(task: Task, batches: PictureBatches) -> float:
         epoch = 0
         while len(seconds) < warm_up + timed:
             stream = batches.epoch(epoch)
-            for index in range(len(batches)):
+            for _ in range(len(batches)):
                 started = time.perf_counter()
                 cohort.step(epoch, next(stream), cohort.active)
                 if task.device.type == "cuda":
@@ -469,7 +462,7 @@ def _trained(folder: Path, task: Task, plan: Plan, say: Callable[[str], None]) -
             task.taps,
             {"test": task.watched(task.pictures.held_out)},
             on_epoch=epoch_done,
-            on_batch=lambda epoch, done: shown(epoch, done),
+            on_batch=shown,
             checkpoint_due=due_every(CHECKPOINT_SECONDS),
             checkpoint=lambda learner: save_checkpoint(places[learner], learner, machine),
             cuda_graphs=False,

@@ -1,16 +1,10 @@
 """How long a compression trains, and with which learning rate and affinity weight."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
-import torch
-
 from ..config import ObjectiveConfig, OptimizationConfig, Precision, StrictModel, TrainingConfig
-from ..data.images import Images
-from ..data.pictures import PictureBatches
-from ..training.learner import Learner
-from ..training.loop import CohortResult
 
 LEARNING_RATES = (0.005, 0.02, 0.08)
 AFFINITY_WEIGHT, OTHER_AFFINITY_WEIGHTS = 30.0, (3.0, 300.0)
@@ -132,6 +126,6 @@ def best(trials: Sequence[Trial], bits: str) -> Trial:
     finite = [trial for trial in trials if trial.bits == bits and trial.agreement is not None]
     if not finite:
         raise ArithmeticError(
-            f"{bits}: no learning rate of {', '.join(map(str, LEARNING_RATES))} kept the loss finite: give a smaller one"
+            f"{bits}: no learning rate of {', '.join(map(str, LEARNING_RATES))} kept the loss finite: give a lower"
         )
     return max(finite, key=lambda trial: (trial.agreement, -trial.cross_entropy))

@@ -96,8 +96,8 @@ class Task:
             student_taps = taps if student is None else _taps(initial.eval(), example)
         if len(taps) != len(student_taps):
             raise CompressionError(
-                f"{len(taps)} maps of the teacher ({', '.join(taps)}) cannot be compared with {len(student_taps)} of the "
-                f"student ({', '.join(student_taps)}): give taps and student_taps"
+                f"{len(taps)} maps of the teacher ({', '.join(taps)}) cannot be compared with "
+                f"{len(student_taps)} of the student ({', '.join(student_taps)}): give taps and student_taps"
             )
         say(f"maps compared: {', '.join(taps)}" + (f" with {', '.join(student_taps)}" if student_taps != taps else ""))
         prepared = {}

@@ -131,9 +131,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         state = load_file(path)
     except SafetensorError as error:
-        raise TeacherError(
-            f"{path} is damaged or no safetensors file ({error}): save weights by safetensors"
-        ) from error
+        raise TeacherError(f"{path} is damaged or no safetensors file : {error}") from error
     own = model.state_dict()
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in own]
@@ -196,7 +194,5 @@ def check_teacher(model: nn.Module, images: torch.Tensor) -> list[str]:
         raise TeacherError("the teacher gives different pictures the same logits: nothing can be learned from it")
     named = len(logits.argmax(1).unique())
     if named == 1:
-        notes.append(
-            f"the teacher names one class for all of the first {len(images)} pictures: agreement will say little"
-        )
+        notes.append(f"the teacher names one class for all of the first {len(images)} pictures: agreement says little")
     return notes

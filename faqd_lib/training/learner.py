@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..affinity.loss import pixel_count
 from ..config import OptimizationConfig, TrainingConfig
 from ..data.batches import Batch, stream
 from ..models import FeatureTap
@@ -165,7 +166,7 @@ class Learner:
             self.peak_bytes = peak_bytes(lambda: terms.update(self._recorded_step(batch, teacher)), self.device)
         else:
             terms = self._recorded_step(batch, teacher)
-        self._map_sizes = self._map_sizes or [features.shape[2:].numel() for features in self.tap.features]
+        self._map_sizes = self._map_sizes or [pixel_count(features) for features in self.tap.features]
         self.tap.clear()  # maps would keep the memory that the next step needs
         self.log.append(terms)
         self.clock.step.stop(counts=not self.is_preparing)

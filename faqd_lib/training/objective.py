@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..affinity.loss import FastFeatureAffinityLoss, FeatureAffinityLoss
+from ..affinity.loss import FastFeatureAffinityLoss, FeatureAffinityLoss, pixel_count
 from ..utils.messages import check_choice, kind_of
 
 LOGIT_LOSSES = ("none", "mse", "kl")
@@ -44,6 +44,12 @@ class Adapter(nn.Sequential):
         super().__init__(nn.Conv2d(channels, channels, 1), nn.ReLU())
         nn.init.dirac_(self[0].weight)
         nn.init.zeros_(self[0].bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """A map (batch, channels, height, width), or tokens (batch, N, channels), of the same shape."""
+        if features.ndim == 3:
+            return super().forward(features.mT.unsqueeze(3)).squeeze(3).mT
+        return super().forward(features)
 
 
 class DistillationObjective(nn.Module):
@@ -100,7 +106,7 @@ class DistillationObjective(nn.Module):
         self.adapters = nn.ModuleList(Adapter(channels) for channels in adapter_channels)
 
     def predraw(self, pixels: Sequence[int], device: torch.device) -> None:
-        """Draw the projections of the next call now; ``pixels`` has height·width of each student's map.
+        """Draw the projections of the next call now; ``pixels`` has N of each student's map: pixels or tokens.
 
         See :meth:`faqd_lib.affinity.loss.FastFeatureAffinityLoss.predraw`. Other losses draw nothing.
         """
@@ -120,7 +126,7 @@ class DistillationObjective(nn.Module):
         Args:
             student_logits, teacher_logits: (batch, classes), or (batch, classes, height, width) for one prediction a
                 pixel. Each loss is then a mean over images and pixels.
-            student_maps, teacher_maps: feature maps (batch, channels, height, width), one entry a stage.
+            student_maps, teacher_maps: maps (batch, channels, height, width) or tokens (batch, N, channels), one a stage.
             labels: int64 (batch), or (batch, height, width) beside dense logits; needed where ``label_weight`` is above
                 0, refused where it is 0.
 
@@ -174,7 +180,7 @@ class DistillationObjective(nn.Module):
             )
         if self.adapters:
             student = [adapter(feature_map) for adapter, feature_map in zip(self.adapters, student, strict=True)]
-        if any(feature_map.shape[2:].numel() == 1 for feature_map in student):
+        if any(pixel_count(feature_map) == 1 for feature_map in student):
             warnings.warn(
                 "a map of one pixel has no affinities: its affinity loss is always 0; tap an earlier layer",
                 stacklevel=3,

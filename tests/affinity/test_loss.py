@@ -805,7 +805,7 @@ GOOD = torch.ones(2, 3, 4, 4)
         (
             {"student": torch.ones(2, 3, 4)},
             ValueError,
-            ["student", "(2, 3, 4)", "student.transpose(1, 2).unsqueeze(3)"],
+            ["student and teacher", "tokens, got 3 and 16", "student (2, 3, 4) and teacher (2, 3, 4, 4)"],
         ),
         ({"teacher": torch.ones(2, 3, 0, 4)}, ValueError, ["teacher", "(2, 3, 0, 4)"]),
         ({"student": torch.ones(2, 3, 4, 4, dtype=torch.int64)}, TypeError, ["student", "int64"]),

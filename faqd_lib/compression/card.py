@@ -1,6 +1,7 @@
 """The model card: what the files of a compression are worth, as numbers, Markdown and one web page."""
 
 import base64
+import copy
 import datetime
 import io
 import json
@@ -22,7 +23,7 @@ from ..config import QuantizationConfig
 from ..data.pictures import PictureSet
 from ..data.preprocessing import Preprocessing
 from ..export.onnx import OnnxExportError, export_onnx
-from ..export.packed import save_packed
+from ..export.packed import load_packed, save_packed
 from ..models import parameter_count
 from ..quantization.description import LayerBits, describe
 from ..quantization.weights import FLOAT_BITS
@@ -148,10 +149,9 @@ def examine(
     students = []
     for learner in learners:
         say(f"measuring {learner.config.bits} on {len(pictures):,} held-out pictures")
-        logits = logits_of(learner.model.eval(), pictures, task.normalizer)
-        made, call = _student(task, plan, learner, folder, about, pictures, taught, logits, names, shape)
+        made, model, call = _student(task, plan, learner, folder, about, pictures, taught, names, shape)
         students.append(made)
-        calls[f"{made.bits}, torch"] = lambda model=learner.model: model(one)
+        calls[f"{made.bits}, torch"] = lambda model=model: model(one)
         if call is not None:
             calls[f"{made.bits}, ONNX Runtime"] = lambda call=call: call(one.cpu().numpy())
         say(f"{made.bits} agrees with the teacher on {made.agreement}; after rounding alone on {made.before}")
@@ -185,24 +185,26 @@ def _student(
     about: Mapping[str, Any],
     pictures: PictureSet,
     taught: torch.Tensor,
-    logits: torch.Tensor,
     names: Sequence[str],
     shape: tuple[int, int, int],
-) -> tuple[StudentCard, Callable[[np.ndarray], np.ndarray] | None]:
-    """The card of one student, and its ONNX file as a function of images, if it has one."""
-    bits, model = learner.config.bits, learner.model
-    found = agreement(logits, taught)
+) -> tuple[StudentCard, nn.Module, Callable[[np.ndarray], np.ndarray] | None]:
+    """The card of one student, the network of its packed file, and its ONNX file as a function, if it has one.
+
+    The network of the packed file is what is measured.
+    """
+    bits = learner.config.bits
+    stem = f"student-{bits.lower()}"
     metadata = {
         **about,
         "bits": bits,
         "classes": list(names),
         "preprocessing": asdict(task.preprocessing),
-        "agreement": str(found),
         "made_by": "faqd compress",
     }
     metadata["preprocessing"] |= {name: list(metadata["preprocessing"][name]) for name in ("mean", "std")}
-    stem = f"student-{bits.lower()}"
-    packed = save_packed(model, folder / f"{stem}.safetensors", metadata=metadata)
+    packed = save_packed(learner.model, folder / f"{stem}.safetensors", metadata=metadata)
+    model = load_packed(packed, copy.deepcopy(task.initial).eval())
+    logits = logits_of(model, pictures, task.normalizer)
     onnx = _exported(model, folder / f"{stem}.onnx", shape, metadata)
     run, through = None, None
     if not onnx.reason:
@@ -222,7 +224,7 @@ def _student(
         bits=bits,
         learning_rate=plan.chosen[bits].learning_rate,
         affinity_weight=plan.chosen[bits].affinity_weight,
-        agreement=found,
+        agreement=agreement(logits, taught),
         before=before,
         by_class=[(names[number], share) for number, share in by_class.items()],
         bins=bins,
@@ -235,7 +237,7 @@ def _student(
         differences=_differences(pictures, taught, logits, names),
         history=learner.history,
     )
-    return made, run
+    return made, model, run
 
 
 def _exported(model: nn.Module, path: Path, shape: tuple[int, int, int], metadata: Mapping[str, Any]) -> File:

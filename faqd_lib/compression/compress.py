@@ -309,11 +309,9 @@ def _planned(
         updates = planning.updates_within(epochs, hours, len(batches), seconds, len(rounds))
         plan = Plan(updates=updates, steps_per_epoch=len(batches), seconds=seconds)
         atomic_write_text(folder / PLAN, plan.model_dump_json(indent=1))
-    trial_updates = max(
-        planning.FEWEST_UPDATES,
-        int(planning.SEARCH_SHARE * plan.updates * len(task.widths) / max(1, sum(map(len, rounds)))),
-    )
-    searched = sum(map(len, rounds)) * trial_updates / len(task.widths)
+    trials_each = sum(map(len, rounds)) / len(task.widths)
+    trial_updates = planning.trial_updates(plan.updates, trials_each)
+    searched = trials_each * trial_updates
     say(
         f"plan: {plan.updates:,} updates ({plan.updates / len(batches):.3g} epochs of {len(batches):,} batches of "
         f"{batches.batch_size}) of {', '.join(task.widths)}, about {clock(plan.updates * plan.seconds)}; search before "
@@ -399,6 +397,7 @@ def _searched(task: Task, rounds: list[list[Candidate]], updates: int, say: Call
                 Trial(
                     **candidate._asdict(),
                     updates=updates,
+                    pictures=len(judged),
                     agreement=row.get("test_accuracy"),
                     cross_entropy=row.get("test_cross_entropy"),
                 )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from ..data.batches import Normalizer
 from ..data.pictures import PictureSet
@@ -68,6 +69,7 @@ class Latency(NamedTuple):
 
 @exact_kernels()
 @torch.no_grad()
+@parametrize.cached()  # weights are quantized once, not for every chunk
 def logits_of(model: nn.Module, pictures: PictureSet, normalizer: Normalizer) -> torch.Tensor:
     """Logits (len(pictures), classes) of a network in evaluation mode, float32 on the CPU."""
     chunk = max(1, min(500, EVALUATED_PIXELS // pictures.image_size**2))

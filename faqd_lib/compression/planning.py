@@ -9,7 +9,7 @@ from ..config import ObjectiveConfig, OptimizationConfig, Precision, StrictModel
 LEARNING_RATES = (0.005, 0.02, 0.08)
 AFFINITY_WEIGHT, OTHER_AFFINITY_WEIGHTS = 30.0, (3.0, 300.0)
 SEARCH_SHARE = 0.2  # updates of all candidates together, as a share of those of the training
-FEWEST_UPDATES = 8  # of a candidate
+FEWEST_UPDATES, MOST_UPDATES = 8, 500  # of a candidate
 WARMUP_SHARE = 0.05  # of the updates
 EPOCHS = 5  # where neither epochs nor hours are given
 
@@ -35,6 +35,7 @@ class Trial(StrictModel):
     learning_rate: float
     affinity_weight: float
     updates: int
+    pictures: int  # that judge it
     agreement: float | None  # percent, on pictures that it was not trained on; None: its loss was not finite
     cross_entropy: float | None  # of the classes that the teacher names
 
@@ -121,6 +122,8 @@ def candidates(
 def best(trials: Sequence[Trial], bits: str) -> Trial:
     """The trial of some bits with the highest agreement; of equal ones, that of the lowest cross-entropy.
 
+    Another affinity weight than that of the first trial must agree on one standard error more.
+
     Raises ArithmeticError if every loss stopped being finite.
     """
     finite = [trial for trial in trials if trial.bits == bits and trial.agreement is not None]
@@ -128,4 +131,12 @@ def best(trials: Sequence[Trial], bits: str) -> Trial:
         raise ArithmeticError(
             f"{bits}: no learning rate of {', '.join(map(str, LEARNING_RATES))} kept the loss finite: give a lower"
         )
-    return max(finite, key=lambda trial: (trial.agreement, -trial.cross_entropy))
+    usual = [trial for trial in finite if trial.affinity_weight == finite[0].affinity_weight]
+    found, other = (max(some, key=lambda trial: (trial.agreement, -trial.cross_entropy)) for some in (usual, finite))
+    error = math.sqrt(found.agreement * (100 - found.agreement) / found.pictures)
+    return other if other.agreement > found.agreement + error else found
+
+
+def trial_updates(updates: int, candidates_each: float) -> int:
+    """Updates of a candidate, where a student of ``updates`` updates has ``candidates_each`` candidates."""
+    return min(MOST_UPDATES, max(FEWEST_UPDATES, int(SEARCH_SHARE * updates / max(1, candidates_each))))

@@ -38,6 +38,7 @@ class Task:
     """What does not change during a compression: networks, pictures, bits and settings."""
 
     teacher: nn.Module  # frozen, on the device
+    initial: nn.Module  # the float network of the students
     prepared: dict[str, nn.Module]  # quantized, calibrated students before training, by bits
     widths: dict[str, QuantizationConfig]
     pictures: Pictures
@@ -52,7 +53,6 @@ class Task:
     seed: int
     precision: Precision
     device: torch.device
-    is_copy: bool  # whether students are copies of the teacher
 
     @classmethod
     @exact_kernels()
@@ -107,9 +107,10 @@ class Task:
             reestimate_batch_norm(model, (batch.images for batch in islice(batches.epoch(0), STATISTICS_BATCHES)))
             prepared[bits] = model
         return cls(
-            teacher, prepared, widths, pictures, preprocessing, normalizer, taps, tuple(student_taps), tuple(classes),
+            teacher, initial, prepared, widths, pictures, preprocessing, normalizer, taps, tuple(student_taps),
+            tuple(classes),
             {"teacher": _digest(teacher), "student": _digest(initial)}, size, flip, seed,
-            precision or precision_that_pays(device), device, student is None,
+            precision or precision_that_pays(device), device,
         )  # fmt: skip
 
     @property

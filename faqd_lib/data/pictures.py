@@ -17,6 +17,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,14 +51,14 @@ class Unreadable(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PictureSet:
     """Some of the pictures of a tensor that may be memory-mapped; indexing copies only what it returns."""
 
-    pixels: torch.Tensor  # uint8 (all, 3, size, size)
+    pixels: torch.Tensor  # uint8 (all, 3, size, size), on the CPU
     indices: torch.Tensor  # int64 (count,), ascending: which of ``pixels`` belong to the set
-    names: Sequence[str] = ()  # of all ``pixels``; () if they have none
-    contents: np.ndarray | None = None  # uint64 (all,), digests of the pixels
+    contents: np.ndarray  # uint64 (all,), digests of the pixels
+    names: Sequence[str] = ()  # of all ``pixels``, paths below the folder; () if they have none
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -72,9 +73,9 @@ class PictureSet:
         return self.pixels.shape[-1]
 
     def name(self, position: int) -> str:
-        """Name of the picture at ``position`` of the set: its path below the folder, or its number."""
+        """Name of the picture at ``position`` of the set, for people: its path below the folder, or its number."""
         index = int(self.indices[position])
-        return self.names[index] if self.names else str(index)
+        return _printable(self.names[index]) if self.names else str(index)
 
     def chunks(self, size: int) -> Iterator[torch.Tensor]:
         """The pictures in order, ``size`` at a time: uint8 (up to size, 3, image_size, image_size)."""
@@ -91,7 +92,7 @@ class PictureSet:
         return hashlib.sha256(self.contents[self.indices.numpy()].tobytes()).hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pictures:
     """A folder of pictures, split. No picture of ``train`` equals one of ``held_out``."""
 
@@ -138,20 +139,17 @@ def open_pictures(
     folder, cache = Path(folder), Path(cache)
     names, key, others = _listed(folder, preprocessing)
     place = cache / f"pictures-{key}"
-    with filelock.FileLock(require_writable(cache) / f".{place.name}.lock"):
+    with _lock(require_writable(cache) / f".{place.name}.lock"):
         if not _is_intact(place, len(names), preprocessing.image_size):
-            workers = workers or min(8, os.cpu_count() or 1)
-            _decode(folder, names, preprocessing, place, max_unreadable, workers, progress)
+            _decode(folder, names, preprocessing, place, max_unreadable, workers or _cores(), progress)
         elif progress is not None:
             progress(len(names), len(names))
-    rows = np.fromfile(place / "rows", _ROW)
-    unreadable = tuple(
-        Unreadable(*one) for one in json.loads((place / "complete.json").read_text("utf-8"))["unreadable"]
-    )
+        rows = np.fromfile(place / "rows", _ROW)
+        complete = json.loads((place / "complete.json").read_text("utf-8"))
+        pixels = _mapped(place / "pixels", len(names), preprocessing.image_size)
+    unreadable = tuple(Unreadable(*one) for one in complete["unreadable"])
     _check_share(folder, unreadable, len(names), max_unreadable)
-    pixels = _mapped(place / "pixels", len(names), preprocessing.image_size)
-    notes = [note for bit, note in enumerate(NOTES) for _ in range(int((rows["notes"] >> bit & 1).sum()))]
-    lines = summary(notes)
+    lines = summary(Counter({note: int((rows["notes"] >> bit & 1).sum()) for bit, note in enumerate(NOTES)}).elements())
     if others:
         kinds = ", ".join(f"{count} of {suffix}" for suffix, count in others.most_common())
         lines.append(f"files that are no pictures, left out: {kinds}; read are {', '.join(EXTENSIONS)}")
@@ -159,7 +157,7 @@ def open_pictures(
         lines.append(f"{len(unreadable):,} of {len(names):,} pictures cannot be decoded and are left out")
     readable = np.flatnonzero(rows["content"])
     train, held = _split(str(folder), rows["content"], readable, held_out, seed)
-    sets = (PictureSet(pixels, torch.from_numpy(one), names, rows["content"]) for one in (train, held))
+    sets = (PictureSet(pixels, torch.from_numpy(one), rows["content"], names) for one in (train, held))
     return Pictures(*sets, unreadable, tuple(lines))
 
 
@@ -169,9 +167,12 @@ def split_pictures(pixels: torch.Tensor, *, held_out: float = 0.1, seed: int = 0
     Raises ValueError for other pixels, and the errors of the split that :func:`open_pictures` raises.
     """
     check_pixels(pixels)
-    contents = np.fromiter((_content(picture.permute(1, 2, 0).numpy()) for picture in pixels.cpu()), np.uint64)
+    if pixels.shape[1] != 3 or pixels.shape[2] != pixels.shape[3]:
+        raise ValueError(f"pixels must be (count, 3, size, size), got {kind_of(pixels)}: cut squares of RGB pictures")
+    pixels = pixels.cpu()
+    contents = np.fromiter((_content(picture.permute(1, 2, 0).numpy()) for picture in pixels), np.uint64)
     train, held = _split("images", contents, np.arange(len(pixels)), held_out, seed)
-    return Pictures(*(PictureSet(pixels, torch.from_numpy(one), (), contents) for one in (train, held)))
+    return Pictures(*(PictureSet(pixels, torch.from_numpy(one), contents) for one in (train, held)))
 
 
 class PictureBatches:
@@ -212,6 +213,8 @@ class PictureBatches:
         check_choice("crops", self.crops, ("resized", "shifted", "none"))
         self.pictures, self.batch_size, self.seed, self.flip = pictures, batch_size, seed, flip
         self.normalizer, self.device = normalizer, normalizer.device
+        # An accelerator leaves the cores idle: they prepare batches ahead. Training on the CPU needs them itself.
+        self.threads = 1 if self.device.type == "cpu" else _cores()
 
     def __len__(self) -> int:
         return len(self.pictures) // self.batch_size
@@ -221,12 +224,18 @@ class PictureBatches:
         count, size = len(self.pictures), self.pictures.image_size
         order = torch.randperm(count, generator=stream(self.seed, "order", epoch))
         boxes, mirrored = crop_boxes(self.crops, count, size, stream(self.seed, "augmentation", epoch))
-        for start in range(first * self.batch_size, len(self) * self.batch_size, self.batch_size):
+
+        def prepared(start: int) -> torch.Tensor:
             places = slice(start, start + self.batch_size)
             pixels = cropped(self.pictures[order[places]], boxes[places], self.crops)
             flipped = mirrored[places] & self.flip
             pixels[flipped] = pixels[flipped].flip(-1)
-            yield Batch(self.normalizer(pixels.to(self.device)), None)
+            return pixels
+
+        starts = range(first * self.batch_size, len(self) * self.batch_size, self.batch_size)
+        with ThreadPoolExecutor(self.threads) as pool:
+            for pixels in _in_order(pool, prepared, starts, self.threads - 1):
+                yield Batch(self.normalizer(pixels.to(self.device)), None)
 
 
 def crop_boxes(crops: str, count: int, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,12 +265,29 @@ def cropped(pixels: torch.Tensor, boxes: torch.Tensor, crops: str) -> torch.Tens
         parts = [picture[:, y : y + size, x : x + size] for picture, (y, x) in zip(padded, starts, strict=True)]
     else:
         resized_crop = _torchvision_functional().resized_crop
-
         parts = [
             resized_crop(picture, *box, [size, size], antialias=True)
             for picture, box in zip(pixels, boxes.tolist(), strict=True)
         ]
     return torch.stack(parts)
+
+
+@contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    lock = filelock.FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"waiting for another process that decodes the same pictures into {file.parent}", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _cores() -> int:
+    return min(8, os.cpu_count() or 1)
 
 
 def _torchvision_functional():

@@ -41,6 +41,8 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "resize_size", self.resize_size or self.image_size)
+        for name in ("mean", "std"):  # lists, of JSON
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if not 1 <= self.image_size <= self.resize_size:
             raise ValueError(
                 f"image_size must be 1 to resize_size, got image_size={self.image_size}, "
@@ -64,13 +66,13 @@ class Preprocessing:
 
     def normalizer(self, device: torch.device | str) -> Normalizer:
         """Mean and std, ready for pixels on ``device``."""
-        return Normalizer(tuple(self.mean), tuple(self.std), torch.device(device))
+        return Normalizer(self.mean, self.std, torch.device(device))
 
     def fit(self, picture: Image.Image) -> np.ndarray:
         """Resize and crop an RGB picture: uint8 (image_size, image_size, 3).
 
-        The pixels are those of torchvision's ``Resize`` and ``CenterCrop``, up to rounding. Only the crop is computed:
-        a picture of 20,000 by 2 pixels needs no more memory than another.
+        The pixels are those of torchvision's ``Resize`` and ``CenterCrop``, up to Pillow's rounding between its two
+        passes. Only the crop is computed: a picture of 20,000 by 2 pixels needs no more memory than another.
         """
         short = min(picture.size)
         box = []

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..quantization.network import low_bit_weights, unwrapped
+from ..quantization.network import fix_weights, low_bit_weights, unwrapped
 from ..utils.files import atomic_write
 from ..utils.messages import first_line
 from .onnx_operators import ALIASES, FUNCTIONS, KEYWORDS, MODULES, Handler, function_name
+from .onnx_tracer import Tracer
 from .onnx_writer import OnnxExportError, Values, Writer, packages
 from .packed import check_json, warn_of_uncalibrated
 
@@ -66,22 +67,31 @@ def export_onnx(
     for module in model.modules():  # traced without hooks, so that _check_trace notices them
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
-    tracer = _Tracer()
-    try:
-        graph = tracer.trace(model)
-    except (fx.proxy.TraceError, TypeError, RuntimeError) as error:  # len() of a traced value raises RuntimeError
-        raise OnnxExportError(f"{tracer.where(model)} cannot be traced: {error}") from error
-    traced = fx.GraphModule(model, graph)
-    (result,) = graph.output_node().args
+    fix_weights(model, quantized)
     with torch.no_grad():
+        _check_images(hooked, image_shape)
+        tracer = Tracer(lambda module: _module_handler(module) is not None, FUNCTIONS, image_shape)
+        try:
+            graph = tracer.trace(model)
+        except (fx.proxy.TraceError, TypeError, RuntimeError) as error:  # len() of a traced value raises RuntimeError
+            raise OnnxExportError(f"{tracer.where(model)} cannot be traced: {first_line(error)}") from error
+        traced = fx.GraphModule(model, graph)
+        (result,) = graph.output_node().args
         two, three = (_values(traced, images, image_shape) for images in (2, 3))
         if not isinstance(result, fx.Node) or not isinstance(two[result], torch.Tensor):
             raise OnnxExportError("the network must return one tensor")
+        if two[result].shape[:1] != (2,) or three[result].shape != (3, *two[result].shape[1:]):
+            raise OnnxExportError(
+                f"the network must return one tensor (images, …), got {tuple(two[result].shape)} for 2 images: images "
+                "are flattened together, or counted by another dimension"
+            )
         _check_trace(hooked, traced, image_shape)
         writer = Writer(model, quantized, two, three)
         for node in graph.nodes:
             # Skipped: batch normalisations folded before, tuples whose pieces are written one by one, constant sizes.
-            if node.op != "output" and node not in writer.names and isinstance(two[node], torch.Tensor):
+            if node.op in ("output", "get_attr") or node in writer.names or not isinstance(two[node], torch.Tensor):
+                continue
+            if node.users or function_name(node) != "getitem":  # not an unused piece of a tuple
                 writer.names[node] = "images" if node.op == "placeholder" else _write_call(writer, node)
     writer.add("Identity", [writer.names[result]], output="logits")
     helper, real = onnx.helper, onnx.TensorProto.FLOAT
@@ -98,14 +108,18 @@ def export_onnx(
     return atomic_write(Path(path), lambda temporary: temporary.write_bytes(file.SerializeToString()))
 
 
+def _check_images(model: nn.Module, image_shape: Sequence[int]) -> None:
+    try:
+        model(torch.zeros(2, *image_shape))
+    except (RuntimeError, AssertionError) as error:
+        raise OnnxExportError(
+            f"the network cannot take images of image_shape {tuple(image_shape)}: {first_line(error)}"
+        ) from error
+
+
 def _values(traced: fx.GraphModule, images: int, image_shape: Sequence[int]) -> Values:
     interpreter = fx.Interpreter(traced, garbage_collect_values=False)
-    try:
-        interpreter.run(torch.zeros(images, *image_shape))
-    except RuntimeError as error:
-        raise OnnxExportError(
-            f"the network cannot take {images} images of image_shape {tuple(image_shape)}: {first_line(error)}"
-        ) from error
+    interpreter.run(torch.zeros(images, *image_shape))
     return interpreter.env
 
 
@@ -121,18 +135,6 @@ def _check_trace(model: nn.Module, traced: nn.Module, image_shape: Sequence[int]
             "traced, the network gives other outputs. It overwrites a value that is read again (write x = x + y "
             "for x += y), drops at random in evaluation (give F.dropout training=self.training), or has hooks"
         )
-
-
-class _Tracer(fx.Tracer):
-    """Traces each module that has a handler as one node, and looks into all others."""
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return _module_handler(module) is not None
-
-    def where(self, model: nn.Module) -> str:
-        """The module that is being traced, also after an error."""
-        name = next(reversed(self.module_stack), "").partition("@")[0]  # "@1" marks a module's second call
-        return f"the module {name!r} ({type(model.get_submodule(name)).__name__})" if name else "the network"
 
 
 def _module_handler(module: nn.Module) -> Handler | None:
@@ -154,19 +156,16 @@ def _write_call(writer: Writer, node: fx.Node) -> str:
     if node.op == "call_module":
         module = writer.modules[node.target]
         what, inplace = type(module).__name__, getattr(module, "inplace", False)
-    elif node.op == "get_attr":  # a parameter that a module without a handler reads: name that module
-        owner = str(node.target).rpartition(".")[0]
-        what = f"{type(writer.modules[owner]).__name__} ({owner})" if owner else f"the parameter {node.target}"
     else:
         what = function_name(node)
         inplace = node.kwargs.get("inplace", False) or node.target in (operator.iadd, operator.imul)
         if unknown := {name for name, value in node.kwargs.items() if value is not None} - KEYWORDS:
             raise OnnxExportError(f"{what} with {', '.join(sorted(unknown))} is not known here (node {node.name})")
     if handler is None:
-        known = ", ".join(sorted(kind.__name__ for kind in MODULES))
-        raise OnnxExportError(
-            f"no ONNX form is known for {what} (node {node.name}); known are {known} and their functions"
-        )
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        inside = f" of {stack[-1][1].__name__} ({stack[-1][0]})" if stack and stack[-1][0] else ""
+        known = ", ".join(sorted(FUNCTIONS))
+        raise OnnxExportError(f"no ONNX form is known for {what}{inside} (node {node.name}); known are {known}")
     if not node.args and "tensors" not in node.kwargs:
         raise OnnxExportError(f"{what} (node {node.name}): give its input by position, not by name")
     if inplace and handler not in ALIASES and isinstance(node.args[0], fx.Node):

@@ -31,6 +31,11 @@ def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
     return node.kwargs.get(name, node.args[position] if len(node.args) > position else default)
 
 
+def _refuse_dtype(node: fx.Node) -> None:
+    if node.kwargs.get("dtype") is not None:
+        raise OnnxExportError(f"{function_name(node)} with dtype is not known here (node {node.name})")
+
+
 def _affine_of(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """(factor, offset) of a batch normalisation in evaluation mode, in float64."""
     factor = (norm.running_var.double() + norm.eps).rsqrt()
@@ -136,26 +141,32 @@ def _global_pool(w: Writer, node: fx.Node, module: nn.AdaptiveAvgPool2d | None) 
                  coordinate_transformation_mode="asymmetric")  # fmt: skip
 
 
-def _mean(w: Writer, node: fx.Node, _: None) -> str:
+def _reduce(kind: str, w: Writer, node: fx.Node, _: None) -> str:
+    """``mean``, ``sum`` and ``amax``."""
+    _refuse_dtype(node)
     dims, keep = _argument(node, 1, "dim", None), _argument(node, 2, "keepdim", False)
     if dims is None:
-        raise OnnxExportError(f"{node.name}: a mean over all dimensions would mix the images: give it a dim")
+        raise OnnxExportError(f"{node.name}: a mean or sum over all dimensions would mix the images: give it a dim")
     axes = w.constant(np.atleast_1d(np.array(dims, np.int64)))
-    return w.add("ReduceMean", [w.name_of(node.args[0]), axes], keepdims=int(keep))
+    return w.add(kind, [w.name_of(node.args[0]), axes], keepdims=int(keep))
 
 
 def _reshape(w: Writer, node: fx.Node, _: nn.Flatten | None) -> str:
-    """``flatten``, ``view`` and ``reshape``: the shape is known, except for the number of images."""
-    if not w.has_all_images(node) or not w.has_all_images(node.args[0]):
-        raise OnnxExportError(f"{node.name}: images must stay apart, but would be flattened together")
-    return w.add("Reshape", [w.name_of(node.args[0]), w.constant(np.array([0, *w.values[node].shape[1:]], np.int64))])
+    """``flatten``, ``view``, ``reshape``, ``unsqueeze`` and others: only the number of images is not known."""
+    return w.reshaped(w.name_of(node.args[0]), node)
 
 
 def _transpose(w: Writer, node: fx.Node, _: None) -> str:
-    """``permute`` and ``transpose``."""
+    """``permute``, ``transpose`` and ``mT``."""
     order = list(range(w.values[node].ndim))
-    dims = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
-    if function_name(node) == "transpose":
+    if function_name(node) == "getattr":
+        if node.args[1] != "mT":
+            raise OnnxExportError(f"no ONNX form is known for the attribute {node.args[1]} (node {node.name})")
+        dims = (-2, -1)
+    else:
+        dims = _argument(node, 1, "dims", ())
+        dims = dims if isinstance(dims, tuple | list) else node.args[1:]
+    if function_name(node) in ("transpose", "getattr"):
         first, second = dims
         order[first], order[second] = order[second], order[first]
     else:
@@ -164,18 +175,229 @@ def _transpose(w: Writer, node: fx.Node, _: None) -> str:
 
 
 def _part(w: Writer, node: fx.Node, _: None) -> str:
-    """One of the pieces of ``chunk`` or ``split``."""
-    pieces, index = node.args
-    if function_name(pieces) not in ("chunk", "split") or not isinstance(index, int):
-        raise OnnxExportError(f"no ONNX form is known for getitem of a tensor (node {node.name})")
-    source = pieces.args[0]
-    dim = _argument(pieces, 2, "dim", 0) % w.values[source].ndim
-    if dim == 0:
-        raise OnnxExportError(f"{pieces.name}: images would be parted, give it a dim above 0")
-    sizes = [piece.shape[dim] for piece in w.values[pieces]]
+    """One of the pieces of ``chunk``, ``split`` or ``unbind``, a slice of a tensor, or what an attention returns."""
+    whole, index = node.args
+    if isinstance(w.values[whole], torch.Tensor):
+        return _slice(w, node, whole, index if isinstance(index, tuple) else (index,))
+    if whole.op == "call_module" and isinstance(attention := w.modules[whole.target], nn.MultiheadAttention):
+        if index != 0:
+            raise OnnxExportError(f"{whole.name}: attention weights have no ONNX form here: use the output only")
+        return _multihead_attention(w, whole, attention)
+    if function_name(whole) not in ("chunk", "split", "unbind") or not isinstance(index, int):
+        raise OnnxExportError(f"no ONNX form is known for getitem of {function_name(whole)} (node {node.name})")
+    source, unbound = whole.args[0], function_name(whole) == "unbind"
+    dim = _argument(whole, 1 if unbound else 2, "dim", 0) % w.values[source].ndim
+    if dim in w.image_dims(source):
+        raise OnnxExportError(f"{whole.name}: images would be parted, give it another dim")
+    sizes = [1 if unbound else piece.shape[dim] for piece in w.values[whole]]
     index %= len(sizes)
-    ends = (sum(sizes[:index]), sum(sizes[: index + 1]), dim)
-    return w.add("Slice", [w.name_of(source), *(w.constant(np.array([end], np.int64)) for end in ends)])
+    piece = _sliced(w, w.name_of(source), dim, sum(sizes[:index]), sum(sizes[: index + 1]))
+    return w.reshaped(piece, node) if unbound else piece
+
+
+def _sliced(w: Writer, source: str, dim: int, start: int, end: int, step: int = 1) -> str:
+    return w.add("Slice", [source, *(w.constant(np.array([one], np.int64)) for one in (start, end, dim, step))])
+
+
+def _slice(w: Writer, node: fx.Node, whole: fx.Node, index: tuple) -> str:
+    """``x[:, 0]``, ``x[..., 1::2]``, ``x[:, None]``: whole numbers, slices, None and one ellipsis."""
+    shape = w.values[whole].shape
+    if any(not isinstance(one, int | slice | type(None) | type(...)) or isinstance(one, bool) for one in index):
+        raise OnnxExportError(f"no ONNX form is known for getitem with {index} (node {node.name})")
+    count = sum(isinstance(one, int | slice) for one in index)
+    place = index.index(...) if ... in index else len(index)
+    index = (*index[:place], *[slice(None)] * (len(shape) - count), *index[place + 1 :])
+    source = w.name_of(whole)
+    for dim, one in enumerate(one for one in index if one is not None):
+        if one == slice(None):
+            continue
+        if dim in w.image_dims(whole) or any(isinstance(end, fx.Node) for end in _ends(one)):
+            raise OnnxExportError(f"{node.name}: images would be parted")
+        start, end, step = slice(one, one + 1 or None).indices(shape[dim]) if isinstance(one, int) else (
+            one.indices(shape[dim])
+        )  # fmt: skip
+        source = _sliced(w, source, dim, start, end, step)
+    return source if all(isinstance(one, slice) for one in index) else w.reshaped(source, node)
+
+
+def _ends(index: int | slice) -> tuple:
+    return (index,) if isinstance(index, int) else (index.start, index.stop, index.step)
+
+
+def _expand(w: Writer, node: fx.Node, _: None) -> str:
+    """``expand`` and ``repeat``, where the latter repeats dimensions of size 1 only."""
+    before, after = w.values[node.args[0]].shape, w.values[node].shape
+    if any(old not in (1, new) for old, new in zip(before[::-1], after[::-1], strict=False)):
+        raise OnnxExportError(f"{node.name}: repeating a dimension of more than 1 has no ONNX form here")
+    return w.add("Expand", [w.name_of(node.args[0]), w.shape_of(node)])
+
+
+def _roll(w: Writer, node: fx.Node, _: None) -> str:
+    shifts, dims = _argument(node, 1, "shifts", None), _argument(node, 2, "dims", None)
+    if dims is None or dims == ():
+        raise OnnxExportError(f"{node.name}: give roll its dims")
+    source, shape = w.name_of(node.args[0]), w.values[node].shape
+    for shift, dim in zip(*np.atleast_1d(shifts, dims), strict=True):
+        dim = int(dim) % len(shape)
+        if dim in w.image_dims(node):
+            raise OnnxExportError(f"{node.name}: images would be rolled")
+        cut = -int(shift) % shape[dim]
+        parts = [_sliced(w, source, dim, cut, shape[dim]), _sliced(w, source, dim, 0, cut)]
+        source = w.add("Concat", parts, axis=dim)
+    return source
+
+
+def _pad(w: Writer, node: fx.Node, _: None) -> str:
+    pads, mode = _argument(node, 1, "pad", None), _argument(node, 2, "mode", "constant")
+    modes = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
+    if mode not in modes or any(not isinstance(one, int) for one in pads):
+        raise OnnxExportError(f"{node.name}: padding {pads} of mode {mode!r} has no ONNX form here")
+    untouched = [0] * (w.values[node].ndim - len(pads) // 2)
+    before, after = untouched + list(pads[::2])[::-1], untouched + list(pads[1::2])[::-1]
+    inputs = [w.name_of(node.args[0]), w.constant(np.array(before + after, np.int64))]
+    if (value := _argument(node, 3, "value", None)) is not None:
+        inputs.append(w.constant(np.float32(value)))
+    return w.add("Pad", inputs, mode=modes[mode])
+
+
+def _stack(w: Writer, node: fx.Node, _: None) -> str:
+    parts, dim = _argument(node, 0, "tensors", None), _argument(node, 1, "dim", 0) % w.values[node].ndim
+    if isinstance(parts, fx.Node):
+        raise OnnxExportError(f"{node.name}: give stack a list of tensors")
+    axes = w.constant(np.array([dim], np.int64))
+    return w.add("Concat", [w.add("Unsqueeze", [w.name_of(part), axes]) for part in parts], axis=dim)
+
+
+def _linear(w: Writer, node: fx.Node, _: None) -> str:
+    """``F.linear``, also with a layer's quantized weight."""
+    weight = w.add("Transpose", [w.parameter(_argument(node, 1, "weight", None))], perm=[1, 0])
+    output, bias = w.add("MatMul", [w.name_of(node.args[0]), weight]), _argument(node, 2, "bias", None)
+    return output if bias is None else w.add("Add", [output, w.name_of(bias)])
+
+
+def _conv2d(w: Writer, node: fx.Node, _: None) -> str:
+    """``F.conv2d``, also with a layer's quantized weight."""
+    weight, bias = _argument(node, 1, "weight", None), _argument(node, 2, "bias", None)
+    stride, padding, dilation, groups = (
+        _argument(node, place, name, default)
+        for place, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", 1))
+    )
+    kernel = w.values[weight].shape[2:]
+    layer = nn.Conv2d(groups, groups, kernel, stride, padding, dilation, groups, device="meta")
+    inputs = [w.name_of(node.args[0]), w.parameter(weight), *([] if bias is None else [w.name_of(bias)])]
+    return w.add("Conv", inputs, kernel_shape=list(kernel), strides=list(layer.stride), pads=_pads(layer),
+                 dilations=list(layer.dilation), group=groups)  # fmt: skip
+
+
+def _batch_norm(w: Writer, node: fx.Node, _: None) -> str:
+    """``F.batch_norm`` in evaluation mode."""
+    mean, variance, weight, bias = (
+        part if part is None else w.values[part].double()
+        for part in (_argument(node, place, name, None) for place, name in
+                     ((1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias")))
+    )  # fmt: skip
+    if mean is None or variance is None or _argument(node, 5, "training", False):
+        raise OnnxExportError(f"{node.name}: a batch normalisation must have running statistics")
+    factor = (variance + _argument(node, 7, "eps", 1e-5)).rsqrt() * (1 if weight is None else weight)
+    offset = (0 if bias is None else bias) - mean * factor
+    factor, offset = (part.float().view(-1, *[1] * (w.values[node].ndim - 2)).numpy() for part in (factor, offset))
+    return w.add("Add", [w.add("Mul", [w.name_of(node.args[0]), w.constant(factor)]), w.constant(offset)])
+
+
+def _layer_norm(w: Writer, node: fx.Node, _: None) -> str:
+    shape = _argument(node, 1, "normalized_shape", None)
+    weight, bias = _argument(node, 2, "weight", None), _argument(node, 3, "bias", None)
+    inputs = [w.name_of(node.args[0])]
+    inputs.append(w.constant(np.ones(shape, np.float32)) if weight is None else w.name_of(weight))
+    inputs += [] if bias is None else [w.name_of(bias)]
+    eps = float(_argument(node, 4, "eps", 1e-5))
+    return w.add("LayerNormalization", inputs, axis=-len(shape), epsilon=eps)
+
+
+def _group_norm(w: Writer, node: fx.Node, _: None) -> str:
+    groups, channels = _argument(node, 1, "num_groups", None), w.values[node].shape[1]
+    weight, bias = _argument(node, 2, "weight", None), _argument(node, 3, "bias", None)
+    scale = w.constant(np.ones(channels, np.float32)) if weight is None else w.name_of(weight)
+    offset = w.constant(np.zeros(channels, np.float32)) if bias is None else w.name_of(bias)
+    eps = float(_argument(node, 4, "eps", 1e-5))
+    source = [w.name_of(node.args[0]), scale, offset]
+    return w.add("GroupNormalization", source, num_groups=groups, epsilon=eps)
+
+
+def _attention(w: Writer, query: str, key: str, value: str, scale: float, mask: str | None = None) -> str:
+    """softmax(scale·q kᵀ + mask)·v of (batch, heads, N, channels)."""
+    turned = w.add("Transpose", [key], perm=[0, 1, 3, 2])
+    scores = w.add("MatMul", [w.add("Mul", [query, w.constant(np.float32(scale))]), turned])
+    scores = scores if mask is None else w.add("Add", [scores, mask])
+    return w.add("MatMul", [w.add("Softmax", [scores], axis=-1), value])
+
+
+def _scaled_dot_product_attention(w: Writer, node: fx.Node, _: None) -> str:
+    query, key, value = node.args[:3]
+    mask, scale = _argument(node, 3, "attn_mask", None), _argument(node, 6, "scale", None)
+    masked = mask is not None and not w.values[mask].is_floating_point()
+    if w.values[query].ndim != 4 or masked or _argument(node, 5, "is_causal", False):
+        raise OnnxExportError(
+            f"{node.name}: attention must be that of (batch, heads, N, channels), with a floating-point mask or none"
+        )
+    names = (None if part is None else w.name_of(part) for part in (query, key, value))
+    scale = w.values[query].shape[-1] ** -0.5 if scale is None else scale
+    return _attention(w, *names, scale, None if mask is None else w.name_of(mask))
+
+
+def _multihead_attention(w: Writer, node: fx.Node, module: nn.MultiheadAttention) -> str:
+    """``nn.MultiheadAttention`` without masks; the weight of its output layer in its bits."""
+    given = dict(
+        zip(("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask"), node.args, strict=False)
+    )
+    given |= node.kwargs
+    masked = [name for name in ("key_padding_mask", "attn_mask") if given.get(name) is not None]
+    if masked or module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
+        raise OnnxExportError(
+            f"{node.target}: an attention must have no {' or '.join(masked) or 'added keys and kdim'} for ONNX"
+        )
+    heads, turned = module.num_heads, [0, 1, 2] if module.batch_first else [1, 0, 2]
+    bias = module.in_proj_bias if module.in_proj_bias is not None else torch.zeros(3 * module.embed_dim)
+    parts = []
+    for name, weight, offset in zip(
+        ("query", "key", "value"), module.in_proj_weight.detach().chunk(3), bias.detach().chunk(3), strict=True
+    ):
+        source = w.add("Transpose", [w.name_of(given[name])], perm=turned)
+        part = w.add("MatMul", [source, w.constant(weight.mT.contiguous().numpy(), f"{node.target}.{name}.weight")])
+        part = w.add("Add", [part, w.constant(offset.numpy(), f"{node.target}.{name}.bias")])
+        apart = w.constant(np.array([0, 0, heads, -1], np.int64))
+        parts.append(w.add("Transpose", [w.add("Reshape", [part, apart])], perm=[0, 2, 1, 3]))
+    output = w.add("Transpose", [_attention(w, *parts, module.head_dim**-0.5)], perm=[0, 2, 1, 3])
+    output = w.add("Reshape", [output, w.constant(np.array([0, 0, -1], np.int64))])
+    name = f"{node.target}.out_proj"
+    weight = w.add("Transpose", [w.weight(name, name, module.out_proj, None)], perm=[1, 0])
+    output = w.add("MatMul", [output, weight])
+    if module.out_proj.bias is not None:
+        output = w.add("Add", [output, w.constant(module.out_proj.bias.detach().numpy(), f"{name}.bias")])
+    return w.add("Transpose", [output], perm=turned)
+
+
+def _normalize(w: Writer, node: fx.Node, _: None) -> str:
+    """``F.normalize``."""
+    if _argument(node, 1, "p", 2.0) != 2:
+        raise OnnxExportError(f"{node.name}: normalize must have p = 2")
+    source, axes = w.name_of(node.args[0]), w.constant(np.array([_argument(node, 2, "dim", 1)], np.int64))
+    length = w.add("ReduceL2", [source, axes], keepdims=1)
+    return w.add("Div", [source, w.add("Max", [length, w.constant(np.float32(_argument(node, 3, "eps", 1e-12)))])])
+
+
+def _clamp(w: Writer, node: fx.Node, _: None) -> str:
+    ends = (_argument(node, 1, "min", None), _argument(node, 2, "max", None))
+    inputs = [w.name_of(node.args[0]), *("" if end is None else w.name_of(end) for end in ends)]
+    return w.add("Clip", inputs)
+
+
+def _float(w: Writer, node: fx.Node, _: None) -> str:
+    """``float``, ``to``, ``type_as``: allowed where nothing changes."""
+    before, after = w.values[node.args[0]].dtype, w.values[node].dtype
+    if before != after:
+        raise OnnxExportError(f"{node.name}: a conversion from {before} to {after} has no ONNX form here")
+    return w.name_of(node.args[0])
 
 
 def _subsample(w: Writer, node: fx.Node, module: SubsampleAndPad) -> str:
@@ -205,6 +427,7 @@ def _relu6(w: Writer, node: fx.Node, _: Any) -> str:
 
 def _softmax(kind: str, w: Writer, node: fx.Node, module: nn.Module | None) -> str:
     """``Softmax`` or ``LogSoftmax``."""
+    _refuse_dtype(node)
     dim = _argument(node, 1, "dim", None) if module is None else module.dim
     if dim is None:
         raise OnnxExportError(f"{node.name}: give it a dim")
@@ -228,11 +451,13 @@ def _concatenate(w: Writer, node: fx.Node, _: None) -> str:
     return w.add("Concat", [w.name_of(part) for part in parts], axis=_argument(node, 1, "dim", 0))
 
 
-ALIASES = (_same, _reshape, _transpose, _part)  # their outputs may share the memory of their inputs
+ALIASES = (_same, _reshape, _transpose, _part, _expand, _float)  # their outputs may share the memory of their inputs
 KEYWORDS = {
     "dim", "keepdim", "tensors", "inplace", "p", "training", "start_dim", "end_dim", "output_size", "approximate",
     "negative_slope", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "count_include_pad",
-    "divisor_override", "return_indices", "_stacklevel",
+    "divisor_override", "return_indices", "_stacklevel", "weight", "bias", "running_mean", "running_var", "eps",
+    "momentum", "normalized_shape", "num_groups", "groups", "attn_mask", "dropout_p", "is_causal", "scale", "shifts",
+    "dims", "pad", "mode", "value", "min", "max", "dtype", "device",
 }  # fmt: skip
 _ADD, _SUB, _MUL, _DIV = (_elementwise(kind, 2) for kind in ("Add", "Sub", "Mul", "Div"))
 _BOTH: dict[tuple[type[nn.Module], str], Handler] = {  # modules, and functions that do the same
@@ -248,12 +473,24 @@ _BOTH: dict[tuple[type[nn.Module], str], Handler] = {  # modules, and functions 
 MODULES: dict[type[nn.Module], Handler] = {
     nn.Conv2d: _layer, nn.ConvTranspose2d: _layer, nn.Linear: _layer, nn.BatchNorm1d: _norm, nn.BatchNorm2d: _norm,
     QuantizedReLU: _quantized_relu, nn.Identity: _same, SubsampleAndPad: _subsample,
+    nn.MultiheadAttention: _multihead_attention,
     **{kind: handler for (kind, _), handler in _BOTH.items()},
 }  # fmt: skip
 FUNCTIONS: dict[str, Handler] = {
-    "add": _ADD, "iadd": _ADD, "sub": _SUB, "mul": _MUL, "imul": _MUL, "div": _DIV, "truediv": _DIV, "mean": _mean,
-    "view": _reshape, "reshape": _reshape, "transpose": _transpose, "permute": _transpose, "contiguous": _same,
-    "cat": _concatenate, "getitem": _part, "chunk": _same, "split": _same,  # getitem writes each piece
+    "add": _ADD, "iadd": _ADD, "sub": _SUB, "mul": _MUL, "imul": _MUL, "div": _DIV, "truediv": _DIV,
+    "add_": _ADD, "mul_": _MUL, "div_": _DIV, "sub_": _SUB,
+    "matmul": _elementwise("MatMul", 2), "bmm": _elementwise("MatMul", 2), "pow": _elementwise("Pow", 2),
+    "neg": _elementwise("Neg"), "exp": _elementwise("Exp"), "sqrt": _elementwise("Sqrt"), "abs": _elementwise("Abs"),
+    "softplus": _elementwise("Softplus"), "mish": _elementwise("Mish"),
+    "mean": partial(_reduce, "ReduceMean"), "sum": partial(_reduce, "ReduceSum"), "amax": partial(_reduce, "ReduceMax"),
+    "view": _reshape, "reshape": _reshape, "unsqueeze": _reshape, "squeeze": _reshape, "unflatten": _reshape,
+    "transpose": _transpose, "permute": _transpose, "getattr": _transpose, "contiguous": _same, "clone": _same,
+    "detach": _same, "float": _float, "to": _float, "type_as": _float,
+    "expand": _expand, "repeat": _expand, "roll": _roll, "pad": _pad, "stack": _stack, "clamp": _clamp,
+    "cat": _concatenate, "getitem": _part, "chunk": _same, "split": _same, "unbind": _same,  # getitem writes each piece
+    "linear": _linear, "conv2d": _conv2d, "batch_norm": _batch_norm, "layer_norm": _layer_norm,
+    "group_norm": _group_norm, "normalize": _normalize,
+    "scaled_dot_product_attention": _scaled_dot_product_attention,
     "stochastic_depth": _same,  # torchvision's: the identity in evaluation mode
     **{name: handler for (_, name), handler in _BOTH.items()},
 }  # fmt: skip

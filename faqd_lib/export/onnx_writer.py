@@ -57,18 +57,47 @@ class Writer:
         return name
 
     def name_of(self, argument: Any) -> str:
-        """The name of a node's value; a number becomes a constant."""
+        """The name of a node's value; a number or a parameter becomes a constant."""
         value = self.values[argument] if isinstance(argument, fx.Node) else argument
         if isinstance(value, torch.Tensor):
+            if argument.op == "get_attr":
+                return self.constant(value.detach().numpy(), str(argument.target))
             return self.names[argument]
         if value != self._three.get(argument, value):  # a plain number is the same for any number of images
             raise OnnxExportError(f"a value depends on the number of images (node {argument.name})")
         return self.constant(np.float32(value))
 
-    def has_all_images(self, node: fx.Node) -> bool:
-        """Whether the first dimension of a value, and no other, counts the images."""
-        shape = self.values[node].shape
-        return shape[:1] == (2,) and self._three[node].shape == (3, *shape[1:])
+    def image_dims(self, node: fx.Node) -> list[int]:
+        """Dimensions of a value whose size depends on the number of images."""
+        pairs = zip(self.values[node].shape, self._three[node].shape, strict=True)
+        return [dim for dim, (two, three) in enumerate(pairs) if two != three]
+
+    def reshaped(self, source: str, node: fx.Node) -> str:
+        """Add a reshaping of ``source`` to the shape of a node's value, for any number of images."""
+        shape, dims = np.array(self.values[node].shape, np.int64), self.image_dims(node)
+        if len(dims) > 1:
+            raise OnnxExportError(f"{node.name}: two dimensions depend on the number of images")
+        shape[dims] = -1
+        return self.add("Reshape", [source, self.constant(shape)])
+
+    def shape_of(self, node: fx.Node) -> str:
+        """Add the shape of a node's value, for any number of images, as an int64 tensor."""
+        shape, dims = np.array(self.values[node].shape, np.int64), self.image_dims(node)
+        if not dims:
+            return self.constant(shape)
+        each = np.array(self._three[node].shape, np.int64) - shape  # by how much one more image enlarges it
+        if (shape[dims] != 2 * each[dims]).any():
+            raise OnnxExportError(f"{node.name}: a size depends on the number of images, and is no multiple of it")
+        images = self.add("Shape", ["images"], start=0, end=1)
+        grown = self.add("Mul", [images, self.constant(each)])
+        return self.add("Add", [grown, self.constant(shape - 2 * each)])
+
+    def parameter(self, node: fx.Node) -> str:
+        """The name of a weight that a function reads: in its bits if it is a layer's quantized weight."""
+        layer, _, part = str(node.target).rpartition(".")
+        if node.op == "get_attr" and part == "weight" and layer in self._quantized:
+            return self.weight(layer, layer, self.modules[layer], None)
+        return self.name_of(node)
 
     def weight(self, name: str, label: str, module: nn.Module, factor: torch.Tensor | None) -> str:
         """Add the weight of layer ``name`` in its bits, and return the name of its value.

@@ -175,16 +175,32 @@ def dequantize(model: nn.Module) -> nn.Module:
     """Put the float (latent) weights and the former ReLUs back, in place. Returns ``model``."""
     for module in model.modules():
         if quantizer_of(module) is not None:
-            # torch removes the property `weight` from the class, which a deep copy shares with the original. The
-            # module gets a separate class first, so that the other one keeps its weight.
-            shared = type(module)
-            own = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
-            module.__class__ = type(shared.__name__, shared.__bases__, own)
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+            _remove_quantizer(module)
     replace_modules(model, {relu: relu.replaces for relu in _quantized_relus(model)})
     for layer in _unpacked(model):
         del layer.__dict__[_UNPACKED]
     return model
+
+
+def _remove_quantizer(layer: nn.Module) -> None:
+    """Make the latent weight the layer's own again.
+
+    torch removes the property ``weight`` from the class, which a deep copy shares with the original. The layer gets a
+    separate class first, so that the other one keeps its weight.
+    """
+    shared = type(layer)
+    own = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+    layer.__class__ = type(shared.__name__, shared.__bases__, own)
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+
+
+def fix_weights(model: nn.Module, low_bits: Mapping[str, "LowBitWeight"]) -> None:
+    """Replace quantizers by their low-bit weights, as ordinary float32 parameters, in place. Activations stay."""
+    for name, low in low_bits.items():
+        layer = model.get_submodule(name)
+        if quantizer_of(layer) is not None:
+            _remove_quantizer(layer)
+            layer.weight = nn.Parameter(low_bit_values(low.scale, low.levels, torch.float32), requires_grad=False)
 
 
 def join(name: str, key: str) -> str:

@@ -126,7 +126,7 @@ class DistillationObjective(nn.Module):
         Args:
             student_logits, teacher_logits: (batch, classes), or (batch, classes, height, width) for one prediction a
                 pixel. Each loss is then a mean over images and pixels.
-            student_maps, teacher_maps: maps (batch, channels, height, width) or tokens (batch, N, channels), one a stage.
+            student_maps, teacher_maps: (batch, channels, height, width), or tokens (batch, N, channels), one a stage.
             labels: int64 (batch), or (batch, height, width) beside dense logits; needed where ``label_weight`` is above
                 0, refused where it is 0.
 

@@ -24,7 +24,7 @@ from ..export.packed import load_packed, read_header
 from ..training.loss_log import NonFiniteLossError
 from ..utils.messages import first_line
 
-ERRORS = (ValueError, TypeError, OSError, DatasetError, NonFiniteLossError, ModuleNotFoundError)
+ERRORS = (ValueError, OSError, DatasetError, NonFiniteLossError, ModuleNotFoundError)
 NO_PREPROCESSING = (
     "say what pictures the network expects: --image-size, --mean and --std, as in training "
     "(--image-size 32 --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25)"

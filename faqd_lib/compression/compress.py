@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import nn
 
 from ..config import Precision, QuantizationConfig
 from ..data.images import DatasetError
-from ..data.pictures import PictureBatches, Pictures, PictureSet, open_pictures, split_pictures
+from ..data.pictures import PictureBatches, Pictures, open_pictures, split_pictures
 from ..data.preprocessing import Preprocessing
 from ..runs.checkpoints import due_every, remove_unfinished_writes
 from ..runs.local import resume, save_checkpoint
@@ -374,10 +374,7 @@ def _searched(task: Task, rounds: list[list[Candidate]], updates: int, say: Call
     train_set = task.pictures.train
     chosen = torch.zeros(len(train_set), dtype=torch.bool)
     chosen[:: max(5, -(-len(train_set) // WATCHED))] = True
-    parts = [
-        PictureSet(train_set.pixels, train_set.indices[mask], train_set.names, train_set.contents)
-        for mask in (chosen, ~chosen)
-    ]
+    parts = [replace(train_set, indices=train_set.indices[mask]) for mask in (chosen, ~chosen)]
     judged, batches = task.watched(parts[0]), task.batches(parts[1])
     trials: list[Trial] = []
     for wanted in rounds:

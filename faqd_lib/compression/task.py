@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..data.batches import Normalizer
 from ..data.images import Images
 from ..data.pictures import PHOTOGRAPH, PictureBatches, Pictures, PictureSet
 from ..data.preprocessing import Preprocessing
-from ..models import stage_taps
+from ..models import FeatureTap, stage_taps
 from ..quantization.network import calibrate, quantize, reestimate_batch_norm
 from ..training.learner import Learner, precision_that_pays, projection_seed
 from ..training.objective import DistillationObjective
@@ -100,6 +100,8 @@ class Task:
                 f"{len(student_taps)} of the student ({', '.join(student_taps)}): give taps and student_taps"
             )
         say(f"maps compared: {', '.join(taps)}" + (f" with {', '.join(student_taps)}" if student_taps != taps else ""))
+        for model, names in ((teacher, taps), (initial.eval(), student_taps)):
+            _check_taps(model, names, example[:2])
         prepared = {}
         for bits, width in widths.items():
             model = quantize(copy.deepcopy(initial), **width.quantize_arguments)
@@ -170,12 +172,23 @@ class Task:
 def thinned(pictures: PictureSet, most: int) -> PictureSet:
     """At most ``most`` pictures, evenly spread over a set."""
     step = -(-len(pictures) // most)
-    return PictureSet(pictures.pixels, pictures.indices[::step], pictures.names, pictures.contents)
+    return replace(pictures, indices=pictures.indices[::step])
 
 
 def _taps(model: nn.Module, example: torch.Tensor) -> tuple[str, ...]:
     """The network's own ``feature_names``, else those that :func:`stage_taps` finds."""
     return tuple(getattr(model, "feature_names", None) or stage_taps(model, example[:2]))
+
+
+@torch.no_grad()
+def _check_taps(model: nn.Module, names: Sequence[str], images: torch.Tensor) -> None:
+    """Raise CompressionError if a name is no module's, or the module returns no map."""
+    try:
+        with FeatureTap(model, names) as tap:
+            model(images)
+        tap.features  # noqa: B018 (raises for maps that were overwritten)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CompressionError(f"maps of {type(model).__name__} cannot be compared: {error}") from error
 
 
 def _digest(model: nn.Module) -> str:

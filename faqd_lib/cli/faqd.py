@@ -268,8 +268,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit status is 0 only if all was done."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["series"]:
-        from . import run_all  # needs the packages of the notebooks
-
+        try:
+            from . import run_all
+        except ModuleNotFoundError as error:
+            print(f"faqd series needs {error.name}: pip install 'faqd[notebooks]'", file=sys.stderr)
+            return 1
         return run_all.main(argv[1:])
     arguments = parser().parse_args(argv)
     if "" not in sys.path:

@@ -40,6 +40,7 @@ ROUNDS = 15  # of the latencies
 SHOWN, THUMBNAIL = 12, 96  # pictures that teacher and student name differently; pixels
 THROUGH_ONNX = 200  # pictures at most that the ONNX file is compared on
 COLLAPSE = 0.5  # share of the teacher's classes
+WITHOUT_GAIN = "agrees with the teacher on fewer pictures than after rounding alone"
 COLLAPSED = f"names fewer than {COLLAPSE:.0%} of the classes that the teacher names"
 
 
@@ -233,7 +234,10 @@ def _student(
         onnx=onnx,
         onnx_agreement=through,
         kept=kept_float(describe(model, example), task.widths[bits]),
-        signs=failure_signs(learner, len(logits.argmax(1).unique()), len(taught.argmax(1).unique())),
+        signs=[
+            *failure_signs(learner, len(logits.argmax(1).unique()), len(taught.argmax(1).unique())),
+            Sign("no gain", WITHOUT_GAIN, "yes" if agreement(logits, taught).count < before.count else "no"),
+        ],
         differences=_differences(pictures, taught, logits, names),
         history=learner.history,
     )

@@ -296,7 +296,7 @@ def _planned(
     rounds = planning.candidates(task.widths, learning_rate, affinity_weight)
     if rounds and len(task.pictures.train) < FEWEST_FOR_SEARCH:
         say(f"fewer than {FEWEST_FOR_SEARCH} training pictures: no search, the usual learning rate and affinity weight")
-        learning_rate = planning.LEARNING_RATES[1] if learning_rate is None else learning_rate
+        learning_rate = planning.LEARNING_RATE if learning_rate is None else learning_rate
         affinity_weight = planning.AFFINITY_WEIGHT if affinity_weight is None else affinity_weight
         rounds = []
     if (folder / PLAN).is_file():

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from ..config import ObjectiveConfig, OptimizationConfig, Precision, StrictModel, TrainingConfig
 
-LEARNING_RATES = (0.005, 0.02, 0.08)
+LEARNING_RATE, LEARNING_RATES = 0.02, (0.001, 0.005, 0.02, 0.08)
 AFFINITY_WEIGHT, OTHER_AFFINITY_WEIGHTS = 30.0, (3.0, 300.0)
 SEARCH_SHARE = 0.2  # updates of all candidates together, as a share of those of the training
 FEWEST_UPDATES, MOST_UPDATES = 8, 500  # of a candidate

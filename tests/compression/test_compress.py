@@ -288,7 +288,7 @@ def test_the_budget():
 
 def test_candidates_and_the_best():
     first, second = candidates(["1W4A"], None, None)
-    assert [one.learning_rate for one in first] == [0.005, 0.02, 0.08]
+    assert [one.learning_rate for one in first] == [0.001, 0.005, 0.02, 0.08]
     assert {one.affinity_weight for one in first} == {30.0}
     assert second == [Candidate("1W4A", 0.0, 3.0), Candidate("1W4A", 0.0, 300.0)]
     assert candidates(["1W4A"], 0.1, 1.0) == []

@@ -1,13 +1,14 @@
 """Intervals, calibration and agreement, worked out by hand; failure signs and reasons of what stays float."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from faqd_lib.compression.card import Kept, kept_float
+from faqd_lib.compression.card import Kept, failure_signs, kept_float
 from faqd_lib.compression.measures import Share, agreement, agreement_by_class, calibration, latencies
-from faqd_lib.config import QuantizationConfig
+from faqd_lib.config import ObjectiveConfig, OptimizationConfig, QuantizationConfig, TrainingConfig
 from faqd_lib.quantization.description import LayerBits
 
 
@@ -60,3 +61,28 @@ def test_reasons_for_what_stays_float():
         Kept("relu()", 1, "the network itself", "called as a function: only modules are quantized"),
         Kept("Conv1d", 1, "f", "no quantizer for this kind"),
     ]
+
+
+class _Learner(NamedTuple):
+    """The parts of a learner that the failure signs read."""
+
+    config: TrainingConfig
+    history: list[dict[str, float]]
+
+
+def test_failure_signs():
+    optimization = OptimizationConfig(epochs=6, clip_norm=20.0)
+    config = TrainingConfig(optimization=optimization, objective=ObjectiveConfig(logit_loss="mse"))
+
+    def found(agreements, losses, named):
+        rows = [
+            {"epoch": epoch, "test_accuracy": agrees, "loss": loss, "gradient_norm": 1.0}
+            for epoch, (agrees, loss) in enumerate(zip(agreements, losses, strict=True), start=1)
+        ]
+        return {sign.name: sign.verdict for sign in failure_signs(_Learner(config, rows), named, 10)}
+
+    good = found([50, 60, 70, 80, 95, 99], [6, 5, 4, 3, 2, 1], 10)
+    assert good == {"plateau": "no", "instability": "no", "collapse": "no"}
+    bad = found([50, 50, 50, 50, 50, 50], [1, 2, 3, 4, 5, 6], 4)
+    assert bad == {"plateau": "yes", "instability": "yes", "collapse": "yes"}
+    assert found([50, 60], [2, 1], 5)["plateau"] == "not judged: it needs 6 evaluations"

@@ -8,7 +8,7 @@ from .affinity.loss import (
 )
 from .affinity.statistics import affinity_statistics
 from .export.packed import load_packed, save_packed
-from .models import FeatureTap, build_model
+from .models import FeatureTap, build_model, stage_taps
 from .quantization.description import describe
 from .quantization.network import (
     calibrate,
@@ -55,4 +55,5 @@ __all__ = [
     "reestimate_batch_norm",
     "save_packed",
     "split_parameters",
+    "stage_taps",
 ]

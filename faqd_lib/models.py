@@ -152,13 +152,13 @@ class FeatureTap:
 
     ``features`` lists the maps of the latest forward pass in the order of ``names``; ``clear()`` drops them. The end of
     the block, or ``close()``, removes the hooks and leaves the network unchanged. Name an item of a module that
-    returns a tuple or a dictionary: ``"attention[0]"``, ``"backbone[out]"``. Behind ``@bhwc`` stands a map (batch,
+    returns a tuple or a dictionary: ``"attention[0]"``, ``"backbone[out]"``. The suffix ``@bhwc`` marks a map (batch,
     height, width, channels), as in Swin transformers: ``"features.1@bhwc"`` gives a view (batch, channels, height,
     width). A copy of the network that is made while the tap is open does not write into the tap.
 
     Raises:
         ValueError: the network has no module of that name, or a name is given twice.
-        TypeError: in a forward pass, a tapped output or item is no tensor, or behind ``@bhwc`` no map.
+        TypeError: in a forward pass, a tapped output or item is no tensor, or one with ``@bhwc`` has no 4 dimensions.
         RuntimeError: ``features`` was read before every tapped module had run, or a later in-place module such as
             ``nn.ReLU(inplace=True)`` overwrote a tapped output.
     """
@@ -304,7 +304,7 @@ def stage_taps(model: nn.Module, example_images: Tensor) -> list[str]:
     outputs = _without_dips(_outputs(model, example_images))
     maps = [output for output in outputs if not output.tokens]
     names = _last_of_each_resolution(maps)
-    if len(names) < 2 and (tokens := [output for output in outputs if output.tokens]):
+    if len(names) < 2 and (tokens := [output for output in outputs if output.tokens and output.pixels > 1]):
         return _thirds(model, tokens)
     if not names:
         raise ValueError(
@@ -345,9 +345,7 @@ def _outputs(model: nn.Module, images: Tensor) -> list[_Output]:
         pixels = (
             output.shape[1] if output.ndim == 3 else output.shape[1:3].numel() if last else output.shape[2:].numel()
         )
-        if pixels > 1:
-            intact = output._version == version
-            found.append(_Output(name, pixels, output.ndim == 3, last, output.data_ptr(), intact))
+        found.append(_Output(name, pixels, output.ndim == 3, last, output.data_ptr(), output._version == version))
     return found
 
 
@@ -390,6 +388,8 @@ def _last_of_each_resolution(maps: list[_Output]) -> list[str]:
 
     stages: list[list[_Output]] = []
     for output in maps:
+        if output.pixels == 1:  # a pooled map, or a stage that is too small: its affinity is always 0
+            continue
         if not stages or output.pixels < stages[-1][0].pixels:
             stages.append([output])
         elif output.pixels == stages[-1][0].pixels:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from faqd_lib import models
-from faqd_lib.models import FeatureTap, build_model, parameter_count, stage_names
+from faqd_lib.models import FeatureTap, build_model, parameter_count, stage_names, stage_taps
 
 
 @pytest.mark.parametrize(
@@ -190,3 +190,91 @@ def test_a_map_that_was_overwritten_behind_the_tap_is_refused():
 @pytest.mark.parametrize("name", ["resnet8", "resnet20", "resnet18"])
 def test_stages_are_those_of_the_network(name):
     assert build_model(name, 10).feature_names == stage_names(name)
+
+
+# ---- taps that are found
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet20", "resnet18"])
+def test_taps_found_in_our_networks_are_their_stages(name):
+    model = build_model(name, 10).train()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    assert tuple(stage_taps(model, torch.randn(2, 3, 32, 32))) == model.feature_names
+    assert model.training
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert hooks(model) == 0
+
+
+class Gate(nn.Module):
+    """Squeeze and excitation over a pooled map of 2×2 pixels, a dip that is no stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.conv = nn.AdaptiveAvgPool2d(2), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.conv(self.pool(x)).mean((2, 3), keepdim=True)
+
+
+def test_a_dip_inside_a_module_is_no_stage_and_the_end_of_a_block_is_preferred():
+    block = nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 3, 2, 1), nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), Gate(), block, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert stage_taps(model, torch.randn(2, 3, 8, 8)) == ["2", "3"]
+
+
+def test_a_stage_of_one_pixel_is_no_tap_and_nothing_within_it():
+    stage = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 2, 2))
+    model = nn.Sequential(nn.Conv2d(3, 4, 2, 2), stage)
+    assert stage_taps(model, torch.randn(2, 3, 4, 4)) == ["0"]
+    assert stage_taps(model, torch.randn(2, 3, 8, 8)) == ["0", "1"]
+
+
+def test_a_map_overwritten_in_place_is_not_tapped():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(4, 4, 1))
+    assert stage_taps(model, torch.randn(2, 3, 8, 8)) == ["1", "3"]
+
+    class Functional(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self[1](self[0](x))
+            return self[2](nn.functional.relu(x, inplace=True))
+
+    model = Functional(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, 2, 1))
+    assert stage_taps(model, torch.randn(2, 3, 8, 8)) == ["0", "2"]
+
+
+def test_layout_follows_the_proportions_of_the_images():
+    class Last(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.permute(0, 2, 3, 1)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, stride=2), Last(), nn.Linear(8, 8))
+    assert stage_taps(model, torch.randn(2, 3, 8, 8)) == ["2@bhwc"]
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Last(), nn.Linear(4, 4))  # all three sizes of these maps are 4
+    assert stage_taps(model, torch.randn(2, 3, 4, 4)) == ["2"]
+    assert stage_taps(model, torch.randn(2, 3, 4, 6)) == ["2@bhwc"]
+
+
+def test_a_transformer_is_tapped_at_thirds():
+    class Encoder(nn.Module):
+        def __init__(self, blocks: int) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.embed, self.blocks = nn.Conv2d(3, 8, 4, 4), nn.TransformerEncoder(layer, blocks).layers
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.embed(x).flatten(2).mT
+            for block in self.blocks:
+                x = block(x)
+            return x.mean(1)
+
+    for blocks, ends in ((1, (0,)), (2, (0, 1)), (3, (0, 1, 2)), (12, (3, 7, 11)), (7, (2, 4, 6))):
+        assert stage_taps(Encoder(blocks), torch.randn(2, 3, 16, 16)) == [f"blocks.{end}" for end in ends]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"), [(torch.ones(3, 8, 8), r"example_images must be .*\(3, 8, 8\)"),
+                            (torch.ones(2, 3, 1, 1), "no module of Sequential returns a map")]
+)  # fmt: skip
+def test_images_without_maps_are_refused(images, message):
+    with pytest.raises(ValueError, match=message):
+        stage_taps(nn.Sequential(nn.Conv2d(3, 4, 1)), images)

@@ -7,9 +7,10 @@
 - A quantized ReLU becomes ``Min``, ``QuantizeLinear`` to UINT8 and ``DequantizeLinear``. UINT8 holds all levels of up
   to 8 bits.
 
-``torch.fx`` traces the network; onnx and ml_dtypes must be installed. :mod:`faqd_lib.export.onnx_operators` lists what
-can be exported. The list covers this project's networks and most convolutional networks of torchvision. Any other part
-raises an error that names it.
+:mod:`faqd_lib.export.onnx_tracer` traces the network; onnx and ml_dtypes must be installed.
+:mod:`faqd_lib.export.onnx_operators` lists what can be exported. The list covers this project's networks, and the
+convolutional networks and transformers of torchvision and timm that ``tests/quantization/test_families.py`` names. Any
+other part raises an error that names it. The file is made for images of one shape.
 """
 
 import copy
@@ -111,7 +112,7 @@ def export_onnx(
 def _check_images(model: nn.Module, image_shape: Sequence[int]) -> None:
     try:
         model(torch.zeros(2, *image_shape))
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise OnnxExportError(
             f"the network cannot take images of image_shape {tuple(image_shape)}: {first_line(error)}"
         ) from error

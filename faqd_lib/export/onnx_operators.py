@@ -45,6 +45,15 @@ def _affine_of(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     return factor, offset if norm.bias is None else offset + norm.bias.detach().double()
 
 
+def _affine(w: Writer, inputs: list[str], width: int, flat: bool = False) -> str:
+    """x Wᵀ + b of (rows, width), for ``inputs`` x, W and perhaps b; x with more dimensions is flattened first.
+
+    Gemm, not MatMul: ONNX Runtime fuses DequantizeLinear of INT8 and MatMul into one operator, which rounds x, too.
+    """
+    source = inputs[0] if flat else w.add("Reshape", [inputs[0], w.constant(np.array([-1, width], np.int64))])
+    return w.add("Gemm", [source, *inputs[1:]], transB=1)
+
+
 def _layer(w: Writer, node: fx.Node, module: nn.Module) -> str:
     """A convolution or a linear layer, with the batch normalisation that follows it."""
     norm, factor = w.folded_norm(node, module), None
@@ -59,11 +68,9 @@ def _layer(w: Writer, node: fx.Node, module: nn.Module) -> str:
     inputs = [w.name_of(node.args[0]), w.weight(node.target, label, module, factor)]
     if bias is not None:
         inputs.append(w.constant(bias.float().numpy(), f"{label}.bias"))
-    if isinstance(module, nn.Linear) and w.values[node].ndim == 2:
-        output = w.add("Gemm", inputs, transB=1)
-    elif isinstance(module, nn.Linear):
-        output = w.add("MatMul", [inputs[0], w.add("Transpose", [inputs[1]], perm=[1, 0])])
-        output = w.add("Add", [output, inputs[2]]) if bias is not None else output
+    if isinstance(module, nn.Linear):
+        output = _affine(w, inputs, module.in_features, flat=w.values[node].ndim == 2)
+        output = output if w.values[node].ndim == 2 else w.reshaped(output, node)
     else:
         if module.padding_mode != "zeros":
             raise OnnxExportError(f"{node.target}: padding_mode must be 'zeros', got {module.padding_mode!r}")
@@ -270,9 +277,9 @@ def _stack(w: Writer, node: fx.Node, _: None) -> str:
 
 def _linear(w: Writer, node: fx.Node, _: None) -> str:
     """``F.linear``, also with a layer's quantized weight."""
-    weight = w.add("Transpose", [w.parameter(_argument(node, 1, "weight", None))], perm=[1, 0])
-    output, bias = w.add("MatMul", [w.name_of(node.args[0]), weight]), _argument(node, 2, "bias", None)
-    return output if bias is None else w.add("Add", [output, w.name_of(bias)])
+    weight, bias = _argument(node, 1, "weight", None), _argument(node, 2, "bias", None)
+    inputs = [w.name_of(node.args[0]), w.parameter(weight), *([] if bias is None else [w.name_of(bias)])]
+    return w.reshaped(_affine(w, inputs, w.values[weight].shape[1]), node)
 
 
 def _conv2d(w: Writer, node: fx.Node, _: None) -> str:
@@ -369,11 +376,11 @@ def _multihead_attention(w: Writer, node: fx.Node, module: nn.MultiheadAttention
         parts.append(w.add("Transpose", [w.add("Reshape", [part, apart])], perm=[0, 2, 1, 3]))
     output = w.add("Transpose", [_attention(w, *parts, module.head_dim**-0.5)], perm=[0, 2, 1, 3])
     output = w.add("Reshape", [output, w.constant(np.array([0, 0, -1], np.int64))])
-    name = f"{node.target}.out_proj"
-    weight = w.add("Transpose", [w.weight(name, name, module.out_proj, None)], perm=[1, 0])
-    output = w.add("MatMul", [output, weight])
-    if module.out_proj.bias is not None:
-        output = w.add("Add", [output, w.constant(module.out_proj.bias.detach().numpy(), f"{name}.bias")])
+    name, bias = f"{node.target}.out_proj", module.out_proj.bias
+    inputs = [output, w.weight(name, name, module.out_proj, None)]
+    if bias is not None:
+        inputs.append(w.constant(bias.detach().numpy(), f"{name}.bias"))
+    output = w.add("Reshape", [_affine(w, inputs, module.embed_dim), w.add("Shape", [output])])
     return w.add("Transpose", [output], perm=turned)
 
 

@@ -1,6 +1,6 @@
 """Trace a network by torch.fx beside real values, so that sizes, types and flags are plain numbers.
 
-Each traced value knows what it is for two and for three images. A number that is the same for both, such as a height,
+Each traced value knows what it is for one image and for three. A number that is the same for both, such as a height,
 is a plain number in the network's code: it may decide a branch or a loop. The number of images stays symbolic. What
 depends on no image is computed at once and becomes a constant.
 """
@@ -15,16 +15,18 @@ from torch import fx, nn
 
 _PLAIN = (int, str, type(None), torch.Size, torch.dtype, torch.device, torch.layout)
 _FILLED = {"new_zeros", "new_ones", "new_full"}  # their values depend on sizes only
+_READING = {"item", "tolist", "equal", "allclose", "is_nonzero"}  # plain values that depend on the pixels
 
 
 class TracedValue(fx.Proxy):
-    """A value of the traced network. ``pair`` is its value for two and for three images."""
+    """A value of the traced network. ``pair`` is its value for one image and for three."""
 
     pair: tuple[Any, Any]
     of_images: bool  # False for parameters
+    of_pixels: bool  # a plain number that depends on more than sizes
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("pair", "of_images") or name.startswith("__"):
+        if name in TracedValue.__annotations__ or name.startswith("__"):
             raise AttributeError(name)
         if callable(getattr(self.pair[0], name)):
             return fx.proxy.Attribute(self, name)
@@ -38,7 +40,8 @@ class TracedValue(fx.Proxy):
         return (self[index] for index in range(len(self)))
 
     def __bool__(self) -> bool:
-        if all(isinstance(value, int) for value in self.pair) and bool(self.pair[0]) == bool(self.pair[1]):
+        plain = all(isinstance(value, int) for value in self.pair) and not self.of_pixels
+        if plain and bool(self.pair[0]) == bool(self.pair[1]):
             return bool(self.pair[0])
         return super().__bool__()
 
@@ -54,7 +57,7 @@ class Tracer(fx.Tracer):
     ) -> None:
         super().__init__()
         self._is_leaf, self._known = is_leaf, known
-        self._images: tuple[torch.Tensor, ...] | None = tuple(torch.zeros(count, *image_shape) for count in (2, 3))
+        self._images: tuple[torch.Tensor, ...] | None = tuple(torch.zeros(count, *image_shape) for count in (1, 3))
         self._computing = False
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
@@ -91,19 +94,22 @@ class Tracer(fx.Tracer):
         given: list[TracedValue] = []
         fx.node.map_aggregate((args, kwargs), lambda one: given.append(one) if isinstance(one, TracedValue) else None)
         wrapped = getattr(target, "__module__", "") == "math"  # torch.fx asks their results for a node
+        of_pixels = getattr(target, "__name__", target) in _READING or any(one.of_pixels for one in given)
         if kind == "call_function" and isinstance(target, types.FunctionType) and self._is_foreign(target):
             return self._as_value(target(*args, **kwargs))
         pair = tuple(self._computed(kind, target, *_at(index, (args, kwargs))) for index in (0, 1))
-        if not wrapped and (not any(one.of_images for one in given) or _is_settled(target, pair)):
+        if not wrapped and not any(one.of_images for one in given):
+            return self._as_value(pair[0])
+        if not wrapped and not of_pixels and _is_settled(target, pair):
             return pair[0]
-        return self._value(super().create_proxy(kind, target, args, kwargs, *others, **named), pair, True)
+        return self._value(super().create_proxy(kind, target, args, kwargs, *others, **named), pair, True, of_pixels)
 
     def _is_foreign(self, function: Callable) -> bool:
         """Whether a function that ``torch.fx.wrap`` keeps whole is to be looked into."""
         return not function.__module__.startswith("torch.") and function.__name__ not in self._known
 
     def _as_value(self, result: Any) -> Any:
-        """A wrapped function's result, which torch.fx asks for its node."""
+        """A constant tensor as a traced value: its methods may be given the number of images."""
         if isinstance(result, fx.Proxy) or not isinstance(result, torch.Tensor):
             return result
         return self._value(self.proxy(self.create_arg(result)), (result, result), False)
@@ -120,8 +126,10 @@ class Tracer(fx.Tracer):
         proxy = self._value(super().create_proxy("placeholder", target.lstrip("*"), (), {}), images, True)
         return (proxy,) if target.startswith("*") else proxy
 
-    def _value(self, proxy: fx.Proxy, pair: tuple[Any, Any], of_images: bool) -> fx.Proxy:
-        proxy.pair, proxy.of_images = pair, of_images
+    def _value(
+        self, proxy: TracedValue, pair: tuple[Any, Any], of_images: bool, of_pixels: bool = False
+    ) -> TracedValue:
+        proxy.pair, proxy.of_images, proxy.of_pixels = pair, of_images, of_pixels
         return proxy
 
     def _computed(self, kind: str, target: Any, args: tuple, kwargs: dict) -> Any:
@@ -145,7 +153,7 @@ class Tracer(fx.Tracer):
 
 
 def _at(index: int, arguments: Any) -> Any:
-    """The arguments with each traced value replaced by its value for two (index 0) or three images (1)."""
+    """The arguments with each traced value replaced by its value for one image (index 0) or for three (1)."""
     return fx.node.map_aggregate(arguments, lambda one: one.pair[index] if isinstance(one, TracedValue) else one)
 
 
@@ -156,4 +164,4 @@ def _is_settled(target: Any, pair: tuple[Any, Any]) -> bool:
         return target in _FILLED and first.shape == second.shape
     if isinstance(first, tuple) and not isinstance(first, torch.Size):
         return False
-    return isinstance(first, _PLAIN) and first == second and target not in ("item", "tolist")
+    return isinstance(first, _PLAIN) and first == second

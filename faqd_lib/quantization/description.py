@@ -71,6 +71,9 @@ def describe(model: nn.Module, images: Tensor | None = None, *others: object, **
     """
     model = unwrapped(model)
     notes, functions = ({}, {}) if images is None else _run(model, images, *others, **named)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            notes[name] = ["in_proj_weight is no Linear layer and stays float", *notes.get(name, ())]
     for name in uncalibrated(model):
         notes.setdefault(name, []).insert(0, "not calibrated")
     low_bits, first, rows = low_bit_weights(model), {}, Description()

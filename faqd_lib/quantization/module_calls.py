@@ -68,5 +68,10 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether a module is an activation: from ``torch.nn.modules.activation``, a subclass of a ReLU, or quantized."""
-    return isinstance(module, (*RECTIFIERS, QuantizedReLU)) or type(module).__module__ == nn.ReLU.__module__
+    """Whether a module is an activation: torch's, a subclass of a ReLU, quantized, or another library's.
+
+    The last has no modules or parameters of its own, and the name of an activation of torch, as timm's ``GELU`` has.
+    """
+    kind = type(module)
+    named = kind.__name__.lower() in _FUNCTIONS | {"swish"} and not module._modules and not module._parameters
+    return isinstance(module, (*RECTIFIERS, QuantizedReLU)) or kind.__module__ == nn.ReLU.__module__ or named

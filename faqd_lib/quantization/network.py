@@ -44,10 +44,15 @@ def quantize(
 ) -> nn.Module:
     """Quantize the weights of all Conv2d, ConvTranspose2d and Linear layers and the ReLUs of a network, in place.
 
+    Weights that a network computes with as bare parameters stay float, such as ``in_proj_weight`` of
+    ``nn.MultiheadAttention`` (queries, keys and values of torchvision's ViT). timm's ViT has Linear layers there.
+
     Args:
         model: any network. Its weights become the latent ones; a float checkpoint may be loaded before or afterwards.
         weight_bits: 1, 2 (ternary), 3 to 8; 32 leaves all weights float.
-        activation_bits: 1 to 8; 32 leaves all activations float.
+        activation_bits: 1 to 8; 32 leaves all activations float. Activations other than ReLU and ReLU6, such as SiLU,
+            GELU and Hardswish, stay float, and :func:`faqd_lib.describe` lists them. A network without any ReLU is
+            refused: it would stay float against what was asked for.
         first_layer: ``"quantize"`` or ``"float"``: the first layer with weights in module order (the stem).
         last_layer: the same for the last layer (the classifier). Both defaults follow the authors' released code.
         shortcuts: the same for layers with "shortcut" or "downsample" in their name.
@@ -141,7 +146,12 @@ def _how_to_free(layer: nn.Module) -> str:
 
 def _why_no_relu(model: nn.Module) -> str:
     """Why a network without nn.ReLU and nn.ReLU6 has no activations to quantize, and what can be done."""
-    kinds = Counter(type(module).__name__ for module in model.modules() if isinstance(module, _NEGATIVE))
+    negative = {kind.__name__.lower() for kind in _NEGATIVE} | {"swish"}  # timm has modules of these names
+    kinds = Counter(
+        kind
+        for module in model.modules()
+        if (kind := type(module).__name__).lower() in negative or isinstance(module, _NEGATIVE)
+    )
     derived = {type(module).__name__ for module in model.modules() if isinstance(module, RECTIFIERS)}
     no_relu = "the network has no nn.ReLU module to quantize"
     if derived:

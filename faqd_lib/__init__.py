@@ -22,11 +22,15 @@ from .training.objective import DistillationObjective
 
 
 def __getattr__(name: str) -> object:
-    """``from faqd_lib import torchvision``: beside any build of torch, and only when it is asked for."""
+    """What takes seconds to import, and only when it is asked for: ``torchvision``, beside any build of torch, too."""
     if name == "torchvision":
         from .utils.torchvision_import import torchvision
 
         return torchvision
+    if name == "compress":
+        from .compression.compress import compress
+
+        return compress
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -42,6 +46,7 @@ __all__ = [
     "build_model",
     "calibrate",
     "compile_activations",
+    "compress",
     "dequantize",
     "describe",
     "feature_affinity_loss",

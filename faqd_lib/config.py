@@ -256,15 +256,40 @@ class OptimizationConfig(Schedule):
         return self
 
 
-class RunConfig(StrictModel):
-    """One training run. ``teacher`` and ``initial``, the float student to fine-tune, are runs as well."""
+class TrainingConfig(StrictModel):
+    """What a learner is told of its training. Subclasses add the network, the teacher and the images."""
 
-    data: DataConfig
-    model: str
     optimization: OptimizationConfig
     objective: ObjectiveConfig
     quantization: QuantizationConfig = QuantizationConfig()
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def label_free(self) -> bool:
+        """Whether this run trains without labels; its teacher may have used them."""
+        return self.objective.label_free
+
+    @property
+    def bits(self) -> str:
+        """Bits of weights and activations, such as ``1W4A``; 32 bits stand for float."""
+        return f"{self.quantization.weight_bits}W{self.quantization.activation_bits}A"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the whole configuration, nested runs and recipe version included."""
+        return text_digest(canonical_json(self.model_dump(mode="json")))
+
+    @property
+    def run_id(self) -> str:
+        """Bits and the first 12 digits of the digest; the name of the run's folder."""
+        return f"{self.bits.lower()}-{self.digest[:12]}"
+
+
+class RunConfig(TrainingConfig):
+    """One training run. ``teacher`` and ``initial``, the float student to fine-tune, are runs as well."""
+
+    data: DataConfig
+    model: str
     teacher: "RunConfig | None" = None
     initial: "RunConfig | None" = None
     recipe: Literal[RECIPE] = RECIPE
@@ -281,11 +306,6 @@ class RunConfig(StrictModel):
             if other is not None and not other.data.has_images_of(self.data):
                 raise ValueError("teacher, initial weights and student must have the same images")
         return self
-
-    @property
-    def label_free(self) -> bool:
-        """Whether this run trains without labels; its teacher may have used them."""
-        return self.objective.label_free
 
     @property
     def regime(self) -> str:
@@ -306,16 +326,6 @@ class RunConfig(StrictModel):
             return "labels"
         name = METHOD_OF_AFFINITY[self.objective.affinity]
         return name if self.objective.logit_loss != "none" else name.removesuffix("QD").removeprefix("KD+")
-
-    @property
-    def bits(self) -> str:
-        """Bits of weights and activations, such as ``1W4A``; 32 bits stand for float."""
-        return f"{self.quantization.weight_bits}W{self.quantization.activation_bits}A"
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the whole configuration, nested runs and recipe version included."""
-        return text_digest(canonical_json(self.model_dump(mode="json")))
 
     @property
     def run_id(self) -> str:

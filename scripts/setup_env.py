@@ -5,7 +5,7 @@
 1. The Python that ``FAQD_PYTHON`` names, or else an active environment, is used if it satisfies ``pyproject.toml``.
    Such an environment is never changed.
 2. Otherwise ``.venv`` in the project is used. venv and pip make it, with the versions of ``requirements.lock`` and
-   with the test tools.
+   with the packages of the notebooks and the test tools.
 
 The stamp ``.venv/faqd-setup.json`` says what ``.venv`` was installed from. The stamp is empty during an installation,
 so the next call notices an installation that was killed, and makes ``.venv`` again. A ``.venv`` without a stamp was
@@ -41,6 +41,7 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "faqd-setup.json"
 OUTPUT = VENV / "faqd-setup.log"  # of venv or pip
 LOCK = ROOT / ".venv.lock"
+EXTRAS = ["notebooks", "test"]  # of pyproject.toml: what .venv is installed with
 INCOMPLETE = {}  # the stamp during an installation
 HEARTBEAT = 15  # seconds between signs of life
 
@@ -115,7 +116,7 @@ def usable() -> bool:
     """Return whether ``.venv`` can be used as it is."""
     stamp = read_stamp()
     current = stamp is None or (stamp == current_stamp() and not other_version_chosen())
-    return current and not shortcoming(PYTHON, ["test"])
+    return current and not shortcoming(PYTHON, EXTRAS)
 
 
 def hold_lock() -> None:
@@ -171,7 +172,7 @@ def install() -> None:
     if before is None and VENV.exists() and any(VENV.iterdir()):
         sys.exit(
             f"set-up: {VENV} was not made by this set-up and cannot be used: {shortcoming(PYTHON, ['test'])}.\n"
-            f"Remove it, or complete it: {PYTHON} -m pip install -c {VERSIONS} -e '{ROOT}[test]'"
+            f"Remove it, or complete it: {PYTHON} -m pip install -c {VERSIONS} -e '{ROOT}[{','.join(EXTRAS)}]'"
         )
     VENV.mkdir(exist_ok=True)
     STAMP.write_text(json.dumps(INCOMPLETE))
@@ -181,7 +182,7 @@ def install() -> None:
     say(f"installing the packages of {VERSIONS.name}: some minutes, much longer with CUDA libraries")
     options = ("--no-input", "--no-user", "--disable-pip-version-check", "--progress-bar=off")
     options += ("--no-compile",)  # most modules of Jupyter are never imported
-    status = run(PYTHON, "-I", "-m", "pip", "install", *options, "-c", VERSIONS, "-e", f"{ROOT}[test]")
+    status = run(PYTHON, "-I", "-m", "pip", "install", *options, "-c", VERSIONS, "-e", f"{ROOT}[{','.join(EXTRAS)}]")
     if status > 0:  # pip ended by itself, and left no package half-installed
         STAMP.write_text(json.dumps(before))
     if status:
@@ -190,7 +191,7 @@ def install() -> None:
             "No network: connect, or set HTTPS_PROXY or the index of pip (pip config). Full disk: make room, or set "
             "TMPDIR.\nVersions in conflict: make requirements.lock again, as its first lines say. Then start again."
         )
-    if reason := shortcoming(PYTHON, ["test"]):
+    if reason := shortcoming(PYTHON, EXTRAS):
         sys.exit(f"set-up: {VERSIONS} does not fit pyproject.toml ({reason}): make it again, as its first lines say")
     STAMP.write_text(json.dumps(current_stamp()))
 
@@ -215,14 +216,14 @@ def find_environment(extras: list[str]) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Find or make the Python environment of this project.")
-    parser.add_argument("--extra", action="append", default=[], choices=["test"], help="with the test tools, too")
+    parser.add_argument("--extra", action="append", default=[], choices=EXTRAS, help="with the test tools, too")
     parser.add_argument("--check", action="store_true", help="only tell what the running Python lacks")
     arguments = parser.parse_args()
     if arguments.check:
         reasons = unmet(arguments.extra)
         sys.exit(f"{reasons[0]} (unmet in all: {len(reasons)})" if reasons else 0)
     try:
-        print(find_environment(arguments.extra))
+        print(find_environment(["notebooks", *arguments.extra]))
     except OSError as error:
         sys.exit(f"set-up: {error}. Make {ROOT} writable, or activate an environment that satisfies pyproject.toml.")
     except KeyboardInterrupt:

@@ -22,7 +22,7 @@ def test_code_of_your_project_runs_and_learns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (project_root() / "docs" / "your-project.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     scope: dict = {}
     for block in blocks:
         exec(compile(block, "docs/your-project.md", "exec"), scope)
@@ -32,6 +32,8 @@ def test_code_of_your_project_runs_and_learns(tmp_path, monkeypatch):
     assert len(scope["images"]) == 32
     assert scope["agreement"]().split(";")[0].endswith("% of 8")
     assert (tmp_path / "student.onnx").stat().st_size > 0
+    assert scope["small"].card.held_out_pictures == 4
+    assert (tmp_path / "small" / "index.html").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -14,6 +14,7 @@ FLOORS = (
     {"training", "export"},
     {"runs"},
     {"reporting"},
+    {"compression"},
     {"cli"},
 )
 FLOOR = {package: number for number, floor in enumerate(FLOORS) for package in floor}

@@ -54,6 +54,13 @@ def test_unmet_requirements(setup_env):
     assert setup_env.unmet(["test"])[2:] == ["no-such-tool>=2: not installed"]
 
 
+def test_the_notebooks_are_always_set_up(installed, monkeypatch):
+    asked = []
+    monkeypatch.setattr(installed, "shortcoming", lambda python, extras: asked.append(extras) or "")
+    assert installed.usable()
+    assert asked == [["notebooks", "test"]]
+
+
 def test_failure_is_the_last_line_of_the_error_message(setup_env):
     assert setup_env.failure(sys.executable, "-c", "pass") == ""
     assert setup_env.failure(sys.executable, "-c", "import sys; sys.exit('one\\ntwo')") == "two"
@@ -125,6 +132,7 @@ def test_an_incomplete_environment_is_made_anew(installed, monkeypatch):
     monkeypatch.setattr(installed, "run", run)
     installed.install()
     assert [command[3] for command in commands] == ["venv", "pip"]
+    assert commands[1][-1] == f"{installed.ROOT}[notebooks,test]"
     assert installed.usable()
 
 

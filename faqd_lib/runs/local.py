@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from torch import nn
 
@@ -22,7 +23,7 @@ from .checkpoints import (
     remove_unfinished_writes,
     write_checkpoint,
 )
-from .store import RunStore, accuracies
+from .store import accuracies
 from .workshop import Workshop
 
 # Trains runs that do not need each other, until a time of ``time.monotonic`` if that is not None. Finished runs are in
@@ -79,7 +80,7 @@ def _train_cohort(
     machine = environment(workshop.device)
     for learner in learners:
         remove_unfinished_writes(store.run_folder(learner.config))
-        _resume(store, learner, machine, progress)
+        resume(store.run_folder(learner.config), learner, machine, progress)
     if cohort[0].optimization.compiled:
         progress.say(f"{label}: compiling {'teacher and ' if teacher is not None else ''}{len(learners)} network(s)")
     report = _CohortReport(progress, label, learners)
@@ -92,7 +93,7 @@ def _train_cohort(
         on_epoch=report.epoch,
         on_batch=report.batch,
         checkpoint_due=due_every(profile.checkpoint_seconds),
-        checkpoint=lambda learner: save_checkpoint(store, learner, machine),
+        checkpoint=lambda learner: save_checkpoint(store.run_folder(learner.config), learner, machine),
         cuda_graphs=profile.cuda_graphs,
         evaluate_every=profile.evaluate_every,
         time_is_up=lambda: deadline is not None and time.monotonic() >= deadline,
@@ -159,16 +160,16 @@ def _epochs(learners: Sequence[Learner]) -> float:
     return sum(learner.steps / learner.steps_per_epoch for learner in learners)
 
 
-def save_checkpoint(store: RunStore, learner: Learner, machine: Machine) -> None:
-    """Write the state from which a run continues with the same bits."""
+def save_checkpoint(folder: Path, learner: Learner, machine: Machine) -> None:
+    """Write the state from which a run continues with the same bits to the run's folder."""
     tensors, facts = learner.state()
     facts |= {"digest": learner.config.digest, "environment": machine | learner.kernels}
-    write_checkpoint(store.run_folder(learner.config), tensors, CheckpointInfo(**facts))
+    write_checkpoint(folder, tensors, CheckpointInfo(**facts))
 
 
-def _resume(store: RunStore, learner: Learner, machine: Machine, progress: ProgressReporter) -> None:
-    """Continue from the run's checkpoint, if there is one. Warns if the machine differs from the checkpoint's."""
-    found = read_checkpoint(store.run_folder(learner.config), learner.config.digest)
+def resume(folder: Path, learner: Learner, machine: Machine, progress: ProgressReporter) -> None:
+    """Continue from the checkpoint in the run's folder, if there is one. Warns if it is of another machine."""
+    found = read_checkpoint(folder, learner.config.digest)
     if found is None:
         return
     tensors, info = found

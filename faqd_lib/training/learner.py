@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..affinity.loss import pixel_count
-from ..config import OptimizationConfig, RunConfig
+from ..config import OptimizationConfig, TrainingConfig
 from ..data.batches import Batch, stream
 from ..models import FeatureTap
 from ..quantization.network import blend, compile_activations, split_parameters
@@ -78,7 +78,7 @@ class Learner:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: TrainingConfig,
         model: nn.Module,
         objective: DistillationObjective,
         feature_names: Sequence[str],

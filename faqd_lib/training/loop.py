@@ -27,7 +27,7 @@ from .cuda_graphs import RecordedStep, Recorder, StudentStreams, own_stream
 from .learner import Evaluation, Learner, TeacherOutput
 from .loss_log import NonFiniteLossError
 
-EVALUATED_PIXELS = 2500 * 32**2  # pixels of a batch on a GPU: many, because each launch of a kernel costs time
+EVALUATED_PIXELS = 2500 * 32**2  # pixels of a batch: many, because each launch of a kernel costs time on a GPU
 
 
 @exact_kernels()
@@ -36,7 +36,8 @@ def evaluate(model: nn.Module, images: Images, normalizer: Normalizer, batch_siz
     """Classify labelled images in float32 with the present weights; ``batch_size`` 0 chooses one for the device."""
     device = next(model.parameters()).device
     if not batch_size:
-        batch_size = 500 if device.type == "cpu" else max(1, EVALUATED_PIXELS // images.pixels.shape[2:].numel())
+        batch_size = max(1, EVALUATED_PIXELS // images.pixels.shape[2:].numel())
+        batch_size = min(500, batch_size) if device.type == "cpu" else batch_size
     was_training = model.training
     model.eval()
     # In float32, cuDNN computes convolutions several times faster without channels-last weights.

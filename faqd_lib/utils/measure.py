@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -154,12 +154,21 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _versions() -> dict[str, str]:
+    """Versions of :data:`PACKAGES`, without those that are not installed."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
 def environment(device: torch.device | str = "cpu") -> dict[str, object]:
     """Machine, software versions and commit, for a run record or the head of a benchmark."""
     device = torch.device(device)
     return {
         "python": sys.version.split()[0],
-        **{package: version(package) for package in PACKAGES},
+        **_versions(),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
         "cores": os.cpu_count(),

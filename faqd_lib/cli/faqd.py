@@ -1,0 +1,292 @@
+"""The command ``faqd``: compress a network, look into its files, run them; and the series of notebooks.
+
+faqd compress --teacher torchvision:resnet18 --pretrained --images photos --bits 1W32A 4W4A --out small
+faqd inspect small/student-4w4a.onnx
+faqd classify small/student-4w4a.onnx picture.jpg
+faqd series quick
+"""
+
+import argparse
+import ast
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.images import DatasetError
+from ..data.preprocessing import INTERPOLATIONS, Preprocessing, preprocessing_of
+from ..export.packed import load_packed, read_header
+from ..training.loss_log import NonFiniteLossError
+from ..utils.messages import first_line
+
+ERRORS = (ValueError, OSError, DatasetError, NonFiniteLossError, ModuleNotFoundError)
+NO_PREPROCESSING = (
+    "say what pictures the network expects: --image-size, --mean and --std, as in training "
+    "(--image-size 32 --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25)"
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    whole = argparse.ArgumentParser(prog="faqd", description=__doc__.partition("\n")[0])
+    commands = whole.add_subparsers(dest="command", required=True)
+    _add_compress(commands.add_parser("compress", help="train low-bit copies of a network on unlabelled pictures"))
+    inspect = commands.add_parser("inspect", help="print what a packed or ONNX file holds")
+    inspect.add_argument("file", type=Path)
+    classify = commands.add_parser("classify", help="run a packed or ONNX file on pictures")
+    classify.add_argument("file", type=Path)
+    classify.add_argument("pictures", type=Path, nargs="+")
+    classify.add_argument("--top", type=int, default=1, metavar="N", help="classes to print of each picture (1)")
+    classify.add_argument(
+        "--network", nargs="+", metavar="SPEC", help="for a packed file: its float network, and name=value arguments"
+    )
+    _add_preprocessing(classify)
+    commands.add_parser("series", help="run the notebooks; options as those of ./run_all.sh", add_help=False)
+    return whole
+
+
+def _add_compress(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add(
+        "--teacher", nargs="+", required=True, metavar="SPEC",
+        help="timm:NAME, torchvision:NAME or package.module:function, and name=value arguments of it",
+    )  # fmt: skip
+    add("--weights", type=Path, metavar="FILE", help="the teacher's state_dict, a safetensors file")
+    add("--pretrained", action="store_true", help="the weights that timm or torchvision offers; may download")
+    add("--images", type=Path, required=True, metavar="DIR", help="pictures, in any folders below DIR; no labels")
+    add("--bits", nargs="+", default=["1W32A"], metavar="BITS", help="such as 1W32A 4W4A, trained together (1W32A)")
+    add("--out", type=Path, required=True, metavar="DIR", help="a new folder, or that of an earlier call to go on with")
+    add("--epochs", type=float, metavar="N", help="passes over the pictures (5)")
+    add("--hours", type=float, metavar="H", help="hours to train; with --epochs, the shorter of both")
+    add("--taps", nargs="+", metavar="MODULE", help="modules whose maps are compared (chosen by resolution)")
+    add("--learning-rate", type=float, metavar="X", help="left out: a short search")
+    add("--affinity-weight", type=float, metavar="X", help="left out: a short search; 0 for logits alone")
+    add("--batch-size", type=int, metavar="N", help="128 pictures of less than 64 pixels, 32 of larger ones")
+    add("--per-tensor", action="store_true", help="one scale a weight tensor, not one an output channel")
+    add("--no-flip", action="store_true", help="pictures may not be mirrored: text, digits, signs")
+    add("--held-out", type=float, default=0.1, metavar="X", help="share or number of pictures to measure on (0.1)")
+    add("--max-unreadable", type=float, default=0.05, metavar="X", help="share of damaged files to leave out (0.05)")
+    add("--classes", type=Path, metavar="FILE", help="names of the classes, one a line")
+    add("--cache", type=Path, metavar="DIR", help="decoded pictures (default: FAQD_CACHE, or OUT/cache)")
+    add("--seed", type=int, default=0)
+    _add_preprocessing(command)
+
+
+def _add_preprocessing(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("preprocessing", "left out: as timm or torchvision say, or as the file says")
+    group.add_argument("--image-size", type=int, metavar="N", help="height and width of the network's input")
+    group.add_argument("--resize-size", type=int, metavar="N", help="short side before the crop (the image size)")
+    group.add_argument("--mean", type=float, nargs=3, metavar="X", help="of each channel, for pixels in [0, 1]")
+    group.add_argument("--std", type=float, nargs=3, metavar="X")
+    group.add_argument("--interpolation", choices=INTERPOLATIONS, help="bilinear")
+
+
+def _spec(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """A spec and its arguments: ``["a:b", "depth=3"]`` → ``("a:b", {"depth": 3})``."""
+    found = {}
+    for word in words[1:]:
+        name, equals, text = word.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"arguments of {words[0]} must be name=value, got {word!r}")
+        try:
+            found[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[name] = text
+    return words[0], found
+
+
+def _preprocessing(arguments: argparse.Namespace) -> Preprocessing | None:
+    """What the options say, None if they say nothing; ValueError if they say a part."""
+    given = [arguments.image_size, arguments.mean, arguments.std]
+    if all(value is None for value in (*given, arguments.resize_size, arguments.interpolation)):
+        return None
+    if any(value is None for value in given):
+        raise ValueError(NO_PREPROCESSING)
+    return Preprocessing(
+        arguments.image_size, tuple(arguments.mean), tuple(arguments.std), arguments.resize_size or 0,
+        arguments.interpolation or "bilinear",
+    )  # fmt: skip
+
+
+def compress(arguments: argparse.Namespace) -> None:
+    """Build the teacher and compress it."""
+    from ..compression import teachers
+    from ..compression.compress import compress as run
+
+    spec, options = _spec(arguments.teacher)
+    teacher = teachers.load_teacher(spec, arguments.weights, pretrained=arguments.pretrained, **options)
+    preprocessing = _preprocessing(arguments)
+    if preprocessing is None:
+        if spec.partition(":")[0] not in ("timm", "torchvision"):
+            raise ValueError(NO_PREPROCESSING)
+        preprocessing = preprocessing_of(teacher, spec)
+    classes = arguments.classes.read_text(encoding="utf-8").splitlines() if arguments.classes else ()
+    cache = arguments.cache or os.environ.get("FAQD_CACHE")
+    result = run(
+        teacher,
+        arguments.images,
+        out=arguments.out,
+        bits=arguments.bits,
+        taps=arguments.taps,
+        preprocessing=preprocessing,
+        quantization={"per_channel": False} if arguments.per_tensor else None,
+        epochs=arguments.epochs,
+        hours=arguments.hours,
+        learning_rate=arguments.learning_rate,
+        affinity_weight=arguments.affinity_weight,
+        batch_size=arguments.batch_size,
+        flip=not arguments.no_flip,
+        held_out=int(arguments.held_out) if arguments.held_out >= 1 else arguments.held_out,
+        max_unreadable=arguments.max_unreadable,
+        cache=cache or None,
+        classes=[line.strip() for line in classes if line.strip()],
+        seed=arguments.seed,
+        about={"teacher": spec, "teacher_arguments": options},
+        say=lambda text: print(text, flush=True),
+    )
+    for one in result.card.students:
+        files = f"{one.packed.name} {one.packed.size:,} bytes"
+        files += f", {one.onnx.name} {one.onnx.size:,} bytes" if one.onnx.name else "; no ONNX file, the card says why"
+        print(f"{one.bits}: {files} (float {result.card.float_bytes:,}); agreement {one.agreement}")
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """Print header, layers and metadata of a packed or ONNX file."""
+    path = _existing(arguments.file)
+    (_inspect_onnx if path.suffix == ".onnx" else _inspect_packed)(path)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    return path
+
+
+def _inspect_packed(path: Path) -> None:
+    header = read_header(path)
+    print(f"{path}: {header['format']}, {path.stat().st_size:,} bytes, digest {header['digest'][:12]}")
+    print(f"architecture: {json.dumps(header['architecture']) if header['architecture'] else 'not named'}")
+    for name, layer in header["layers"].items():
+        count = torch.Size(layer["shape"]).numel()
+        shape = " × ".join(map(str, layer["shape"]))
+        print(f"  {name or 'the network'}: {shape} at {layer['bits']} bits, {-(-count * layer['bits'] // 8):,} bytes")
+    for name, relu in header["activations"].items():
+        print(f"  {name}: activations at {relu['bits']} bits")
+    _print_metadata(header["metadata"])
+
+
+def _inspect_onnx(path: Path) -> None:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(path)
+    except DecodeError as error:
+        raise ValueError(f"{path} is damaged or no ONNX file: {first_line(error)}") from error
+    opset = max(entry.version for entry in model.opset_import)
+    print(
+        f"{path}: ONNX of {model.producer_name or 'an unknown producer'}, {path.stat().st_size:,} bytes, opset {opset}"
+    )
+    for what, values in (("input", model.graph.input), ("output", model.graph.output)):
+        for value in values:
+            sizes = [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+            print(f"{what} {value.name}: {' × '.join(map(str, sizes))}")
+    kinds = Counter(node.op_type for node in model.graph.node)
+    print(f"operators: {', '.join(f'{count} {kind}' for kind, count in kinds.most_common())}")
+    for tensor in model.graph.initializer:
+        kind, shape = onnx.TensorProto.DataType.Name(tensor.data_type), " × ".join(map(str, tensor.dims))
+        print(f"  {tensor.name}: {shape or 'a number'}, {kind}, {len(tensor.raw_data):,} bytes")
+    _print_metadata({entry.key: entry.value for entry in model.metadata_props})
+
+
+def _print_metadata(metadata: dict[str, Any]) -> None:
+    print("metadata:" if metadata else "no metadata")
+    for key, value in metadata.items():
+        print(f"  {key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+
+
+def classify(arguments: argparse.Namespace) -> None:
+    """Name the classes of pictures, one at a time."""
+    if arguments.top < 1:
+        raise ValueError(f"--top must be at least 1, got {arguments.top}")
+    path = _existing(arguments.file)
+    run, metadata = (_onnx_network if path.suffix == ".onnx" else _packed_network)(path, arguments)
+    preprocessing = _preprocessing(arguments)
+    if preprocessing is None:
+        if "preprocessing" not in metadata:
+            raise ValueError(f"{path} does not name its preprocessing: {NO_PREPROCESSING}")
+        preprocessing = Preprocessing(**metadata["preprocessing"])
+    normalizer, classes = preprocessing.normalizer("cpu"), metadata.get("classes", ())
+    for picture in arguments.pictures:
+        with torch.no_grad():
+            (logits,) = run(normalizer(preprocessing.tensor(picture)[None]).contiguous())
+        shares, numbers = logits.softmax(0).topk(min(arguments.top, len(logits)))
+        named = [classes[number] if number < len(classes) else str(number) for number in numbers.tolist()]
+        print(f"{picture}: {', '.join(f'{name} {share:.1%}' for name, share in zip(named, shares, strict=True))}")
+
+
+def _onnx_network(path: Path, arguments: argparse.Namespace):
+    """A function from images to logits, and the file's metadata."""
+    import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, InvalidProtobuf
+
+    if arguments.network:
+        raise ValueError("--network is for packed files: an ONNX file holds its network")
+    try:
+        session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    except (Fail, InvalidGraph, InvalidProtobuf) as error:
+        raise ValueError(f"{path} is damaged, or no file for this ONNX Runtime: {first_line(error)}") from error
+    texts = session.get_modelmeta().custom_metadata_map
+    metadata = {key: json.loads(texts[key]) for key in ("preprocessing", "classes") if key in texts}
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0]), metadata
+
+
+def _packed_network(path: Path, arguments: argparse.Namespace):
+    """A function from images to logits, and the file's metadata."""
+    from ..compression.teachers import build_network
+
+    header = read_header(path)
+    if arguments.network:
+        spec, options = _spec(arguments.network)
+        network = load_packed(path, build_network(spec, **options))
+    elif header["architecture"]:
+        network = load_packed(path)
+    else:
+        named = header["metadata"].get("teacher")
+        made = f"; it was made from {named}" if named else ""
+        raise ValueError(f"{path} holds weights only: give its float network by --network SPEC{made}")
+    return network, header["metadata"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit status is 0 only if all was done."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["series"]:
+        try:
+            from . import run_all
+        except ModuleNotFoundError as error:
+            print(f"faqd series needs {error.name}: pip install 'faqd[notebooks]'", file=sys.stderr)
+            return 1
+        return run_all.main(argv[1:])
+    arguments = parser().parse_args(argv)
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # modules of the user's own, which a console script does not see
+    try:
+        {"compress": compress, "inspect": inspect, "classify": classify}[arguments.command](arguments)
+    except ERRORS as error:
+        print(f"faqd {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; call again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

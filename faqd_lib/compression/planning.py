@@ -1,0 +1,142 @@
+"""How long a compression trains, and with which learning rate and affinity weight."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+from ..config import ObjectiveConfig, OptimizationConfig, Precision, StrictModel, TrainingConfig
+
+LEARNING_RATE, LEARNING_RATES = 0.02, (0.001, 0.005, 0.02, 0.08)
+AFFINITY_WEIGHT, OTHER_AFFINITY_WEIGHTS = 30.0, (3.0, 300.0)
+SEARCH_SHARE = 0.2  # updates of all candidates together, as a share of those of the training
+FEWEST_UPDATES, MOST_UPDATES = 8, 500  # of a candidate
+WARMUP_SHARE = 0.05  # of the updates
+EPOCHS = 5  # where neither epochs nor hours are given
+
+
+class CompressionConfig(TrainingConfig):
+    """One student's training. Everything that changes its numbers is in it, hence in its digest."""
+
+    teacher: str  # digest of the weights
+    student: str  # digest of the network before it is quantized
+    pictures: str  # fingerprint of the training pictures
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    taps: tuple[str, ...]  # of the teacher
+    student_taps: tuple[str, ...]
+    flip: bool
+    recipe: Literal[1] = 1  # of this package; raise it when the same configuration would train to other numbers
+
+
+class Trial(StrictModel):
+    """One candidate of the search, after its few updates."""
+
+    bits: str
+    learning_rate: float
+    affinity_weight: float
+    updates: int
+    pictures: int  # that judge it
+    agreement: float | None  # percent, on pictures that it was not trained on; None: its loss was not finite
+    cross_entropy: float | None  # of the classes that the teacher names
+
+
+class Chosen(StrictModel):
+    """Learning rate and affinity weight of one student."""
+
+    learning_rate: float
+    affinity_weight: float
+
+
+class Plan(StrictModel):
+    """What is decided before the training; a resumed compression reads it instead of deciding again."""
+
+    updates: int
+    steps_per_epoch: int
+    seconds: float  # of one update of all students; 0 if none was timed
+    trials: list[Trial] = []
+    chosen: dict[str, Chosen] = {}  # by bits; empty until the search is done
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs, the last of which may end early."""
+        return -(-self.updates // self.steps_per_epoch)
+
+
+class Candidate(NamedTuple):
+    """What the search trains: one student with one learning rate and affinity weight."""
+
+    bits: str
+    learning_rate: float
+    affinity_weight: float
+
+
+def optimization(
+    updates: int, steps_per_epoch: int, batch_size: int, rate: float, precision: Precision
+) -> OptimizationConfig:
+    """The schedule of so many updates: a short warm-up, then half a cosine to 0."""
+    epochs = -(-updates // steps_per_epoch)
+    return OptimizationConfig(
+        epochs=epochs,
+        updates=None if updates == epochs * steps_per_epoch else updates,
+        batch_size=batch_size,
+        learning_rate=rate,
+        warmup_epochs=WARMUP_SHARE * updates / steps_per_epoch,
+        precision=precision,
+    )
+
+
+def objective(affinity_weight: float) -> ObjectiveConfig:
+    """Squared error of logits and, unless its weight is 0, the exact affinity loss."""
+    affinity = "fa" if affinity_weight > 0 else "none"
+    return ObjectiveConfig(logit_loss="mse", affinity=affinity, affinity_weight=affinity_weight)
+
+
+def updates_within(epochs: float | None, hours: float | None, steps_per_epoch: int, seconds: float, trials: int) -> int:
+    """Updates of the training: of so many epochs, or of what fits into the hours with the search's share.
+
+    With both, the smaller number is taken. There is at least one update.
+    """
+    limits = []
+    if epochs is not None or hours is None:
+        limits.append(math.ceil((EPOCHS if epochs is None else epochs) * steps_per_epoch))
+    if hours is not None:
+        limits.append(int(hours * 3600 / (seconds * (1 + SEARCH_SHARE * bool(trials)))))
+    return max(1, min(limits))
+
+
+def candidates(
+    bits: Iterable[str], learning_rate: float | None, affinity_weight: float | None
+) -> list[list[Candidate]]:
+    """Two rounds of the search at most, of which the second takes the best rate of the first (0 stands for it)."""
+    bits = list(bits)
+    rounds = []
+    if learning_rate is None:
+        weight = AFFINITY_WEIGHT if affinity_weight is None else affinity_weight
+        rounds.append([Candidate(one, rate, weight) for one in bits for rate in LEARNING_RATES])
+    if affinity_weight is None:
+        weights = OTHER_AFFINITY_WEIGHTS if learning_rate is None else (AFFINITY_WEIGHT, *OTHER_AFFINITY_WEIGHTS)
+        rounds.append([Candidate(one, learning_rate or 0.0, weight) for one in bits for weight in weights])
+    return rounds
+
+
+def best(trials: Sequence[Trial], bits: str) -> Trial:
+    """The trial of some bits with the highest agreement; of equal ones, that of the lowest cross-entropy.
+
+    Another affinity weight than that of the first trial must agree on one standard error more.
+
+    Raises ArithmeticError if every loss stopped being finite.
+    """
+    finite = [trial for trial in trials if trial.bits == bits and trial.agreement is not None]
+    if not finite:
+        raise ArithmeticError(
+            f"{bits}: no learning rate of {', '.join(map(str, LEARNING_RATES))} kept the loss finite: give a lower"
+        )
+    usual = [trial for trial in finite if trial.affinity_weight == finite[0].affinity_weight]
+    found, other = (max(some, key=lambda trial: (trial.agreement, -trial.cross_entropy)) for some in (usual, finite))
+    error = math.sqrt(found.agreement * (100 - found.agreement) / found.pictures)
+    return other if other.agreement > found.agreement + error else found
+
+
+def trial_updates(updates: int, candidates_each: float) -> int:
+    """Updates of a candidate, where a student of ``updates`` updates has ``candidates_each`` candidates."""
+    return min(MOST_UPDATES, max(FEWEST_UPDATES, int(SEARCH_SHARE * updates / max(1, candidates_each))))

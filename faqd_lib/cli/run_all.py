@@ -30,6 +30,7 @@ from ..runs.suite import Suite
 from ..utils.files import project_root, require_writable
 from ..utils.progress import clock
 from . import environment
+from .kernels import ForkingKernelManager
 from .study import report_study, run_study
 
 # The notebook of tables and claims reads the runs of others: checked before `--only` runs it.
@@ -106,6 +107,7 @@ def execute(notebook: Path, copy: Path, parameters: dict[str, object]) -> float:
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
             cwd=str(copy.parent),
+            kernel_manager_class=ForkingKernelManager,
             # Hides the kernel's messages on transport and shutdown. Its death is noticed without them.
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             shutdown_kernel="immediate",  # a regular shutdown takes seconds

@@ -38,7 +38,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import optimize, special, stats
+
+from ..utils.lazy import LazyModule
+
+optimize, special, stats = (LazyModule(f"scipy.{name}") for name in ("optimize", "special", "stats"))
 
 REPRODUCED, CONTRADICTED = "reproduced", "contradicted"
 NO_DIFFERENCE = "no difference beyond {:g}"

@@ -18,10 +18,11 @@ from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 
 LAUNCHER = "ipykernel_launcher"
-# The first is what a child of run_all.py imports again as its main module. None of these starts a thread or asks a GPU.
+# None of these asks for a GPU, or starts a thread but those of OpenBLAS, which it starts again after a fork. The second
+# line is what run_all.py imports: multiprocessing runs the main module again in each process.
 PRELOADED = (
-    "faqd_lib.cli.run_all", "faqd_lib.cli.notebook", "faqd_lib.reporting.pictures", "faqd_lib.reporting.signs",
-    "ipykernel.kernelapp", "IPython.core.completer", "sklearn.datasets", "matplotlib.pyplot", "seaborn",
+    "ipykernel.kernelapp", "matplotlib.pyplot", "seaborn", "scipy.stats", "sklearn.datasets",
+    "papermill", "faqd_lib.cli.notebook", "faqd_lib.cli.study", "faqd_lib.reporting.pictures",
 )  # fmt: skip
 
 

@@ -91,11 +91,13 @@ def save(figure: Figure, folder: Path, name: str, runs: Iterable[Run] = (), note
         "png": {RUNS_KEY: names, NOTE_KEY: note},
         "pdf": {"CreationDate": None, "Keywords": names, "Subject": note},
     }
+    paths = []
     with style():
-        return [
-            atomic_write(Path(folder) / f"{name}.{kind}", partial(figure.savefig, format=kind, metadata=about))
-            for kind, about in metadata.items()
-        ]
+        for kind, about in metadata.items():
+            write = partial(figure.savefig, format=kind, metadata=about)
+            paths.append(atomic_write(Path(folder) / f"{name}.{kind}", write))
+            figure.set_layout_engine("none")  # keep the layout: finding it takes half the time of drawing
+    return paths
 
 
 def _require(frame: pd.DataFrame, *columns: str) -> None:

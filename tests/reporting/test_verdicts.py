@@ -16,7 +16,6 @@ from faqd_lib.reporting.verdicts import (
     Estimate,
     Hypothesis,
     cochran_critical,
-    cochran_tail,
     excluded,
     judge,
     midway,

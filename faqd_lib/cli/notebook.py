@@ -4,18 +4,26 @@ The parameters cell holds lines ``name: type = literal  # help``. Papermill over
 below. The next cell calls :func:`start` with all parameters.
 """
 
+from __future__ import annotations
+
 import ast
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import ipywidgets
 from IPython import get_ipython
-from matplotlib.figure import Figure
 
 from ..config import ConfigurationError
 from ..runs.suite import Suite
 from ..utils import progress
+from ..utils.lazy import LazyModule
 from ..utils.messages import did_you_mean
 from . import environment
+
+if TYPE_CHECKING:
+    import ipywidgets
+    from matplotlib.figure import Figure
+else:
+    ipywidgets = LazyModule("ipywidgets")  # its import takes half a second, and headless runs need no controls
 
 INJECTED_HEAD = "# Parameters"  # the first line of the cell that papermill injects
 

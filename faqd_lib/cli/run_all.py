@@ -16,13 +16,13 @@ import filelock
 import nbformat
 import papermill
 from jupyter_client.kernelspec import NoSuchKernel
+from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from ..config import ConfigurationError
 from ..data.datasets import DatasetError
 from ..reporting.grids import everything
-from ..reporting.report import write_report
 from ..runs.profile import PROFILES, Profile, suite_folder
 from ..runs.ray import EngineError, RayEngine
 from ..runs.store import ResultsError
@@ -30,6 +30,7 @@ from ..runs.suite import Suite
 from ..utils.files import project_root, require_writable
 from ..utils.progress import clock
 from . import environment
+from .kernels import ForkingKernelManager
 from .study import report_study, run_study
 
 # The notebook of tables and claims reads the runs of others: checked before `--only` runs it.
@@ -86,7 +87,7 @@ def failing_cell(copy: Path) -> str:
     return "an unknown cell"
 
 
-def execute(notebook: Path, copy: Path, parameters: dict[str, object]) -> float:
+def execute(notebook: Path, copy: Path, parameters: dict[str, object], manager: type[AsyncKernelManager]) -> float:
     """Execute one notebook, with its text on the terminal; returns the seconds it took. Every cell updates the copy.
 
     Raises:
@@ -106,6 +107,7 @@ def execute(notebook: Path, copy: Path, parameters: dict[str, object]) -> float:
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
             cwd=str(copy.parent),
+            kernel_manager_class=manager,
             # Hides the kernel's messages on transport and shutdown. Its death is noticed without them.
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             shutdown_kernel="immediate",  # a regular shutdown takes seconds
@@ -163,12 +165,16 @@ def run_series(arguments: argparse.Namespace, profile: Profile, dataset: str, on
             "seeds": seeds,
         }
         copies = require_writable(folder / "notebooks")
+        # For one notebook, what all import would cost more than it saves.
+        manager = ForkingKernelManager if len(selected) > 1 else AsyncKernelManager
         seconds: dict[str, float] = {}
         for index, notebook in enumerate(selected, start=1):
             gone = clock(sum(seconds.values()))
             print(f"\n--- notebook {index} of {len(selected)}: {notebook.stem} ({gone} gone)")
-            seconds[notebook.stem] = execute(notebook, copies / notebook.name, parameters)
+            seconds[notebook.stem] = execute(notebook, copies / notebook.name, parameters, manager)
         summarise(folder, seconds)
+    from ..reporting.report import write_report  # imported here because nbconvert takes a second
+
     print(f"     {'report:':<20} {write_report(suite)}")
 
 

@@ -1,33 +1,38 @@
 """Charts and the style of all figures. Every chart takes a DataFrame and returns a matplotlib Figure.
 
-Figures are closed in pyplot, so that a notebook shows each figure once: as the value of a cell.
+Figures are closed in pyplot, so that a notebook shows each figure once: as the value of a cell. Matplotlib and seaborn
+take seconds to import, so they are imported with the first figure.
 """
+
+from __future__ import annotations
 
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, ScalarFormatter
 
 from ..config import RunConfig
 from ..runs.store import RunRecord
 from ..utils.files import atomic_write
+from ..utils.lazy import LazyModule
 from .verdicts import CONTRADICTED, NO_DIFFERENCE, REPRODUCED
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+plt, sns, ticker = (LazyModule(name) for name in ("matplotlib.pyplot", "seaborn", "matplotlib.ticker"))
 
 Run = RunConfig | RunRecord  # both name a run
 WIDTH = 9.0  # inches: the text width of a notebook
 # Seaborn's colour-blind safe colours, without the pale pink, which is hard to see in thin lines on white.
-PALETTE = [colour for index, colour in enumerate(sns.color_palette("colorblind")) if index != 6]
+PALETTE = ["#0173B2", "#DE8F05", "#029E73", "#D55E00", "#CC78BC", "#CA9161", "#949494", "#ECE133", "#56B4E9"]
 RUNS_KEY, NOTE_KEY = "Runs", "Note"  # keys of a figure's metadata
 # Dashes, marker and line width by kind: measured values have points, derived ones have a line only.
 KINDS = {"measured": ("-", "o", 1.6), "theory": ("--", "", 1.8), "bound": (":", "", 2.2)}
@@ -50,9 +55,9 @@ def style() -> Iterator[None]:
         yield
 
 
-def colours(count: int) -> list:
+def colours(count: int) -> list[str]:
     """``count`` colours; they repeat after nine."""
-    return sns.color_palette(PALETTE, count)
+    return list(islice(cycle(PALETTE), count))
 
 
 @contextlib.contextmanager
@@ -86,11 +91,13 @@ def save(figure: Figure, folder: Path, name: str, runs: Iterable[Run] = (), note
         "png": {RUNS_KEY: names, NOTE_KEY: note},
         "pdf": {"CreationDate": None, "Keywords": names, "Subject": note},
     }
+    paths = []
     with style():
-        return [
-            atomic_write(Path(folder) / f"{name}.{kind}", partial(figure.savefig, format=kind, metadata=about))
-            for kind, about in metadata.items()
-        ]
+        for kind, about in metadata.items():
+            write = partial(figure.savefig, format=kind, metadata=about)
+            paths.append(atomic_write(Path(folder) / f"{name}.{kind}", write))
+            figure.set_layout_engine("none")  # keep the layout: finding it takes half the time of drawing
+    return paths
 
 
 def _require(frame: pd.DataFrame, *columns: str) -> None:
@@ -112,9 +119,9 @@ def _readable_decades(axis, values: pd.Series) -> None:
     """Label a logarithmic axis with numbers such as 0.2 and 500, several a decade where there are few decades."""
     decades = math.log10(values.max() / values.min()) if len(values) else 0
     finest = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5)
-    axis.set_major_locator(LogLocator(subs=finest if decades < 2.5 else (1,)))
+    axis.set_major_locator(ticker.LogLocator(subs=finest if decades < 2.5 else (1,)))
     axis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1e5 else f"$10^{{{math.log10(value):g}}}$")
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def scaling(
@@ -156,9 +163,9 @@ def scaling(
             measured = part.loc[part["kind"] == "measured", "x"]
             if x_scale == "log" and measured.nunique() <= 8:
                 # Ticks stand at the measured values, if these are few, as plain numbers.
-                axis.xaxis.set_major_locator(FixedLocator(sorted(set(measured))))
-                axis.xaxis.set_major_formatter(ScalarFormatter())
-                axis.xaxis.set_minor_formatter(NullFormatter())
+                axis.xaxis.set_major_locator(ticker.FixedLocator(sorted(set(measured))))
+                axis.xaxis.set_major_formatter(ticker.ScalarFormatter())
+                axis.xaxis.set_minor_formatter(ticker.NullFormatter())
             elif x_scale == "log":
                 _readable_decades(axis.xaxis, measured)
             _readable_decades(axis.yaxis, part["y"])

@@ -1,14 +1,18 @@
 """Pictures of images, affinities and predictions. Every function takes tensors and returns a matplotlib Figure."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import seaborn as sns
 import torch
-from matplotlib.figure import Figure
 
 from .charts import WIDTH, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def _cosine_colours(matrices: Iterable[torch.Tensor]) -> dict:
@@ -47,7 +51,7 @@ def image_grid(rows: Sequence[torch.Tensor], row_names: Sequence[str]) -> Figure
         axis.set_xticks([])
         axis.tick_params(left=False)
         axis.grid(visible=False)
-        sns.despine(ax=axis, left=True, bottom=True)
+        axis.spines[:].set_visible(False)
         return figure
 
 
@@ -124,7 +128,7 @@ def pixel_affinity(
                     axis.plot(x, y, "o", ms=size, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=edge)
                 axis.set(xticks=[], yticks=[])
                 axis.grid(visible=False)
-                sns.despine(ax=axis, left=True, bottom=True)
+                axis.spines[:].set_visible(False)
             if row_names:
                 row[0].set_ylabel(row_names[index], fontweight="bold")
         for axis, name in zip(axes, ("image", *maps), strict=False):

@@ -1,14 +1,18 @@
 """Charts of a study: accuracy and gain over updates, and the three failure signs. Styled as those of ``charts``."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from . import signs
-from .charts import _require, colours, new_figure
+from .charts import _require, colours, new_figure, ticker
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ARMS = {"kd": "KD", "fa": "FAQD", "ffa": "FFAQD, k = 6"}
 
@@ -94,7 +98,7 @@ def _lines(axis: Axes, groups: Mapping[str, pd.DataFrame], column: str) -> None:
 
 def _updates(axis: Axes, updates: pd.Series) -> None:
     axis.set(xscale="log", xlabel="updates")
-    axis.xaxis.set_major_locator(FixedLocator(sorted(set(updates))))
-    axis.xaxis.set_major_formatter(ScalarFormatter())
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.xaxis.set_major_locator(ticker.FixedLocator(sorted(set(updates))))
+    axis.xaxis.set_major_formatter(ticker.ScalarFormatter())
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.xaxis.set_minor_formatter(ticker.NullFormatter())

@@ -38,7 +38,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import optimize, special, stats
+
+from ..utils.lazy import LazyModule
+
+optimize, special, stats = (LazyModule(f"scipy.{name}") for name in ("optimize", "special", "stats"))
 
 REPRODUCED, CONTRADICTED = "reproduced", "contradicted"
 NO_DIFFERENCE = "no difference beyond {:g}"
@@ -61,8 +64,10 @@ def cochran_critical(tail: ArrayLike, seed_share: ArrayLike, seeds: int, images:
 
 
 def cochran_tail(ratio: ArrayLike, seed_share: ArrayLike, seeds: int, images: int) -> np.ndarray:
-    """The tail probability for which ``ratio`` is :func:`cochran_critical`, found by bisection."""
+    """The tail probability for which ``ratio`` is :func:`cochran_critical`: Student's, or else found by bisection."""
     ratio = np.asarray(ratio, dtype=float)
+    if images <= 1:
+        return special.stdtr(seeds - 1, -ratio)
     # Student's t with the fewer degrees of freedom, and the normal distribution, bound it on both sides.
     both = special.stdtr(seeds - 1, -ratio), special.ndtr(-ratio)
     low, high = np.minimum(*both), np.maximum(*both)

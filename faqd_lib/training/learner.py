@@ -19,6 +19,7 @@ from .clock import StepClock
 from .compile import compile_network
 from .cuda_graphs import RecordedStep, Recorder
 from .loss_log import LossLog, NonFiniteLossError
+from .momentum import Group, NesterovSGD
 from .objective import DistillationObjective
 
 CHECK_EVERY = {"cpu": 1}  # steps between checks of the loss
@@ -93,18 +94,16 @@ class Learner:
         self.parameters = [*weights, *activation_steps, *objective.parameters()]
         optimization = config.optimization
         on_cuda = self.device.type == "cuda"
-        # A recorded step must read its rate from the device's memory. Of torch's updates only the fused one does so.
+        # A recorded step must read its rate from the device's memory.
         self._rate = torch.full((), optimization.learning_rate, device=self.device) if on_cuda else None
-        self.optimizer = torch.optim.SGD(
+        self.optimizer = NesterovSGD(
             [
-                {"params": [*weights, *objective.parameters()]},
-                {"params": activation_steps, "weight_decay": 0.0},  # decay would shrink the clipping range
+                Group([*weights, *objective.parameters()], optimization.weight_decay),
+                Group(activation_steps, 0.0),  # decay would shrink the clipping range
             ],
-            lr=optimization.learning_rate if self._rate is None else self._rate,
-            momentum=optimization.momentum,
-            nesterov=optimization.momentum > 0,
-            weight_decay=optimization.weight_decay,
-            fused=on_cuda or None,
+            optimization.learning_rate if self._rate is None else self._rate,
+            optimization.momentum,
+            fused=on_cuda,
         )
         self.kernels: dict[str, str] = {}  # kernel settings, stored in the run record
         self.network = compile_network(model, training=True) if optimization.compiled else model
@@ -139,7 +138,7 @@ class Learner:
             maps = [teacher.maps[stage - 1] for stage in self.config.objective.stages] or teacher.maps
             with self.clock.loss if timed else nullcontext():
                 terms = self.objective(logits, self.tap.features, teacher.logits, maps, batch.labels)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         terms["total"].backward()
         terms["gradient_norm"] = nn.utils.clip_grad_norm_(self.parameters, self.config.optimization.clip_norm)
         blend(self.model, self.config.quantization.blending)
@@ -157,8 +156,7 @@ class Learner:
         if self._rate is not None:
             self._rate.fill_(rate)
         else:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+            self.optimizer.rate = rate
         if self._recorded_step.replays_next:
             self.objective.predraw(self._map_sizes, self.device)
         if self.steps == 0:
@@ -213,7 +211,7 @@ class Learner:
 
         Call it between steps. Order and augmentation of images need no state: they follow from seed and step.
         """
-        momentum = (self.optimizer.state[parameter].get("momentum_buffer") for parameter in self.parameters)
+        momentum = (self.optimizer.buffers.get(parameter) for parameter in self.parameters)
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
         tensors |= {f"momentum.{index}": buffer for index, buffer in enumerate(momentum) if buffer is not None}
@@ -236,7 +234,7 @@ class Learner:
         self.objective.load_state_dict(parts["objective"])
         for index, buffer in parts["momentum"].items():
             parameter = self.parameters[int(index)]
-            self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
+            self.optimizer.buffers[parameter] = torch.empty_like(parameter).copy_(buffer)
         self.log.load({name: values.to(self.device) for name, values in parts["terms"].items()}, info["checked"])
         step, loss = (tensors[f"seconds.{name}"].tolist() for name in ("step", "loss"))
         self.clock.load(step, loss, info["data_seconds"], info["teacher_seconds"])

@@ -33,10 +33,11 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
         return torch.cuda.max_memory_allocated(device) - before
     with (
         _native_stderr_silenced(),  # some builds of the profiler log every start and stop
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+        # torch.profiler.profile starts this one, after an import of torch's compiler that takes seconds.
+        torch.autograd.profiler.profile(use_kineto=True, profile_memory=True) as profile,
     ):
         call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 

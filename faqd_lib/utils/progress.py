@@ -5,8 +5,6 @@ import time
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from tqdm.auto import tqdm
-
 _FIRST_LINE, _BETWEEN_LINES = 20.0, 600.0  # seconds, for lines of text within an epoch
 
 
@@ -50,7 +48,11 @@ class Progress(AbstractContextManager):
         self._begun: dict[str, float] = {}  # unfinished units of :meth:`within`, by label
         self._next_line = _FIRST_LINE  # seconds from the start
         shown = not headless() if bar is None else bar
-        self._bar = tqdm(total=total, desc=title, bar_format="{l_bar}{bar}| {postfix}") if shown else None
+        self._bar = None
+        if shown:
+            from tqdm.auto import tqdm  # in JupyterLab this imports the widgets
+
+            self._bar = tqdm(total=total, desc=title, bar_format="{l_bar}{bar}| {postfix}")
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:

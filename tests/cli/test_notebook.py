@@ -1,8 +1,12 @@
 """The first cells of a notebook: parameters that papermill injected, and the suite they describe."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from faqd_lib.cli import notebook
 from faqd_lib.cli.notebook import check_injected, injected_names, start
@@ -114,3 +118,44 @@ def test_misspelling_stops_before_the_suite_is_opened(shell, tmp_path):
     with pytest.raises(ConfigurationError, match="profle"):
         start(**arguments(tmp_path))
     assert not (tmp_path / "r").exists()
+
+
+FIRST_CELLS = """
+import sys
+import torch
+torch.set_num_threads(1)
+from faqd_lib.cli import notebook
+from faqd_lib.data.batches import Batches
+from faqd_lib.reporting import charts, grids, pictures, tables
+from faqd_lib.training.learner import TeacherOutput
+
+def imported(*names):
+    return [name for name in names if name in sys.modules]
+
+suite = notebook.start(profile="smoke", dataset="squares", data_root=sys.argv[1], results_dir=sys.argv[1], seeds=0)
+slow = ("matplotlib", "seaborn", "ipywidgets", "sklearn", "scipy", "onnx", "onnxruntime", "nbconvert", "ray")
+compilers = ("torch._dynamo", "torch._inductor", "sympy")
+assert not imported(*slow, *compilers), imported(*slow, *compilers)
+batches = Batches(suite.splits.training.unlabelled(), 16, 0, suite.normalizer)
+batch = next(batches.epoch(0))
+with torch.no_grad():
+    seen = TeacherOutput(suite.build(suite.teacher()).eval()(batch.images))
+learner = suite.learner(suite.student("KD", weight_bits=1), batches)
+learner.advance(0, batch, seen)
+network = suite.build(suite.student("KD", weight_bits=1, activation_bits=4)).train()
+network(batch.images).square().mean().backward()
+assert not imported(*slow, *compilers), imported(*slow, *compilers)
+pictures.image_grid([batch.images], [""])
+assert imported("matplotlib.pyplot", "seaborn")
+"""
+
+
+def test_a_notebook_imports_what_it_draws_and_compiles_with_when_it_does(tmp_path):
+    for split, count in (("train", 64), ("test", 100)):
+        for index in range(count):
+            folder = tmp_path / "squares" / split / f"class{index % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((32, 32, 3), 100 * (index % 2) + index, np.uint8)).save(folder / f"{index}.png")
+    command = [sys.executable, "-c", FIRST_CELLS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -173,6 +173,6 @@ def test_every_public_chart_is_drawn_here():
         for module in (charts, pictures, study_charts)
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == module.__name__ and not name.startswith("_")
-        if inspect.signature(function).return_annotation is Figure
+        if inspect.signature(function).return_annotation == "Figure"
     }
     assert public == {draw.__name__ for draw in MARKS}

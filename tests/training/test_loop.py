@@ -333,12 +333,12 @@ def test_activation_steps_have_no_weight_decay(tiny_suite):
     suite = tiny_suite()
     batches = Batches(suite.splits[0].unlabelled(), 16, 0, suite.normalizer)
     learner = suite.learner(suite.student("FAQD", weight_bits=1, activation_bits=4), batches)
-    weights, steps = learner.optimizer.param_groups
-    assert weights["weight_decay"] == learner.config.optimization.weight_decay > 0
-    assert steps["weight_decay"] == 0
+    weights, steps = learner.optimizer.groups
+    assert weights.weight_decay == learner.config.optimization.weight_decay > 0
+    assert steps.weight_decay == 0
     own = [parameter for name, parameter in learner.model.named_parameters() if name.endswith("step")]
     assert own
-    assert list(map(id, steps["params"])) == list(map(id, own))
+    assert list(map(id, steps.parameters)) == list(map(id, own))
 
 
 def test_adapters_are_trained(tiny_suite):

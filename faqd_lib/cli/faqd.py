@@ -113,8 +113,8 @@ def _preprocessing(arguments: argparse.Namespace) -> Preprocessing | None:
     )  # fmt: skip
 
 
-def compress(arguments: argparse.Namespace) -> None:
-    """Build the teacher and compress it."""
+def compress(arguments: argparse.Namespace) -> int:
+    """Build the teacher and compress it; 1 if one of the students failed, else 0."""
     from ..compression import teachers
     from ..compression.compress import compress as run
 
@@ -125,6 +125,12 @@ def compress(arguments: argparse.Namespace) -> None:
         if spec.partition(":")[0] not in ("timm", "torchvision"):
             raise ValueError(NO_PREPROCESSING)
         preprocessing = preprocessing_of(teacher, spec)
+        if arguments.weights:
+            print(
+                f"pictures are prepared as for the usual weights of {spec}: {preprocessing}. Give --image-size, --mean "
+                "and --std if yours were trained otherwise",
+                flush=True,
+            )
     classes = arguments.classes.read_text(encoding="utf-8").splitlines() if arguments.classes else ()
     cache = arguments.cache or os.environ.get("FAQD_CACHE")
     result = run(
@@ -141,7 +147,7 @@ def compress(arguments: argparse.Namespace) -> None:
         affinity_weight=arguments.affinity_weight,
         batch_size=arguments.batch_size,
         flip=not arguments.no_flip,
-        held_out=int(arguments.held_out) if arguments.held_out >= 1 else arguments.held_out,
+        held_out=arguments.held_out,
         max_unreadable=arguments.max_unreadable,
         cache=cache or None,
         classes=[line.strip() for line in classes if line.strip()],
@@ -153,6 +159,7 @@ def compress(arguments: argparse.Namespace) -> None:
         files = f"{one.packed.name} {one.packed.size:,} bytes"
         files += f", {one.onnx.name} {one.onnx.size:,} bytes" if one.onnx.name else "; no ONNX file, the card says why"
         print(f"{one.bits}: {files} (float {result.card.float_bytes:,}); agreement {one.agreement}")
+    return 1 if result.failed else 0
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -278,14 +285,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "" not in sys.path:
         sys.path.insert(0, "")  # modules of the user's own, which a console script does not see
     try:
-        {"compress": compress, "inspect": inspect, "classify": classify}[arguments.command](arguments)
+        return {"compress": compress, "inspect": inspect, "classify": classify}[arguments.command](arguments) or 0
+    except torch.OutOfMemoryError as error:
+        print(f"faqd {arguments.command}: {first_line(error)}: give a smaller --batch-size or fewer --bits, and a new "
+              "--out", file=sys.stderr)  # fmt: skip
+        return 1
     except ERRORS as error:
         print(f"faqd {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; call again to go on", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -118,6 +118,7 @@ class Card:
     batch_size: int
     plan: Plan
     students: list[StudentCard]
+    failed: dict[str, str]  # by bits: why there is no such student
     latency: dict[str, Latency]
     machine: dict[str, Any]
     written: str
@@ -128,6 +129,7 @@ def examine(
     task: Task,
     plan: Plan,
     learners: Sequence[Learner],
+    failed: dict[str, str],
     folder: Path,
     about: dict[str, Any],
     say: Callable[[str], None],
@@ -141,20 +143,21 @@ def examine(
     names = list(task.classes) or [f"class {number}" for number in range(taught.shape[1])]
     shape = (3, task.preprocessing.image_size, task.preprocessing.image_size)
     one = task.normalizer(pictures[:1].to(task.device)).contiguous()
-    calls: dict[str, Callable[[], object]] = {"float, torch": lambda: task.teacher(one)}
+    array, where = one.cpu().numpy(), f"torch on {task.device.type}"
+    calls: dict[str, Callable[[], object]] = {f"float, {where}": lambda: task.teacher(one)}
     with tempfile.TemporaryDirectory() as temporary:
         float_onnx = _exported(task.teacher, Path(temporary) / "teacher.onnx", shape, {})
         if not float_onnx.reason:
             session = _session(Path(temporary) / float_onnx.name)
-            calls["float, ONNX Runtime"] = lambda: session.run(None, {"images": one.cpu().numpy()})
+            calls["float, ONNX Runtime on cpu"] = lambda: session.run(None, {"images": array})
     students = []
     for learner in learners:
         say(f"measuring {learner.config.bits} on {len(pictures):,} held-out pictures")
         made, model, call = _student(task, plan, learner, folder, about, pictures, taught, names, shape)
         students.append(made)
-        calls[f"{made.bits}, torch"] = lambda model=model: model(one)
+        calls[f"{made.bits}, {where}"] = lambda model=model: model(one)
         if call is not None:
-            calls[f"{made.bits}, ONNX Runtime"] = lambda call=call: call(one.cpu().numpy())
+            calls[f"{made.bits}, ONNX Runtime on cpu"] = lambda call=call: call(array)
         say(f"{made.bits} agrees with the teacher on {made.agreement}; after rounding alone on {made.before}")
     state = [value for value in task.teacher.state_dict().values() if isinstance(value, torch.Tensor)]
     return Card(
@@ -172,6 +175,7 @@ def examine(
         batch_size=task.batch_size,
         plan=plan,
         students=students,
+        failed=failed,
         latency=latencies(calls, ROUNDS, task.device),
         machine=environment(task.device),
         written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -214,9 +218,10 @@ def _student(
         def run(images: np.ndarray) -> np.ndarray:
             return session.run(None, {"images": images})[0]
 
-        some = slice(0, THROUGH_ONNX)
-        images = task.normalizer(pictures[some].to(task.device)).contiguous().cpu().numpy()
-        through = agreement(torch.from_numpy(run(images)), logits[some])
+        step = -(-len(pictures) // THROUGH_ONNX)
+        images = (task.normalizer(some.to(task.device)) for some in thinned(pictures, THROUGH_ONNX).chunks(8))
+        named = np.concatenate([run(some.contiguous().cpu().numpy()) for some in images])
+        through = agreement(torch.from_numpy(named), logits[::step])
     before = agreement(logits_of(task.prepared[bits].eval(), pictures, task.normalizer), taught)
     by_class = agreement_by_class(logits, taught)
     bins, error = calibration(logits, taught)

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from ..config import Precision, QuantizationConfig
-from ..data.images import DatasetError
+from ..data.images import DatasetError, Images
 from ..data.pictures import PictureBatches, Pictures, open_pictures, split_pictures
 from ..data.preprocessing import Preprocessing
 from ..runs.checkpoints import due_every, remove_unfinished_writes
@@ -46,7 +46,7 @@ MARKER, PLAN = "faqd-compression.json", "plan.json"
 FORMAT = "faqd-compression-1"
 FEWEST_FOR_SEARCH = 20  # training pictures
 CHECKPOINT_SECONDS = 120.0
-TIMED_STEPS = (2, 3)  # steps that warm up, steps that are timed
+TIMED_STEPS = (2, 3)  # steps that warm up, steps that are timed; more where batches are prepared ahead
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Compressed:
     folder: Path
     students: dict[str, nn.Module]  # by bits, such as "1W4A"; quantized, in evaluation mode, on the CPU
     card: card.Card
+    failed: dict[str, str]  # by bits: why there is no such student
 
 
 def compress(
@@ -139,23 +140,26 @@ def compress(
         pictures = _pictures(images, preprocessing, cache or folder / "cache", held_out, seed, max_unreadable, say)
         task = Task.prepare(
             teacher, student, pictures, preprocessing, taps, student_taps, widths,
-            batch_size=batch_size, flip=flip, seed=seed, precision=precision, device=place, classes=classes, say=say,
+            batch_size=batch_size, flip=flip, seed=seed, precision=precision, device=place, classes=classes,
+            affinity=affinity_weight != 0, say=say,
         )  # fmt: skip
         given = {
             "epochs": epochs, "hours": hours, "learning_rate": learning_rate, "affinity_weight": affinity_weight,
-            "held_out": held_out,
         }  # fmt: skip
         _mark(folder, task.settings | given)
         plan = _planned(folder, task, epochs, hours, learning_rate, affinity_weight, say)
         result = _trained(folder, task, plan, say)
-        for run, error in result.failed.items():
-            say(f"{run}: {error}")
+        trained = {learner.config.bits for learner in result.trained}
+        reasons = {run.partition("-")[0].upper(): str(error) for run, error in result.failed.items()}
+        failed = plan.failed | {bits: reasons[bits] for bits in plan.chosen if bits not in trained}
         if not result.trained:
-            raise CompressionError(f"no student stayed finite: {next(iter(result.failed.values()))}")
-        made = card.examine(task, plan, result.trained, folder, dict(about or {}), say)
+            raise CompressionError(f"no student stayed finite: {next(iter(failed.values()))}")
+        made = card.examine(task, plan, result.trained, failed, folder, dict(about or {}), say)
         card.write(made, folder)
+        for width, reason in failed.items():
+            say(f"there is no student of {width}: {reason}")
         say(f"written: {folder / 'card.md'}, {folder / 'index.html'}")
-        return Compressed(folder, {one.config.bits: one.model.cpu() for one in result.trained}, made)
+        return Compressed(folder, {one.config.bits: one.model.cpu() for one in result.trained}, made, failed)
 
 
 def _claim(folder: Path) -> Path:
@@ -198,7 +202,7 @@ def _widths(bits: Sequence[str], options: Mapping[str, Any]) -> dict[str, Quanti
         made = QuantizationConfig.parse(values, f"bits {text}")
         if (made.weight_bits, made.activation_bits) == (32, 32):
             raise CompressionError("32W32A quantizes nothing: give fewer bits to weights or activations")
-        found[f"{weights}W{activations}A"] = made
+        found[f"{made.weight_bits}W{made.activation_bits}A"] = made
     return found
 
 
@@ -318,28 +322,46 @@ def _planned(
         f"it: {f'about {clock(searched * plan.seconds)}' if rounds else 'none'}"
     )
     if not plan.chosen:
-        trials = _searched(task, rounds, trial_updates, say)
-        chosen = {bits: _choice(trials, bits, learning_rate, affinity_weight) for bits in task.widths}
-        plan = plan.model_copy(update={"trials": trials, "chosen": chosen})
+        for trials in _searched(task, rounds, trial_updates, plan.trials, say):
+            plan = plan.model_copy(update={"trials": trials})
+            atomic_write_text(folder / PLAN, plan.model_dump_json(indent=1))
+        choices = {bits: _choice(plan.trials, bits, learning_rate, affinity_weight) for bits in task.widths}
+        failed = {bits: _no_rate(plan.trials, bits) for bits, choice in choices.items() if choice is None}
+        if len(failed) == len(choices):
+            raise CompressionError("; ".join(f"{bits}: {reason}" for bits, reason in failed.items()))
+        chosen = {bits: choice for bits, choice in choices.items() if choice is not None}
+        plan = plan.model_copy(update={"chosen": chosen, "failed": failed})
         atomic_write_text(folder / PLAN, plan.model_dump_json(indent=1))
     for bits, choice in plan.chosen.items():
         say(f"{bits}: learning rate {choice.learning_rate:g}, affinity weight {choice.affinity_weight:g}")
     return plan
 
 
-def _choice(trials: list[Trial], bits: str, learning_rate: float | None, affinity_weight: float | None) -> Chosen:
+def _choice(
+    trials: list[Trial], bits: str, learning_rate: float | None, affinity_weight: float | None
+) -> Chosen | None:
+    """What the search found, or what was given; None where no candidate stayed finite."""
     if not trials:
         return Chosen(learning_rate=learning_rate, affinity_weight=affinity_weight)
     found = planning.best(trials, bits)
-    return Chosen(learning_rate=found.learning_rate, affinity_weight=found.affinity_weight)
+    return found and Chosen(learning_rate=found.learning_rate, affinity_weight=found.affinity_weight)
+
+
+def _no_rate(trials: list[Trial], bits: str) -> str:
+    rates = sorted({trial.learning_rate for trial in trials if trial.bits == bits})
+    return (
+        f"no learning rate of {', '.join(f'{rate:g}' for rate in rates)} kept the loss finite: give a lower one, and a "
+        "new output folder"
+    )
 
 
 @exact_kernels()
 def _seconds_of_an_update(task: Task, batches: PictureBatches) -> float:
-    """Median seconds of one update of all students, with the making of its batch and the teacher's pass."""
-    warm_up, timed = TIMED_STEPS
+    """Mean seconds of one update of all students, with the making of its batch and the teacher's pass."""
+    warm_up, timed = (max(count, 2 * batches.threads) for count in TIMED_STEPS)
+    weight = planning.AFFINITY_WEIGHT if task.taps else 0.0
     learners = [
-        task.learner(Candidate(bits, planning.LEARNING_RATES[0], planning.AFFINITY_WEIGHT), warm_up + timed, batches)
+        task.learner(Candidate(bits, planning.LEARNING_RATES[0], weight), warm_up + timed, batches)
         for bits in task.widths
     ]
     seconds = []
@@ -361,47 +383,71 @@ def _seconds_of_an_update(task: Task, batches: PictureBatches) -> float:
             for learner in cohort.active:
                 learner.end_epoch(epoch, {})
             epoch += 1
-    return sorted(seconds[warm_up:])[timed // 2]
+    return sum(seconds[warm_up:]) / timed
 
 
-def _searched(task: Task, rounds: list[list[Candidate]], updates: int, say: Callable[[str], None]) -> list[Trial]:
-    """Train every candidate for a few updates, and see how often it names the teacher's class.
+def _searched(
+    task: Task, rounds: list[list[Candidate]], updates: int, before: list[Trial], say: Callable[[str], None]
+) -> Iterator[list[Trial]]:
+    """Train candidates for a few updates, and see how often each names the teacher's class.
 
-    The pictures that decide are training pictures: those held out stay unseen.
+    As many candidates train side by side as students later: the search needs no more memory than the training. The
+    pictures that decide are training pictures: those held out stay unseen.
+
+    Args:
+        before: trials of an earlier call.
+
+    Yields:
+        All trials so far, after each cohort.
     """
     if not rounds:
-        return []
+        return
     train_set = task.pictures.train
     chosen = torch.zeros(len(train_set), dtype=torch.bool)
     chosen[:: max(5, -(-len(train_set) // WATCHED))] = True
     parts = [replace(train_set, indices=train_set.indices[mask]) for mask in (chosen, ~chosen)]
     judged, batches = task.watched(parts[0]), task.batches(parts[1])
-    trials: list[Trial] = []
+    trials = list(before)
     for wanted in rounds:
-        cohort = {}
-        for one in wanted:
-            rate = one.learning_rate or planning.best(trials, one.bits).learning_rate
-            candidate = one._replace(learning_rate=rate)
-            cohort[candidate] = task.learner(candidate, updates, batches)
-        with Progress(updates, "search", len(cohort)) as progress:
-            result = train(
-                list(cohort.values()), batches, task.teacher, task.taps, {"test": judged}, cuda_graphs=False,
-                evaluate_every=10**9, on_batch=_steps_shown(progress, len(batches), f"{len(cohort)} candidates"),
-            )  # fmt: skip
-        for candidate, learner in cohort.items():
-            row = learner.history[-1] if learner in result.trained else {}
-            trials.append(
-                Trial(
-                    **candidate._asdict(),
-                    updates=updates,
-                    pictures=len(judged),
-                    agreement=row.get("test_accuracy"),
-                    cross_entropy=row.get("test_cross_entropy"),
-                )
-            )
+        best = {bits: planning.best(trials, bits) for bits in task.widths}
+        resolved = [
+            one._replace(learning_rate=one.learning_rate or best[one.bits].learning_rate)
+            for one in wanted
+            if one.learning_rate or best[one.bits] is not None
+        ]
+        done = {(trial.bits, trial.learning_rate, trial.affinity_weight) for trial in trials}
+        missing = [candidate for candidate in resolved if candidate not in done]
+        for start in range(0, len(missing), len(task.widths)):
+            group = missing[start : start + len(task.widths)]
+            trials += _tried(task, group, updates, judged, batches)
+            yield trials
     say(f"search on {len(judged)} training pictures, after {updates} updates each:")
     for line in trial_lines(trials):
         say(line)
+
+
+def _tried(
+    task: Task, candidates: Sequence[Candidate], updates: int, judged: Images, batches: PictureBatches
+) -> list[Trial]:
+    """Train these candidates side by side."""
+    cohort = {candidate: task.learner(candidate, updates, batches) for candidate in candidates}
+    with Progress(updates, "search", len(cohort)) as progress:
+        result = train(
+            list(cohort.values()), batches, task.teacher, task.taps, {"test": judged}, cuda_graphs=False,
+            evaluate_every=10**9, on_batch=_steps_shown(progress, len(batches), f"{len(cohort)} candidates"),
+        )  # fmt: skip
+    trials = []
+    for candidate, learner in cohort.items():
+        row = learner.history[-1] if learner in result.trained else {}
+        trials.append(
+            Trial(
+                **candidate._asdict(),
+                updates=updates,
+                pictures=len(judged),
+                agreement=row.get("test_accuracy"),
+                cross_entropy=row.get("test_cross_entropy"),
+            )
+        )
     return trials
 
 

@@ -55,6 +55,7 @@ class Plan(StrictModel):
     seconds: float  # of one update of all students; 0 if none was timed
     trials: list[Trial] = []
     chosen: dict[str, Chosen] = {}  # by bits; empty until the search is done
+    failed: dict[str, str] = {}  # by bits: why the search found no learning rate
 
     @property
     def epochs(self) -> int:
@@ -119,18 +120,15 @@ def candidates(
     return rounds
 
 
-def best(trials: Sequence[Trial], bits: str) -> Trial:
+def best(trials: Sequence[Trial], bits: str) -> Trial | None:
     """The trial of some bits with the highest agreement; of equal ones, that of the lowest cross-entropy.
 
-    Another affinity weight than that of the first trial must agree on one standard error more.
-
-    Raises ArithmeticError if every loss stopped being finite.
+    Another affinity weight than that of the first trial must agree on one standard error more. None if every loss
+    stopped being finite.
     """
     finite = [trial for trial in trials if trial.bits == bits and trial.agreement is not None]
     if not finite:
-        raise ArithmeticError(
-            f"{bits}: no learning rate of {', '.join(map(str, LEARNING_RATES))} kept the loss finite: give a lower"
-        )
+        return None
     usual = [trial for trial in finite if trial.affinity_weight == finite[0].affinity_weight]
     found, other = (max(some, key=lambda trial: (trial.agreement, -trial.cross_entropy)) for some in (usual, finite))
     error = math.sqrt(found.agreement * (100 - found.agreement) / found.pictures)

@@ -72,15 +72,17 @@ class Task:
         precision: Precision | None,
         device: torch.device,
         classes: Sequence[str],
+        affinity: bool,
         say: Callable[[str], None],
     ) -> "Task":
-        """Check teacher and taps, and quantize the students; see :func:`compress`."""
+        """Check teacher and taps, and quantize the students; see :func:`compress`. No maps without ``affinity``."""
         say("the student is " + ("a copy of the teacher" if student is None else f"a {type(student).__name__}"))
         initial = copy.deepcopy(teacher if student is None else student).requires_grad_(True)
         teacher = copy.deepcopy(teacher).requires_grad_(False).to(device, memory_format=torch.channels_last)
         initial = initial.to(device, memory_format=torch.channels_last)
         normalizer = preprocessing.normalizer(device)
-        wanted = batch_size or (128 if preprocessing.image_size < PHOTOGRAPH else 32)
+        usual = 128 if preprocessing.image_size < PHOTOGRAPH else 32
+        wanted = usual if batch_size is None else batch_size
         size = min(wanted, len(pictures.train))
         if size < wanted:
             say(f"there are fewer training pictures than a batch of {wanted}: a batch has {size}")
@@ -91,6 +93,8 @@ class Task:
         count = teacher(example[:2]).shape[1]
         if classes and len(classes) != count:
             raise CompressionError(f"there are {len(classes)} names of classes, and the teacher has {count} logits")
+        if not affinity:
+            taps = student_taps = ()
         taps = tuple(taps) if taps is not None else _taps(teacher, example)
         if student_taps is None:
             student_taps = taps if student is None else _taps(initial.eval(), example)
@@ -99,8 +103,11 @@ class Task:
                 f"{len(taps)} maps of the teacher ({', '.join(taps)}) cannot be compared with "
                 f"{len(student_taps)} of the student ({', '.join(student_taps)}): give taps and student_taps"
             )
-        say(f"maps compared: {', '.join(taps)}" + (f" with {', '.join(student_taps)}" if student_taps != taps else ""))
-        for model, names in ((teacher, taps), (initial.eval(), student_taps)):
+        say(
+            f"maps compared: {', '.join(taps) or 'none'}"
+            + (f" with {', '.join(student_taps)}" if student_taps != taps else "")
+        )
+        for model, names in ((teacher, taps), (initial.eval(), student_taps)) if affinity else ():
             _check_taps(model, names, example[:2])
         prepared = {}
         for bits, width in widths.items():

@@ -96,6 +96,8 @@ def _function(module: str, name: str) -> Callable[..., object]:
     try:
         imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise TeacherError(f"{module} needs the module {error.name!r}, which is not there: install it") from error
         raise TeacherError(
             f"there is no module {error.name!r} to take the teacher from: a teacher is {SPECS}; a module of your own "
             "must be installed, or lie in the working directory"
@@ -110,7 +112,7 @@ def _function(module: str, name: str) -> Callable[..., object]:
 def _called(spec: str, function: Callable[..., object], arguments: Mapping[str, Any]) -> nn.Module:
     try:
         model = function(**arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise TeacherError(f"{spec} cannot be built ({first_line(error)}): check its arguments") from error
     if not isinstance(model, nn.Module):
         raise TeacherError(f"{spec} must return a torch.nn.Module, got {kind_of(model)}")
@@ -173,7 +175,7 @@ def check_teacher(model: nn.Module, images: torch.Tensor) -> list[str]:
             raise TeacherError(f"the teacher's {name} holds NaN or an infinity: load intact weights")
     try:
         logits = model(images)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
         raise TeacherError(
             f"the teacher takes no images {tuple(images.shape)} ({first_line(error)}): check the preprocessing"
         ) from error

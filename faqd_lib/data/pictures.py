@@ -472,9 +472,15 @@ def _split(
         )
     wanted = int(held_out) if held_out >= 1 else max(held_out > 0, round(held_out * count))
     ranked = np.argsort(_mixed(different, seed))
-    ranked = ranked[sizes[ranked] <= max(wanted, sizes.min())]  # a picture that occurs more often is trained on
-    room = max(wanted, sizes[ranked[0]]) if wanted else 0
-    held = np.isin(group, ranked[np.cumsum(sizes[ranked]) <= room])
+    ranked = ranked[np.argsort(sizes[ranked] > 1, kind="stable")]  # pictures that occur once come first
+    taken, room = [], max(wanted, sizes[ranked[0]]) if wanted else 0
+    for place in ranked:
+        if not room:
+            break
+        if sizes[place] <= room:
+            taken.append(place)
+            room -= sizes[place]
+    held = np.isin(group, taken)
     return readable[~held], readable[held]
 
 

@@ -2,8 +2,8 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -159,11 +159,12 @@ class Learner:
             self.optimizer.rate = rate
         if self._recorded_step.replays_next:
             self.objective.predraw(self._map_sizes, self.device)
-        if self.steps == 0:
-            terms: dict[str, torch.Tensor] = {}
-            self.peak_bytes = peak_bytes(lambda: terms.update(self._recorded_step(batch, teacher)), self.device)
-        else:
-            terms = self._recorded_step(batch, teacher)
+        terms: dict[str, torch.Tensor] = {}
+        with self._own_randomness():
+            if self.steps == 0:
+                self.peak_bytes = peak_bytes(lambda: terms.update(self._recorded_step(batch, teacher)), self.device)
+            else:
+                terms = self._recorded_step(batch, teacher)
         self._map_sizes = self._map_sizes or [pixel_count(features) for features in self.tap.features]
         self.tap.clear()  # maps would keep the memory that the next step needs
         self.log.append(terms)
@@ -171,6 +172,19 @@ class Learner:
         self.steps += 1
         if self.log.steps - self.log.checked >= CHECK_EVERY.get(self.device.type, CHECK_EVERY_ELSEWHERE):
             self.log.check(self.config.run_id, epoch)
+
+    @contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """Draw what dropout draws from a stream of this run and step, alone or beside others, resumed or not.
+
+        A recorded step draws nothing: the networks of the suite have no dropout.
+        """
+        if self._recorded_step.recorder is not None:
+            yield
+            return
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(stream(self.config.seed, "dropout", self.steps).initial_seed())
+            yield
 
     @property
     def is_preparing(self) -> bool:

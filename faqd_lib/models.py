@@ -268,7 +268,7 @@ class _Output:
     name: str
     pixels: int  # of a map, or tokens
     tokens: bool
-    channels_last: bool | None  # None: height, width and channels are the same number
+    channels_last: bool | None  # None: both layouts fit
     storage: int  # the same for modules that return the same tensor
     intact: bool = True  # False: overwritten later in place
 
@@ -279,20 +279,20 @@ def stage_taps(model: nn.Module, example_images: Tensor) -> list[str]:
 
     One forward pass in evaluation mode finds them, in the order of execution. Maps are outputs of modules, of at least
     2 pixels. The end of a block or stage is preferred to modules inside the block that lowers the resolution. A map
-    that a later in-place module overwrites is left out. Maps that come after the fall at a higher resolution are left
-    out, such as those of a U-Net's decoder.
+    that a later in-place module overwrites is left out. After a fall, maps of higher resolution are left out, such as
+    those of a U-Net's decoder.
 
-    A network whose maps keep one resolution is a transformer if it returns tokens (batch, N, channels): its taps are
-    the outputs of the blocks at one third, two thirds and the end. Class tokens stay in.
+    If fewer than two resolutions are found and modules return tokens (batch, N, channels), the network is taken for a
+    transformer. Its taps are then the outputs of the blocks at one third, two thirds and the end. Class tokens stay in.
 
     Examples, of torchvision: ``["relu", "layer1", "layer2", "layer3", "layer4"]`` of ResNet-18; ``["features.1@bhwc",
     "features.3@bhwc", …]`` of a Swin transformer, whose maps are (batch, height, width, channels).
 
     Args:
         model: any network; modes, buffers and hooks are left as they were.
-        example_images: (batch, channels, height, width), the network's input. At least 2 images are best: outputs whose
-            first dimension is not the batch, such as windows, are left out. The layout of a map is recognised by the
-            images' proportions.
+        example_images: (batch, channels, height, width), the network's input. Give at least 2 images: outputs whose
+            first dimension is not the batch, such as windows, are then recognised and left out. The proportions of the
+            images tell the layout of a map.
 
     Raises:
         ValueError: ``example_images`` has other dimensions, or no module returns a map or tokens.

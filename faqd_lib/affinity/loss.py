@@ -79,8 +79,8 @@ def feature_affinity_loss(
         student: (batch, C_s, H, W), or tokens (batch, N, C_s); floating point; receives the gradient.
         teacher: (batch, C_t, H_t, W_t), or tokens (batch, N_t, C_t); detached. C_t may differ from C_s. A map of
             another height or width is resized to the student's (bilinear, antialiased), as in the paper. Tokens are not
-            resized: N_t must be N. Tokens beside a map must be H·W, and are then the map's pixels row by row. A class
-            token is one more: give ``tokens[:, 1:]``.
+            resized: N_t must be N. To compare tokens with a map, N must be H·W, and the tokens must be the map's pixels
+            row by row. A class token is one too many: give ``tokens[:, 1:]``.
         method: ``"gram"``: exact, from (C_s+C_t)² products, linear in N. ``"pairwise"``: exact, from the N×N matrix in
             blocks of rows. ``"auto"``: the cheaper of these two, see :func:`cheaper_exact`. ``"projection"``: the
             paper's fast estimate (FFA).

@@ -5,7 +5,7 @@ The teacher's map is detached, and resized to the student's height and width if 
 float32, or in float64 for maps in float64. It is 0 if the maps agree. With F the student's map and G the teacher's:
 
     ``sp``       ‖A_F − A_G‖²_F / b², A the b×b products of whole images, with rows of length 1
-    ``at``       mean over images and pixels of (a_F − a_G)², a the mean of squares over channels, of length 1 an image
+    ``at``       mean over images and pixels of (a_F − a_G)², a the mean of squares over channels, scaled to length 1
     ``hint``     mean of (F − G)²
     ``cka``      1 − ‖GᵀF‖²_F / (‖FᵀF‖_F ‖GᵀG‖_F) of centred images
     ``channel``  T²/(b·C) Σ over images and channels of KL(softmax(G/T) ‖ softmax(F/T)), the softmax over pixels
@@ -50,7 +50,10 @@ class SimilarityPreservingLoss(MapLoss):
 
 
 class AttentionTransferLoss(MapLoss):
-    """Where the activations are large (AT; Zagoruyko and Komodakis, ICLR 2017; the mean of squares of their code)."""
+    """Where the activations are large (AT; Zagoruyko and Komodakis, ICLR 2017).
+
+    Squares are averaged over channels, as in the authors' code.
+    """
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         attention = (F.normalize(features.square().mean(1).flatten(1)) for features in (student, teacher))
@@ -58,7 +61,7 @@ class AttentionTransferLoss(MapLoss):
 
 
 class HintLoss(MapLoss):
-    """The maps themselves (FitNets; Romero et al., ICLR 2015). Their regressor is the objective's adapter."""
+    """The maps themselves (FitNets; Romero et al., ICLR 2015). FitNets' regressor is the objective's adapter."""
 
     same_channels = True
 

@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     classify = commands.add_parser("classify", help="run a packed or ONNX file on pictures")
     classify.add_argument("file", type=Path)
     classify.add_argument("pictures", type=Path, nargs="+")
-    classify.add_argument("--top", type=int, default=1, metavar="N", help="classes to print of each picture (1)")
+    classify.add_argument("--top", type=int, default=1, metavar="N", help="number of classes to print a picture (1)")
     classify.add_argument(
         "--network", nargs="+", metavar="SPEC", help="for a packed file: its float network, and name=value arguments"
     )
@@ -61,14 +61,14 @@ def _add_compress(command: argparse.ArgumentParser) -> None:
     add("--images", type=Path, required=True, metavar="DIR", help="pictures, in any folders below DIR; no labels")
     add("--bits", nargs="+", default=["1W32A"], metavar="BITS", help="such as 1W32A 4W4A, trained together (1W32A)")
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder, or that of an earlier call to go on with")
-    add("--epochs", type=float, metavar="N", help="passes over the pictures (5)")
+    add("--epochs", type=float, metavar="N", help="passes over the training pictures (5)")
     add("--hours", type=float, metavar="H", help="hours to train; with --epochs, the shorter of both")
     add("--taps", nargs="+", metavar="MODULE", help="modules whose maps are compared (chosen by resolution)")
-    add("--learning-rate", type=float, metavar="X", help="left out: a short search")
-    add("--affinity-weight", type=float, metavar="X", help="left out: a short search; 0 for logits alone")
+    add("--learning-rate", type=float, metavar="X", help="chosen by a short search if left out")
+    add("--affinity-weight", type=float, metavar="X", help="chosen by a short search if left out; 0: logits alone")
     add("--batch-size", type=int, metavar="N", help="128 pictures of less than 64 pixels, 32 of larger ones")
-    add("--per-tensor", action="store_true", help="one scale a weight tensor, not one an output channel")
-    add("--no-flip", action="store_true", help="pictures may not be mirrored: text, digits, signs")
+    add("--per-tensor", action="store_true", help="one scale per weight tensor, not per output channel")
+    add("--no-flip", action="store_true", help="never mirror pictures: for text, digits, signs")
     add("--held-out", type=float, default=0.1, metavar="X", help="share or number of pictures to measure on (0.1)")
     add("--max-unreadable", type=float, default=0.05, metavar="X", help="share of damaged files to leave out (0.05)")
     add("--classes", type=Path, metavar="FILE", help="names of the classes, one a line")
@@ -78,12 +78,12 @@ def _add_compress(command: argparse.ArgumentParser) -> None:
 
 
 def _add_preprocessing(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("preprocessing", "left out: as timm or torchvision say, or as the file says")
+    group = command.add_argument_group("preprocessing", "if left out: what timm, torchvision or the file says")
     group.add_argument("--image-size", type=int, metavar="N", help="height and width of the network's input")
     group.add_argument("--resize-size", type=int, metavar="N", help="short side before the crop (the image size)")
     group.add_argument("--mean", type=float, nargs=3, metavar="X", help="of each channel, for pixels in [0, 1]")
     group.add_argument("--std", type=float, nargs=3, metavar="X")
-    group.add_argument("--interpolation", choices=INTERPOLATIONS, help="bilinear")
+    group.add_argument("--interpolation", choices=INTERPOLATIONS, help="how pixels are resized (bilinear)")
 
 
 def _spec(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
@@ -101,7 +101,7 @@ def _spec(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _preprocessing(arguments: argparse.Namespace) -> Preprocessing | None:
-    """What the options say, None if they say nothing; ValueError if they say a part."""
+    """The preprocessing that the options give; None without such options, ValueError if some are missing."""
     given = [arguments.image_size, arguments.mean, arguments.std]
     if all(value is None for value in (*given, arguments.resize_size, arguments.interpolation)):
         return None

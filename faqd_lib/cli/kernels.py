@@ -1,7 +1,7 @@
 """Kernels for a series of notebooks, forked from one process that has imported what every notebook imports.
 
-A fresh kernel spends 10 to 20 seconds of processor time on imports, more than many notebooks need. A forked kernel is
-as much on its own: its memory, random streams and threads are those of a process that has only imported modules.
+A fresh kernel spends more processor time on imports than many notebooks need. A forked kernel is as separate from
+others as a fresh one: its memory, random streams and threads are those of a process that has only imported modules.
 Forking after imports is safe on Linux alone. Elsewhere, and for kernels of another Python, kernels start as usual.
 """
 
@@ -18,8 +18,8 @@ from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 
 LAUNCHER = "ipykernel_launcher"
-# None of these asks for a GPU, or starts a thread but those of OpenBLAS, which it starts again after a fork. The second
-# line is what run_all.py imports: multiprocessing runs the main module again in each process.
+# None of these modules touches a GPU. The only threads that they start are those of OpenBLAS, which starts them again
+# after a fork. The second line is what run_all.py imports: multiprocessing runs the main module again in each process.
 PRELOADED = (
     "ipykernel.kernelapp", "matplotlib.pyplot", "seaborn", "scipy.stats",
     "papermill", "faqd_lib.cli.notebook", "faqd_lib.cli.study", "faqd_lib.reporting.pictures",
@@ -28,7 +28,7 @@ PRELOADED = (
 
 def run_kernel(arguments: Sequence[str], environment: Mapping[str, str], folder: str) -> None:
     """Be a kernel until it is shut down; called in the forked process."""
-    os.setsid()  # as jupyter_client starts kernels: an interrupt on the terminal is for the series alone
+    os.setsid()  # as jupyter_client does: Ctrl-C on the terminal then reaches the series alone
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -65,7 +65,7 @@ class ForkedKernel:
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
-        with suppress(ProcessLookupError):  # it has ended
+        with suppress(ProcessLookupError):  # the process has ended
             os.kill(self.pid, number)
 
     def terminate(self) -> None:

@@ -36,10 +36,10 @@ from .planning import Plan
 from .task import Task, thinned
 
 MEASURED = 20_000  # held-out pictures at most
-ROUNDS = 15  # of the latencies
-SHOWN, THUMBNAIL = 12, 96  # pictures that teacher and student name differently; pixels
-THROUGH_ONNX = 200  # pictures at most that the ONNX file is compared on
-COLLAPSE = 0.5  # share of the teacher's classes
+ROUNDS = 15  # calls that each latency is measured on
+SHOWN, THUMBNAIL = 12, 96  # differing pictures in the card; pixels of their longer side
+THROUGH_ONNX = 200  # pictures at most on which the ONNX file is compared with the student
+COLLAPSE = 0.5  # share of the teacher's classes below which a student has collapsed
 WITHOUT_GAIN = "agrees with the teacher on fewer pictures than after rounding alone"
 COLLAPSED = f"names fewer than {COLLAPSE:.0%} of the classes that the teacher names"
 
@@ -58,7 +58,7 @@ class Kept(NamedTuple):
 
     kind: str
     count: int
-    first: str  # name of the first
+    first: str  # name of the first layer
     reason: str
 
 
@@ -267,7 +267,7 @@ def _session(path: Path):
 
 
 def kept_float(rows: Sequence[LayerBits], width: QuantizationConfig) -> list[Kept]:
-    """What stayed float, and why, layers of one kind and reason together."""
+    """What stayed float, and why: one entry for all layers of one kind and reason."""
     found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.bits == FLOAT_BITS:
@@ -322,7 +322,7 @@ def failure_signs(learner: Learner, named: int, by_teacher: int) -> list[Sign]:
 def _differences(
     pictures: PictureSet, taught: torch.Tensor, logits: torch.Tensor, names: Sequence[str]
 ) -> list[Difference]:
-    """The pictures of different names of which the teacher is most confident, at most :data:`SHOWN`."""
+    """At most :data:`SHOWN` of the pictures named differently: those with the teacher's highest confidence."""
     confidence, named = taught.softmax(1).max(1)
     said = logits.argmax(1)
     places = (named != said).nonzero().flatten()

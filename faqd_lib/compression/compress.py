@@ -8,7 +8,8 @@
           card.md, index.html         what the files are worth
           card.json                   the same numbers
 
-A killed call goes on, with the same bits, when it is made again. A finished one writes its outputs anew.
+The same call, made again after a kill, goes on and writes the same files, bit for bit. Made again after the end, the
+call writes its outputs anew.
 """
 
 import json
@@ -54,7 +55,7 @@ class Compressed:
     """What :func:`compress` returns."""
 
     folder: Path
-    students: dict[str, nn.Module]  # by bits, such as "1W4A"; quantized, in evaluation mode, on the CPU
+    students: dict[str, nn.Module]  # by bit widths, such as "1W4A"; quantized, in evaluation mode, on the CPU
     card: card.Card
     failed: dict[str, str]  # by bits: why there is no such student
 
@@ -90,26 +91,27 @@ def compress(
 ) -> Compressed:
     """Train low-bit copies of a network on unlabelled pictures, and write small files with a model card.
 
-    Squared error of logits and the exact feature-affinity loss teach the students. Students of several bits train side
-    by side beside one pass of the teacher. Neither ``teacher`` nor ``student`` is changed.
+    Squared error of logits and the exact feature-affinity loss teach the students. Students of different bit widths
+    train side by side and share one pass of the teacher. Neither ``teacher`` nor ``student`` is changed.
 
     Args:
         teacher: any classifier of RGB pictures that returns logits (batch, classes).
         images: a folder of pictures; uint8 (count, 3, size, size); or pictures that are open already.
         out: folder for all outputs; new, empty, or of an earlier call with the same arguments.
         weight_bits, activation_bits: 1 to 8, or 32 for float.
-        bits: several pairs in place of the two, such as ``("1W32A", "4W4A")``.
+        bits: several pairs in place of the two arguments above, such as ``("1W32A", "4W4A")``.
         student: a network to train in place of a copy of the teacher.
         taps, student_taps: names of modules whose maps are compared; None for :func:`faqd_lib.models.stage_taps`.
         preprocessing: size, mean and deviation that the teacher expects. Needed for networks that do not name them.
         quantization: settings of :class:`faqd_lib.config.QuantizationConfig` beside the bits. Scales are per output
             channel unless it says otherwise.
-        epochs: passes over the training pictures, 5 if ``hours`` is None, too.
-        hours: time to train. With ``epochs``, the shorter of both counts.
-        learning_rate, affinity_weight: None for a short search on training pictures that are held back from it.
+        epochs: passes over the training pictures. None for 5, or for as many as ``hours`` allow.
+        hours: time to train. If ``epochs`` is given, too, the shorter of both counts.
+        learning_rate, affinity_weight: None to choose by a short search. It judges on training pictures that no
+            candidate was trained on.
         batch_size: None for 128 pictures of less than 64 pixels, and 32 of larger ones.
         flip: whether pictures may be mirrored. Text, digits and signs may not.
-        held_out: share or number of pictures that only the card is measured on.
+        held_out: share or number of pictures that are measured on and never trained on.
         max_unreadable: largest share of damaged files that are left out.
         cache: folder for decoded pictures; None for ``<out>/cache``.
         classes: names of the classes, for files and card.
@@ -120,8 +122,8 @@ def compress(
         say: shows a line of text.
 
     Raises:
-        CompressionError: the folder is another's, arguments contradict each other or an earlier call, or no student
-            stayed finite.
+        CompressionError: the folder holds other files, arguments contradict each other or an earlier call, or no
+            student stayed finite.
         TeacherError: the teacher returns no finite logits; see :func:`faqd_lib.compression.teachers.check_teacher`.
         DatasetError: there are too few pictures, or too many damaged ones.
         ValueError: a setting is out of range, or the network has nothing to quantize.
@@ -357,7 +359,7 @@ def _no_rate(trials: list[Trial], bits: str) -> str:
 
 @exact_kernels()
 def _seconds_of_an_update(task: Task, batches: PictureBatches) -> float:
-    """Mean seconds of one update of all students, with the making of its batch and the teacher's pass."""
+    """Mean seconds of one update of all students, including its batch and the teacher's pass."""
     warm_up, timed = (max(count, 2 * batches.threads) for count in TIMED_STEPS)
     weight = planning.AFFINITY_WEIGHT if task.taps else 0.0
     learners = [
@@ -391,8 +393,8 @@ def _searched(
 ) -> Iterator[list[Trial]]:
     """Train candidates for a few updates, and see how often each names the teacher's class.
 
-    As many candidates train side by side as students later: the search needs no more memory than the training. The
-    pictures that decide are training pictures: those held out stay unseen.
+    As many candidates train side by side as students later: the search needs no more memory than the training.
+    Training pictures decide. The held-out pictures stay unseen.
 
     Args:
         before: trials of an earlier call.
@@ -524,4 +526,4 @@ class _Told:
         self.say = say
 
     def skip(self, units: float) -> None:
-        """Nothing to take off: the caller counts updates."""
+        """Do nothing: the caller counts the updates of a resumed run."""

@@ -27,12 +27,12 @@ class Share(NamedTuple):
 
     @property
     def percent(self) -> float:
-        """The share in percent; NaN of nothing."""
+        """The share in percent; NaN if ``total`` is 0."""
         return 100 * self.count / self.total if self.total else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval, in percent; from 0 to 100 of nothing."""
+        """Wilson's 95 % interval, in percent; 0 to 100 if ``total`` is 0."""
         if not self.total:
             return 0.0, 100.0
         share, z2 = self.count / self.total, NORMAL_95**2
@@ -56,7 +56,7 @@ class Bin(NamedTuple):
 
 
 class Latency(NamedTuple):
-    """Milliseconds of one picture: rounds, median, and the quartiles."""
+    """Milliseconds for one picture: number of calls, median, and the quartiles."""
 
     rounds: int
     median: float

@@ -8,7 +8,7 @@ from ..config import ObjectiveConfig, OptimizationConfig, Precision, StrictModel
 
 LEARNING_RATE, LEARNING_RATES = 0.02, (0.001, 0.005, 0.02, 0.08)
 AFFINITY_WEIGHT, OTHER_AFFINITY_WEIGHTS = 30.0, (3.0, 300.0)
-SEARCH_SHARE = 0.2  # updates of all candidates together, as a share of those of the training
+SEARCH_SHARE = 0.2  # updates of one student's candidates together, as a share of its training
 FEWEST_UPDATES, MOST_UPDATES = 8, 500  # of a candidate
 WARMUP_SHARE = 0.05  # of the updates
 EPOCHS = 5  # where neither epochs nor hours are given
@@ -25,7 +25,7 @@ class CompressionConfig(TrainingConfig):
     taps: tuple[str, ...]  # of the teacher
     student_taps: tuple[str, ...]
     flip: bool
-    recipe: Literal[1] = 1  # of this package; raise it when the same configuration would train to other numbers
+    recipe: Literal[1] = 1  # raise this number when the same configuration would train to other numbers
 
 
 class Trial(StrictModel):
@@ -35,8 +35,8 @@ class Trial(StrictModel):
     learning_rate: float
     affinity_weight: float
     updates: int
-    pictures: int  # that judge it
-    agreement: float | None  # percent, on pictures that it was not trained on; None: its loss was not finite
+    pictures: int  # number of pictures that judge it
+    agreement: float | None  # percent, on pictures not trained on; None: the loss was not finite
     cross_entropy: float | None  # of the classes that the teacher names
 
 
@@ -93,9 +93,9 @@ def objective(affinity_weight: float) -> ObjectiveConfig:
 
 
 def updates_within(epochs: float | None, hours: float | None, steps_per_epoch: int, seconds: float, trials: int) -> int:
-    """Updates of the training: of so many epochs, or of what fits into the hours with the search's share.
+    """Updates of the training: those of ``epochs``, or as many as fit into ``hours`` beside the search.
 
-    With both, the smaller number is taken. There is at least one update.
+    If both are given, the smaller number is taken. There is at least one update.
     """
     limits = []
     if epochs is not None or hours is None:
@@ -108,7 +108,10 @@ def updates_within(epochs: float | None, hours: float | None, steps_per_epoch: i
 def candidates(
     bits: Iterable[str], learning_rate: float | None, affinity_weight: float | None
 ) -> list[list[Candidate]]:
-    """Two rounds of the search at most, of which the second takes the best rate of the first (0 stands for it)."""
+    """At most two rounds of the search: learning rates, then affinity weights.
+
+    A learning rate of 0 in the second round stands for the best rate of the first.
+    """
     bits = list(bits)
     rounds = []
     if learning_rate is None:
@@ -121,10 +124,10 @@ def candidates(
 
 
 def best(trials: Sequence[Trial], bits: str) -> Trial | None:
-    """The trial of some bits with the highest agreement; of equal ones, that of the lowest cross-entropy.
+    """The trial of ``bits`` with the highest agreement; among equals, the one with the lowest cross-entropy.
 
-    Another affinity weight than that of the first trial must agree on one standard error more. None if every loss
-    stopped being finite.
+    A trial with another affinity weight than the first trial's must win by more than one standard error. None if every
+    loss stopped being finite.
     """
     finite = [trial for trial in trials if trial.bits == bits and trial.agreement is not None]
     if not finite:
@@ -136,5 +139,5 @@ def best(trials: Sequence[Trial], bits: str) -> Trial | None:
 
 
 def trial_updates(updates: int, candidates_each: float) -> int:
-    """Updates of a candidate, where a student of ``updates`` updates has ``candidates_each`` candidates."""
+    """Updates of one candidate; each student has ``candidates_each``, and trains for ``updates`` updates."""
     return min(MOST_UPDATES, max(FEWEST_UPDATES, int(SEARCH_SHARE * updates / max(1, candidates_each))))

@@ -25,8 +25,8 @@ from .measures import logits_of
 from .planning import Candidate, CompressionConfig
 from .teachers import check_teacher
 
-WATCHED = 1000  # held-out pictures at most that are looked at after an epoch, and training pictures for the search
-STATISTICS_BATCHES = 8  # that re-estimate batch normalisation
+WATCHED = 1000  # most held-out pictures that judge an epoch, and most training pictures that judge a candidate
+STATISTICS_BATCHES = 8  # batches that re-estimate batch normalisation
 
 
 class CompressionError(ValueError):
@@ -142,7 +142,7 @@ class Task:
         }
 
     def batches(self, pictures: PictureSet) -> PictureBatches:
-        """Training batches of some pictures, at most as large as the task's."""
+        """Training batches of ``pictures``, at most as large as the task's."""
         return PictureBatches(pictures, min(self.batch_size, len(pictures)), self.seed, self.normalizer, flip=self.flip)
 
     def learner(self, candidate: Candidate, updates: int, batches: PictureBatches) -> Learner:
@@ -171,7 +171,7 @@ class Task:
         return Learner(config, model, objective.to(self.device), self.student_taps, len(batches))
 
     def watched(self, pictures: PictureSet) -> Images:
-        """At most :data:`WATCHED` of some pictures, labelled by the teacher."""
+        """At most :data:`WATCHED` of ``pictures``, labelled by the teacher."""
         some = thinned(pictures, WATCHED)
         return Images(some[:], logits_of(self.teacher, some, self.normalizer).argmax(1))
 

@@ -17,13 +17,13 @@ SPECS = "timm:NAME, torchvision:NAME, torchvision:NAME:WEIGHTS or package.module
 
 
 class TeacherError(ValueError):
-    """A teacher cannot be built, or is none to learn from; the message says what is wrong and what to do."""
+    """A teacher cannot be built, or nothing can be learned from it; the message says what is wrong and what to do."""
 
 
 def load_teacher(
     spec: str, weights: str | Path | None = None, *, pretrained: bool = False, **arguments: Any
 ) -> nn.Module:
-    """Build a network and load its weights; in evaluation mode.
+    """Build a network in evaluation mode, with its weights.
 
     Args:
         spec: ``timm:NAME``, ``torchvision:NAME``, ``torchvision:NAME:WEIGHTS``, or ``package.module:function`` for a
@@ -122,7 +122,7 @@ def _called(spec: str, function: Callable[..., object], arguments: Mapping[str, 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a safetensors file with the ``state_dict`` of a float network, which must fit in every name and shape.
 
-    Counts of batches that a batch normalisation has seen may be missing.
+    Only ``num_batches_tracked`` of batch normalisations may be missing.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -133,7 +133,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         state = load_file(path)
     except SafetensorError as error:
-        raise TeacherError(f"{path} is damaged or no safetensors file : {error}") from error
+        raise TeacherError(f"{path} is damaged or no safetensors file: {error}") from error
     own = model.state_dict()
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in own]
@@ -163,8 +163,8 @@ def check_teacher(model: nn.Module, images: torch.Tensor) -> list[str]:
         Lines that say what was changed or is remarkable.
 
     Raises:
-        TeacherError: a weight or a logit is not finite, the network returns no tensor (batch, classes) with at least
-            two classes, takes no such images, or gives all images the same logits.
+        TeacherError: a weight or a logit is not finite, the network does not take the images, it returns no tensor
+            (batch, classes) with at least two classes, or it gives all images the same logits.
     """
     notes = []
     if any(module.training for module in model.modules()):

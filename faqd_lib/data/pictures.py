@@ -4,8 +4,8 @@
     batches = PictureBatches(pictures.train, 32, seed=0, normalizer=Preprocessing(224).normalizer("cpu"))
     for batch in batches.epoch(0): ...
 
-Memory does not grow with the folder, but for the names of its files: pixels stay on disk until a batch asks for them.
-A decoded folder is a folder of three files. It is complete, because it is renamed to its place at the end.
+Pixels stay on disk until a batch asks for them. Memory grows only by the names of the files. A decoded folder is a
+folder of three files. It gets its final name last, so a folder of that name is complete.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from .images import DatasetError, Images, check_pixels
 from .preprocessing import Preprocessing
 
 CACHE_FORMAT = 1  # raise this number when pictures are decoded to other pixels than before
-PHOTOGRAPH = 64  # pixels; smaller pictures are shifted, larger ones are cropped and resized
+PHOTOGRAPH = 64  # pixels; smaller pictures are shifted, all others are cropped and resized
 CROP_AREA = (0.35, 1.0)  # share of a picture's area that a random crop keeps
 CROP_ASPECT = (3 / 4, 4 / 3)  # width over height of a random crop
 NOTES = (DEEP, TRANSPARENT, TURNED)  # bits 0, 1, 2 of a row's notes
@@ -122,15 +122,15 @@ def open_pictures(
         folder: pictures, at any depth.
         preprocessing: how a picture becomes a square; mean and std have no influence.
         cache: folder for decoded pictures; 3 · image_size² bytes a picture.
-        held_out: share of pictures that are not trained on, if below 1; else their number.
+        held_out: pictures that are not trained on: below 1 a share of all, else a number.
         seed: seed of the split.
         max_unreadable: largest share of files that may be left out because they cannot be decoded.
         workers: threads; None for one a core, at most 8.
         progress: called with the numbers of files done and of all files.
 
     Raises:
-        DatasetError: the folder cannot be read, holds no pictures, too many that cannot be decoded, or only one
-            picture that differs from all others; or links lead from a folder to one above it.
+        DatasetError: the folder cannot be read, holds no pictures, no two different pictures, or too many
+            that cannot be decoded; or links lead from a folder to one above it.
         ValueError: ``held_out`` or ``max_unreadable`` is out of range.
         OSError: the cache cannot be written, or its disk is too small.
     """
@@ -186,9 +186,9 @@ class PictureBatches:
         batch_size: 2 to ``len(pictures)``; batch normalisation needs two pictures.
         seed: seed of order and augmentation.
         normalizer: mean and deviation, on the training device.
-        crops: ``"resized"``: a part of :data:`CROP_AREA`, resized by ``torchvision.transforms.v2``; ``"shifted"``:
-            padded with zeros and shifted, as :class:`Batches` does; ``"none"``. None chooses by size, see
-            :data:`PHOTOGRAPH`.
+        crops: ``"resized"``: a random part, of an area in :data:`CROP_AREA`, resized by ``torchvision.transforms.v2``;
+            ``"shifted"``: padded with zeros and shifted, as :class:`Batches` does; ``"none"``. None chooses by size,
+            see :data:`PHOTOGRAPH`.
         flip: whether pictures may be mirrored.
 
     Raises TypeError for other pictures, and ValueError for a ``batch_size`` or ``crops`` out of range.
@@ -213,7 +213,7 @@ class PictureBatches:
         check_choice("crops", self.crops, ("resized", "shifted", "none"))
         self.pictures, self.batch_size, self.seed, self.flip = pictures, batch_size, seed, flip
         self.normalizer, self.device = normalizer, normalizer.device
-        # An accelerator leaves the cores idle: they prepare batches ahead. Training on the CPU needs them itself.
+        # Beside an accelerator the idle cores prepare batches ahead. Training on the CPU needs the cores itself.
         self.threads = 1 if self.device.type == "cpu" else _cores()
 
     def __len__(self) -> int:
@@ -426,7 +426,7 @@ def _decode(
             else:
                 _write(pixels, index, result[0])
                 row = np.array(result[1:], _ROW)
-            _write(rows, index, row)  # after the pixels: a row that is there says that they are
+            _write(rows, index, row)  # after the pixels, so that a row proves that its pixels are there
             table[index] = row
             if progress is not None:
                 progress(done, count)
@@ -459,7 +459,7 @@ def _split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions of training and held-out pictures, ascending; equal pictures are on one side.
 
-    Pictures are ranked by a hash of content and seed: new pictures in a folder move few others.
+    Pictures are ranked by a hash of content and seed, so that new pictures in a folder move few others across.
     """
     count = len(readable)
     if not 0 <= held_out < count or (held_out >= 1 and held_out != int(held_out)):

@@ -1,4 +1,4 @@
-"""What a network expects of its pictures: size, crop, interpolation, mean and deviation; one file to that form."""
+"""What a network expects of its pictures: size, crop, interpolation, mean and deviation. Reads files in that form."""
 
 import os
 import stat
@@ -41,7 +41,7 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "resize_size", self.resize_size or self.image_size)
-        for name in ("mean", "std"):  # lists, of JSON
+        for name in ("mean", "std"):  # JSON gives lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not 1 <= self.image_size <= self.resize_size:
             raise ValueError(

@@ -1,8 +1,8 @@
-"""Trace a network by torch.fx beside real values, so that sizes, types and flags are plain numbers.
+"""Trace a network with torch.fx and compute real values beside it, so that sizes, types and flags are plain numbers.
 
 Each traced value knows what it is for one image and for three. A number that is the same for both, such as a height,
-is a plain number in the network's code: it may decide a branch or a loop. The number of images stays symbolic. What
-depends on no image is computed at once and becomes a constant.
+is a plain number in the network's code, and may decide a branch or a loop. The number of images stays symbolic. A value
+that depends on no image is computed at once and becomes a constant.
 """
 
 import types
@@ -47,7 +47,9 @@ class TracedValue(fx.Proxy):
 
 
 class Tracer(fx.Tracer):
-    """Traces modules for which ``is_leaf`` holds as one node, and functions named in ``known``; looks into all others.
+    """Traces as one node each the modules for which ``is_leaf`` holds, and the functions named in ``known``.
+
+    All other modules and functions are looked into.
 
     ``image_shape`` is (channels, height, width) of one image.
     """
@@ -93,7 +95,7 @@ class Tracer(fx.Tracer):
             )
         given: list[TracedValue] = []
         fx.node.map_aggregate((args, kwargs), lambda one: given.append(one) if isinstance(one, TracedValue) else None)
-        wrapped = getattr(target, "__module__", "") == "math"  # torch.fx asks their results for a node
+        wrapped = getattr(target, "__module__", "") == "math"  # torch.fx asks such functions' results for a node
         of_pixels = getattr(target, "__name__", target) in _READING or any(one.of_pixels for one in given)
         if kind == "call_function" and isinstance(target, types.FunctionType) and self._is_foreign(target):
             return self._as_value(target(*args, **kwargs))

@@ -1,7 +1,7 @@
 """Stochastic gradient descent with Nesterov's momentum, by torch's own update.
 
-``torch.optim.SGD`` calls the same update. But it imports ``torch._dynamo`` when it is made and at every step, though
-nothing is compiled: 800 modules, seconds of every process that trains.
+``torch.optim.SGD`` calls the same update. It also imports ``torch._dynamo``, although nothing is compiled. This import
+costs seconds in every process that trains.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ class NesterovSGD:
 
     Args:
         groups: every parameter once.
-        rate: the learning rate; it may be set between steps. A tensor on the parameters' device for a recorded step.
+        rate: the learning rate; it may be set between steps. A recorded step needs a tensor on the parameters' device.
         momentum: in [0, 1).
-        fused: whether one kernel updates all parameters. Of torch's updates only this one reads its rate from a tensor
-            without waiting for the device.
+        fused: whether one kernel updates all parameters. Of torch's updates only the fused one reads its rate from a
+            tensor without waiting for the device.
     """
 
     def __init__(self, groups: Sequence[Group], rate: float | Tensor, momentum: float, fused: bool = False) -> None:

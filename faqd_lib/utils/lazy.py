@@ -6,7 +6,7 @@ from importlib import import_module
 class LazyModule:
     """Stands for a module: ``plt = LazyModule("matplotlib.pyplot")`` imports it at ``plt.subplots``, not before.
 
-    Attributes can be read, not set. ImportError comes at the first use.
+    Attributes can be read, not set. The first use raises ImportError if there is no such module.
     """
 
     def __init__(self, name: str) -> None:

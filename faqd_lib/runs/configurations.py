@@ -5,6 +5,7 @@ Nothing here trains, loads images or touches a disk: the same state gives the sa
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from ..config import (
     METHOD_OF_AFFINITY,
@@ -116,7 +117,7 @@ class Configurations:
         """
         if seed < 1:
             raise ConfigurationError(f"students have seeds from 1 on (seed 0 is the teachers'), got {seed}")
-        check_choice("method", method, AFFINITY_OF_METHOD, ConfigurationError)
+        check_choice("method", method, get_args(Method), ConfigurationError)
         check_choice("regime", regime, ("end-to-end", "fine-tuning"), ConfigurationError)
         fine_tuning, taught = regime == "fine-tuning", method != "labels"
         changes = {**(losses or {}), **({} if affinity_weight is None else {"affinity_weight": affinity_weight})}

@@ -11,7 +11,6 @@ from torch import nn
 
 from faqd_lib import build_model, load_packed
 from faqd_lib.compression import compress as module
-from faqd_lib.compression import planning
 from faqd_lib.compression.compress import MARKER, PLAN, compress
 from faqd_lib.compression.planning import Candidate, Plan, Trial, best, candidates, trial_updates, updates_within
 from faqd_lib.compression.task import CompressionError
@@ -276,12 +275,12 @@ def test_a_student_that_does_not_stay_finite(tmp_path):
 
 def test_one_student_that_fails_costs_no_other(tmp_path, monkeypatch):
     """Of two widths, one has no finite candidate in the search, or loses itself in training."""
-    original, said = module._tried, []
+    original, said, lost = module._tried, [], ["2W32A"]
 
     def tried(task, group, *rest):
         trials = original(task, group, *rest)
-        lost = {"agreement": None, "cross_entropy": None}
-        return [one.model_copy(update=lost) if one.bits == "2W32A" else one for one in trials]
+        gone = {"agreement": None, "cross_entropy": None}
+        return [one.model_copy(update=gone) if one.bits in lost else one for one in trials]
 
     monkeypatch.setattr(module, "_tried", tried)
     options = {"bits": ("1W32A", "2W32A"), "learning_rate": None, "affinity_weight": None}
@@ -292,8 +291,7 @@ def test_one_student_that_fails_costs_no_other(tmp_path, monkeypatch):
     assert any(line.startswith("there is no student of 2W32A") for line in said)
     assert "**No student of 2W32A.** no learning rate" in (tmp_path / "search" / "card.md").read_text()
     assert "No student of 2W32A." in (tmp_path / "search" / "index.html").read_text()
-    monkeypatch.setattr(module, "_tried", lambda task, group, *rest: [])
-    monkeypatch.setattr(planning, "best", lambda trials, bits: None)
+    lost.append("1W32A")
     with pytest.raises(CompressionError, match="1W32A: no learning rate"):
         run(tmp_path / "none", **options | {"affinity_weight": 30.0})
 

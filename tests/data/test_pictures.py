@@ -311,6 +311,10 @@ def test_equal_pictures_are_on_one_side():
         sides = [{bytes(picture.numpy()) for picture in one[:]} for one in (pictures.train, pictures.held_out)]
         assert not sides[0] & sides[1]
         assert len(pictures.held_out) == 54
+    some = torch.cat([noise(100), noise(1).repeat(20, 1, 1, 1)])  # pictures that occur once are held out
+    for seed in range(20):
+        held_out = split_pictures(some, held_out=0.1, seed=seed).held_out
+        assert len({bytes(picture.numpy()) for picture in held_out[:]}) == len(held_out) == 12
     often = torch.cat([noise(10), noise(1).repeat(90, 1, 1, 1)])  # one picture is nine tenths of all
     assert len(split_pictures(often, held_out=0.05).held_out) == 5
     assert len(split_pictures(noise(2).repeat(5, 1, 1, 1), held_out=1).held_out) == 5  # no smaller part can be held out

@@ -114,8 +114,8 @@ class AffinityStatistics:
 def affinity_statistics(student: Tensor, teacher: Tensor) -> AffinityStatistics:
     """Exact affinity loss of a pair of maps, and the accuracy of its estimates by projections.
 
-    The maps are as :func:`faqd_lib.feature_affinity_loss` takes them. Time is linear in N. Memory is a few float64
-    copies of the two maps. There is no gradient.
+    The maps are those of :func:`faqd_lib.feature_affinity_loss`, without tokens. Time is linear in N. Memory is a few
+    float64 copies of the two maps. There is no gradient.
 
     Example:
         >>> statistics = affinity_statistics(student_map, teacher_map)

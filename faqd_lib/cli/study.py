@@ -149,6 +149,7 @@ def report_study(suite: Suite) -> list[Table]:
         figures["failure_signs"] = study_charts.failure_signs(*frames)
     for name, figure in figures.items():
         charts.save(figure, require_writable(suite.folder / "figures"), name)
+    made = [table for table in made if len(table.frame)]  # updates to an accuracy need two budgets
     for table in made:
         table.write(require_writable(suite.folder / "tables"))
     left = hours_left(suite)

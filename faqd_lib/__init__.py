@@ -22,7 +22,7 @@ from .training.objective import DistillationObjective
 
 
 def __getattr__(name: str) -> object:
-    """What takes seconds to import, and only when it is asked for: ``torchvision``, beside any build of torch, too."""
+    """Import names that take seconds when they are first asked for; ``torchvision`` works beside any build of torch."""
     if name == "torchvision":
         from .utils.torchvision_import import torchvision
 

@@ -11,6 +11,8 @@ float32, or in float64 for maps in float64. It is 0 if the maps agree. With F th
     ``channel``  T²/(b·C) Σ over images and channels of KL(softmax(G/T) ‖ softmax(F/T)), the softmax over pixels
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from .kernels import accumulation_dtype
 from .loss import check_pair
 
 
-class MapLoss(nn.Module):
+class MapLoss(nn.Module, ABC):
     """Checks the maps and calls ``compare`` with both in full precision."""
 
     same_channels = False  # whether the loss is defined for equal numbers of channels only
@@ -36,9 +38,9 @@ class MapLoss(nn.Module):
             dtype = accumulation_dtype(student)
             return self.compare(student.to(dtype), teacher.to(dtype))
 
+    @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of two maps of one dtype, height and width."""
-        raise NotImplementedError
 
 
 class SimilarityPreservingLoss(MapLoss):

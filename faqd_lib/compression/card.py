@@ -72,7 +72,7 @@ class Sign(NamedTuple):
 
 @dataclass(frozen=True)
 class File:
-    """A file of a student, or why there is none."""
+    """A file of a student; without one, ``reason`` says why."""
 
     name: str = ""
     size: int = 0  # bytes

@@ -163,7 +163,8 @@ class ObjectiveConfig(StrictModel):
     distribution: Literal["gaussian", "rademacher"] = "gaussian"
     label_weight: Weight = 0.0
     adapters: bool = False
-    stages: tuple[Count, ...] = omitted_at_default(())  # whose maps are compared, numbered from 1; () for all
+    # Numbers, from 1 on, of the stages whose maps are compared; () for all. A list in JSON, which has no tuples.
+    stages: Annotated[tuple[Count, ...], Field(strict=False)] = omitted_at_default(())
     affinity_recipe: int | None = omitted_at_default(None)
 
     @model_validator(mode="before")

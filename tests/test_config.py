@@ -119,6 +119,11 @@ def test_frozen(run_config):
         run_config.optimization.epochs = 3
 
 
+def test_stages_are_read_from_a_record_again():
+    objective = ObjectiveConfig(logit_loss="mse", affinity="fa", affinity_weight=1.0, stages=(1, 3))
+    assert ObjectiveConfig.model_validate_json(objective.model_dump_json()) == objective
+
+
 # ---- digests
 
 # Another valid value for every setting of a run.

@@ -141,6 +141,7 @@ MEASURES = {
     "affinity": "affinity loss, sum over stages",
     "label": "cross-entropy",
     "test_accuracy": "test accuracy (%)",
+    "test_mean_iou": "test mean IoU (%)",
 }
 
 

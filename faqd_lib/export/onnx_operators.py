@@ -435,8 +435,10 @@ def _interpolate(w: Writer, node: fx.Node, _: None) -> str:
     before, after = w.values[node.args[0]].shape[2:], w.values[node].shape[2:]
     size, mode = _argument(node, 1, "size", None), _argument(node, 3, "mode", "nearest")
     factors = np.broadcast_to(_argument(node, 2, "scale_factor", 1), 2)
-    if mode not in ("nearest", "bilinear") or _argument(node, 4, "align_corners", None):
-        raise OnnxExportError(f"{node.name}: interpolate is known here for nearest and bilinear, without align_corners")
+    if mode not in ("nearest", "bilinear") or any(node.kwargs.get(name) for name in ("align_corners", "antialias")):
+        raise OnnxExportError(
+            f"{node.name}: interpolate is known here for nearest and bilinear, without align_corners and antialias"
+        )
     if size is None and tuple(after) != tuple(factors * before):
         raise OnnxExportError(f"{node.name}: scale_factor {factors.tolist()} gives no whole pixels: give it a size")
     how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
@@ -504,6 +506,7 @@ KEYWORDS = {
     "divisor_override", "return_indices", "_stacklevel", "weight", "bias", "running_mean", "running_var", "eps",
     "momentum", "normalized_shape", "num_groups", "groups", "attn_mask", "dropout_p", "is_causal", "scale", "shifts",
     "dims", "pad", "mode", "value", "min", "max", "dtype", "device", "size", "scale_factor", "align_corners",
+    "antialias",
 }  # fmt: skip
 _ADD, _SUB, _MUL, _DIV = (_elementwise(kind, 2) for kind in ("Add", "Sub", "Mul", "Div"))
 _BOTH: dict[tuple[type[nn.Module], str], Handler] = {  # modules, and functions that do the same

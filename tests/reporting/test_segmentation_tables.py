@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from faqd_lib.cli.study import report_study
 from faqd_lib.data.batches import stream
-from faqd_lib.reporting import claims, grids, study_claims, tables
+from faqd_lib.reporting import claims, grids, study_claims, study_curves, tables
 from faqd_lib.reporting.segmentation import RESAMPLES, answers, gains
 from faqd_lib.runs.profile import Profile
 from faqd_lib.runs.suite import Suite
@@ -117,10 +116,8 @@ def test_claims_of_a_study_are_judged_by_mean_iou(tmp_path):
     frame = tables.segmentation(suite).frame.set_index("arm")
     assert frame.loc["fa-encoder", "n of the gain"].iloc[0] == "5"
     assert float(frame.loc["fa-encoder", "gain over KD (95 % interval)"].iloc[0].split()[0]) == float(row["difference"])
-    made = {table.name for table in report_study(suite)}
-    assert {"claims", "arms", "T8_segmentation_digit-strokes", "T8_classes_digit-strokes"} <= made
-    arms = (suite.folder / "tables" / "arms.csv").read_text()
-    assert "mean IoU (%)" in arms
-    assert "accuracy" not in arms
+    arms = study_curves.arms_table(suite)
+    assert "mean IoU (%)" in arms.frame
+    assert "accuracy" not in arms.markdown()
     record = json.loads(next((suite.folder / "runs").glob("*/record.json")).read_text())
     assert record["metric"] == "mean_iou"

@@ -287,7 +287,8 @@ def _table(suite: Suite, name: str, what: str, rows: list[dict], overview: pd.Da
     """A table of the suite, such as ``T1_weight_quantization``, with its title and the whole caption."""
     number, _, words = name.partition("_")
     title = f"{number} {words.replace('_', ' ').capitalize()}, {suite.dataset}"
-    seeds = suite.profile.seeds
+    study = suite.profile.study
+    seeds = suite.profile.seeds if study is None else len(study.seeds)
     over = f"mean ± standard deviation over n of {seeds} seeds" if seeds > 1 else "one seed"
     caption = f"{what} {suite.caption}; {over}. Test {suite.metric} in percent, last epoch unless said."
     if not suite.profile.shows_results:

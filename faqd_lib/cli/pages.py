@@ -52,9 +52,9 @@ def generated(root: Path) -> dict[str, str]:
     """Each generated table as Markdown, by name.
 
     ``claims``: one row a claim. ``loss_claims``: claims about the losses. ``accuracies``: table T1, without rows that
-    were not run. ``study`` and ``study_arms``: claims of the study with a complete seed, and accuracies behind them.
-    Tables of ``MEASURED``: a part of a benchmark's JSON, in four significant digits, under a line with machine and
-    versions.
+    were not run. ``study``, ``study_arms`` and ``study_reach``: claims of the study with a complete seed, accuracies
+    behind them, and the updates and time that FAQD needs for KD's accuracy. Tables of ``MEASURED``: a part of a
+    benchmark's JSON, in four significant digits, under a line with machine and versions.
     """
     suite = Suite.read(root / SUITE)
     verdicts = claims.table(suite).readable.rename(columns={"n (seeds)": "seeds"})
@@ -72,6 +72,8 @@ def generated(root: Path) -> dict[str, str]:
     judged = study_claims.table(study).frame.rename(columns={"contrast": "compared", "n (seeds)": "seeds"})
     parts["study"] = _markdown(judged.loc[judged["difference"] != tables.NOT_RUN, columns])
     parts["study_arms"] = _markdown(study_curves.arms_table(study).frame.drop(columns=[tables.RUNS, "cells"]))
+    steps = {(row["precision"], row["loss"]): row["time / logits"] for row in affinity["step"]}
+    parts["study_reach"] = _markdown(study_curves.reach_table(study, steps["float32", "logits + FA"]).frame)
     return parts | {
         name: _benchmark(root / BENCHMARKS / f"{file}.json", part, columns.split("|"))
         for name, (file, part, columns) in MEASURED.items()

@@ -15,6 +15,7 @@ import filelock
 
 from ..config import RunConfig
 from ..reporting import charts, signs, study_charts, study_claims, study_curves
+from ..reporting.report import write_report
 from ..reporting.tables import NOT_RUN, Table
 from ..reporting.tuning import tuning_table
 from ..runs.suite import Suite
@@ -123,7 +124,7 @@ def _epochs(suite: Suite, run: RunConfig) -> float:
 
 
 def report_study(suite: Suite) -> list[Table]:
-    """Write the tables and figures of a study; print the verdicts and the hours that are left.
+    """Write the tables, figures and report of a study; print the verdicts and the hours that are left.
 
     A study with claims has the claims table, accuracies, and gains over updates. Tuning has a table of validation
     accuracies. Both have the failure signs.
@@ -133,8 +134,6 @@ def report_study(suite: Suite) -> list[Table]:
     if suite.profile.study.claims:
         judged, gain = study_claims.table(suite), study_curves.gain_frame(suite)
         made += [judged, study_curves.arms_table(suite), study_curves.reach_table(suite)]
-        if len(forest := study_claims.forest_frame(judged)):
-            figures["claims"] = charts.forest(forest)
         if len(gain):
             figures["over_updates"] = study_charts.over_updates(study_curves.arms_frame(suite), gain)
         begun = judged.frame[judged.frame["difference"] != NOT_RUN]
@@ -152,7 +151,8 @@ def report_study(suite: Suite) -> list[Table]:
     made = [table for table in made if len(table.frame)]  # updates to an accuracy need two budgets
     for table in made:
         table.write(require_writable(suite.folder / "tables"))
+    report = write_report(suite, [table for table in made if table.name != "claims"])
     left = hours_left(suite)
     rest = "unknown before the first finished run" if left is None else f"at most {clock(3600 * left)} on this machine"
-    print(f"training left: {rest}; results are in {suite.folder}", flush=True)
+    print(f"training left: {rest}; results are in {suite.folder}, the report in {report}", flush=True)
     return made

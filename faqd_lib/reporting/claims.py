@@ -140,10 +140,11 @@ def table(suite: Suite) -> Table:
     kept = {record.run_id: suite.store.predictions(record) for record in records}
     right = {run: None if found is None else found["predicted"] == found["label"] for run, found in kept.items()}
     dead = {run for run, found in kept.items() if found is not None and len(found["predicted"].unique()) == 1}
-    rows, spoiled = [], set()
+    rows, spoiled, compared, most_seeds = [], set(), set(), 0
     for claim in CLAIMS:
         pairs = paired(frame, claim)
         behind = {*pairs["run"], *pairs["other"]}
+        compared, most_seeds = compared | behind, max(most_seeds, pairs["seed"].nunique())
         row = {"claim": claim.statement, "compared": claim.compared, "margin": f"{claim.margin:g}"}
         if pairs.empty:
             found = dict.fromkeys(MEASURED, "") | {"difference": NOT_RUN, "verdict": NOT_RUN}
@@ -159,11 +160,12 @@ def table(suite: Suite) -> Table:
                 "verdict": EXPLORATORY,
             }
         rows.append({**row, **found, "n (seeds)": str(pairs["seed"].nunique()), RUNS: " ".join(sorted(behind))})
-    unknown = sum(value is None for value in right.values())
+    unknown = sum(right[run] is None for run in compared)
+    others = "other test images" if most_seeds == 1 else "other seeds and other test images"
     caption = (
         f"Claims of the paper on {suite.caption}; {suite.profile.seeds} seed(s). Difference of last-epoch test "
         "accuracy in percentage points over pairs of runs (same bits, regime, teacher, seed), averaged within a seed; "
-        f"95 % interval for other seeds and other test images (n seeds, {suite.state.test_count:,} images). "
+        f"95 % interval for {others} (n seeds, {suite.state.test_count:,} images). "
         "Exploratory: no design was written before the runs, so there is no verdict. All runs share one teacher of "
         "each kind: the interval speaks of these."
         + (f" Learned nothing, one class for all test images: {_runs(len(spoiled))}." if spoiled else "")

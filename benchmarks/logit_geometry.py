@@ -11,8 +11,8 @@ For each seed of the study whose teacher is finished and kept its weights, in ro
 
 The images are training batches, cropped and mirrored. Students take the statistics of the batch, as in training. No
 test image is used. Columns are those of :class:`faqd_lib.training.logit_geometry.LogitGeometry`, means over images
-unless named otherwise. Nothing is timed. Prints the means over seeds, and writes ``logit_geometry.json`` to ``--out``,
-by default ``results/benchmarks``.
+unless named otherwise. Nothing is timed. Prints the means over seeds, and writes ``logit_geometry.json`` and
+``logit_geometry.png`` to ``--out``, by default ``results/benchmarks``.
 """
 
 import argparse
@@ -22,10 +22,12 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from reporting import announce, show, write
 from torch import Tensor, nn
 
 from faqd_lib.quantization.network import quantize
+from faqd_lib.reporting import charts
 from faqd_lib.runs.profile import default_results
 from faqd_lib.runs.suite import Suite
 from faqd_lib.training.logit_geometry import LogitGeometry, fisher, logit_geometry, training_logits
@@ -78,6 +80,16 @@ def row(z: Tensor, t: Tensor, found: LogitGeometry) -> dict[str, float]:
     }
 
 
+def figure_of(means: pd.DataFrame) -> Figure:
+    """Distance from the teacher, and how much more of its gradient KL has on missed images than MSE; against T."""
+    ratio = means["KL gradient² on missed %"] / means["MSE gradient² on missed %"]
+    panels = {"far or near": (means["rho"], "ρ = (max d − min d) / T; near below 1"),
+              "which images": (ratio, "share on missed images, KL's / MSE's")}  # fmt: skip
+    frame = pd.DataFrame({"x": means["T"], "series": means["student"], "kind": "measured"})
+    parts = [frame.assign(panel=name, y=y, y_label=label) for name, (y, label) in panels.items()]
+    return charts.scaling(pd.concat(parts), "temperature T", "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help=f"results folder of a study with the cells {CELLS}, with weights")
@@ -106,6 +118,7 @@ def main() -> None:
     means = frame.groupby(["student", "T"], sort=False).mean().drop(columns="seed")
     means.insert(0, "n (seeds)", frame.groupby(["student", "T"], sort=False)["seed"].nunique())
     shown = show("Far or near: means over seeds", means.reset_index())
+    print(*charts.save(figure_of(means.reset_index()), arguments.out, "logit_geometry"))
     write(arguments.out, "logit_geometry", {"environment": machine, "rows": rows, "means": shown})
 
 

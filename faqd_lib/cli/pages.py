@@ -24,6 +24,10 @@ COHORTS = "teacher|students|batch|n|median_ms|iqr_ms|time / separate runs"
 PLAIN = "implementation|teacher|n|median_ms|iqr_ms|peak_MiB|times the plain images/s"
 FILES = "run|float32_bytes|packed_bytes|onnx_bytes|packed: same bits|same class %"
 SLOPES = "network|stage|slope|slope low|slope high|RMS error k=6|formula|share off by half k=15|Chebyshev"
+LOGITS = (
+    "student|T|n (seeds)|agreement %|rho|near %|fewest KL steps|cosine"
+    "|MSE gradient² on missed %|KL gradient² on missed %"
+)
 # By name of a table: file, part of it, columns.
 MEASURED = {
     "affinity_targets": ("affinity", "targets", "batch|C|H|loss|n|median_ms|iqr_ms|peak_MiB|times faster than direct"),
@@ -32,6 +36,7 @@ MEASURED = {
     "affinity_sweep": ("affinity", "sweep", "batch|C|H|loss|n|median_ms|iqr_ms|times faster than direct"),
     "affinity_memory": ("affinity", "memory", "batch|C|H|loss|peak_MiB|peak / inputs|one N×N matrix (GiB)"),
     "affinity_weight": ("affinity_weight", "rows", "affinity weight|seed|validation accuracy (%)"),
+    "logit_geometry": ("logit_geometry", "means", LOGITS),
     "proposition": ("proposition", "rows", SLOPES),
     "quantization": ("quantization", "steps", "precision|batch|network|n|median_ms|iqr_ms|time / float|times ours"),
     "training_steps": ("training", "steps", STEPS),

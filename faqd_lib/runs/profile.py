@@ -34,7 +34,9 @@ from .study import Study
 ModelName = Literal[MODEL_NAMES]
 Regimes = Annotated[list[Literal["end-to-end", "fine-tuning"]], Field(min_length=1)]
 BitPair = Annotated[tuple[WeightBits, ActivationBits], Field(strict=False)]  # a list in TOML, which has no tuples
-PROFILES = ("smoke", "quick", "cpu", "paper", "claims", "claims-2-bits", "tuning", "short", "rivals", "rivals-tuning")
+PROFILES = (
+    "smoke", "quick", "cpu", "paper", "claims", "claims-2-bits", "tuning", "short", "rivals", "rivals-tuning", "losses",
+)  # fmt: skip
 # Settings of a profile that may change in a folder, because they change no run.
 FREE_SETTINGS = {
     "seeds", "cohort", "compile", "cuda_graphs", "series_datasets", "dataset", "checkpoint_seconds", "evaluate_every",

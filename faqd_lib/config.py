@@ -163,7 +163,10 @@ class ObjectiveConfig(StrictModel):
     distribution: Literal["gaussian", "rademacher"] = "gaussian"
     label_weight: Weight = 0.0
     adapters: bool = False
-    stages: tuple[Count, ...] = omitted_at_default(())  # whose maps are compared, numbered from 1; () for all
+    # Numbers, from 1 on, of the stages whose maps are compared; () for all. A list in JSON, which has no tuples.
+    stages: Annotated[tuple[Count, ...], Field(strict=False)] = omitted_at_default(())
+    # How classes count in the label loss of dense logits; see faqd_lib.training.segmentation.
+    class_weights: Literal["equal", "root median frequency"] = omitted_at_default("equal")
     affinity_recipe: int | None = omitted_at_default(None)
 
     @model_validator(mode="before")
@@ -194,6 +197,8 @@ class ObjectiveConfig(StrictModel):
             raise ValueError(f"affinity_recipe {self.affinity_recipe} is not that of this version ({AFFINITY_RECIPE})")
         if (self.adapters or self.stages) and self.affinity == "none":
             raise ValueError("adapters and stages need an affinity loss: set affinity to 'fa' or 'ffa'")
+        if self.class_weights != "equal" and self.label_free:
+            raise ValueError(f"class_weights = {self.class_weights!r} is for a label loss: set label_weight above 0")
         if self.stages != tuple(sorted(set(self.stages))):
             raise ValueError(f"stages {list(self.stages)} must rise")
         if self.adapters and self.stages:

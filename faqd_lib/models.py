@@ -12,12 +12,22 @@ from torch import Tensor, nn
 from .quantization.module_calls import kept_modes
 from .utils.messages import check_choice, did_you_mean, kind_of
 
-MODEL_NAMES = (*(f"resnet{depth}" for depth in (8, 20, 32, 44, 56, 110)), "resnet18")
+DENSE_NAMES = ("linknet8", "linknet16")  # one prediction a pixel
+MODEL_NAMES = (*(f"resnet{depth}" for depth in (8, 20, 32, 44, 56, 110)), "resnet18", *DENSE_NAMES)
 
 
 def stage_names(name: str) -> tuple[str, ...]:
-    """Names of the modules of a network of :func:`build_model` whose maps are compared, one a stage."""
-    return tuple(f"layer{stage}" for stage in range(1, 5 if name == "resnet18" else 4))
+    """Names of the modules of a network of :func:`build_model` whose maps are compared, one a stage.
+
+    Stages 1 to 3 of a dense network are its encoder, 4 to 6 its decoder.
+    """
+    encoder = tuple(f"layer{stage}" for stage in range(1, 5 if name == "resnet18" else 4))
+    return (*encoder, *(f"decoder{stage}" for stage in (3, 2, 1))) if is_dense(name) else encoder
+
+
+def is_dense(name: str) -> bool:
+    """Whether a network of :func:`build_model` predicts a class for each pixel."""
+    return name in DENSE_NAMES
 
 
 class SubsampleAndPad(nn.Module):
@@ -88,6 +98,66 @@ class CifarResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class DecoderStage(nn.Module):
+    """1×1 convolution to the skip's channels, nearest pixels of its size, sum with the skip, 3×3 convolution.
+
+    (batch, in_channels, h, w) and a skip (batch, channels, height, width) → (batch, channels, height, width).
+    """
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu2 = nn.ReLU()
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = F.interpolate(x, size=skip.shape[2:], mode="nearest") + skip
+        return self.relu2(self.bn2(self.conv2(x)))
+
+
+class LinkNet(nn.Module):
+    """A small encoder-decoder after LinkNet (Chaurasia and Culurciello 2017), for one prediction a pixel.
+
+    A stem of stride 2 with ``width`` channels; an encoder of three stages of two residual blocks, with 2, 4 and 8 times
+    ``width`` channels at a quarter, an eighth and a sixteenth of the size; a decoder of three stages that add the map
+    of the encoder of the same size; a 1×1 classifier at half size, and bilinear logits of full size.
+
+    Input: (batch, 3, height, width) of any size. Output: (batch, num_classes, height, width).
+    Feature maps: ``layer1`` (2·width channels, a quarter of the size), ``layer2``, ``layer3`` of the encoder;
+    ``decoder3`` (4·width channels, an eighth of the size), ``decoder2``, ``decoder1`` of the decoder.
+    """
+
+    feature_names = stage_names(DENSE_NAMES[0])
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU()
+        channels = [width * 2**stage for stage in range(4)]
+        for stage in (1, 2, 3):
+            before, after = channels[stage - 1 : stage + 1]
+            self.add_module(f"layer{stage}", nn.Sequential(BasicBlock(before, after, 2), BasicBlock(after, after, 1)))
+        for stage in (3, 2, 1):
+            self.add_module(f"decoder{stage}", DecoderStage(channels[stage], channels[stage - 1]))
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.relu(self.bn1(self.conv1(x)))
+        first = self.layer1(stem)
+        second = self.layer2(first)
+        out = self.decoder3(self.layer3(second), second)
+        out = self.decoder1(self.decoder2(out, first), stem)
+        return F.interpolate(self.classifier(out), size=x.shape[2:], mode="bilinear", align_corners=False)
+
+
 def _resnet18(num_classes: int, image_size: int) -> nn.Module:
     """torchvision's ResNet-18; up to 64 pixels its stem is a 3×3 convolution of stride 1, without pooling."""
     from .utils.torchvision_import import torchvision
@@ -129,6 +199,8 @@ def build_model(name: str, num_classes: int, *, image_size: int = 32, seed: int 
         torch.manual_seed(seed)
         if name == "resnet18":
             return _resnet18(num_classes, image_size)
+        if is_dense(name):
+            return LinkNet(int(name.removeprefix("linknet")), num_classes)
         return CifarResNet(int(name.removeprefix("resnet")), num_classes)
 
 

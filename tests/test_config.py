@@ -119,6 +119,11 @@ def test_frozen(run_config):
         run_config.optimization.epochs = 3
 
 
+def test_stages_are_read_from_a_record_again():
+    objective = ObjectiveConfig(logit_loss="mse", affinity="fa", affinity_weight=1.0, stages=(1, 3))
+    assert ObjectiveConfig.model_validate_json(objective.model_dump_json()) == objective
+
+
 # ---- digests
 
 # Another valid value for every setting of a run.
@@ -131,7 +136,7 @@ OTHERS = {
                      "compiled": True, "updates": 5},
     "objective": {"logit_loss": "kl", "logit_weight": 2.0, "temperature": 1.0, "affinity": "fa",
                   "affinity_weight": 10.0, "k": 1, "distribution": "rademacher", "label_weight": 0.3, "adapters": True,
-                  "stages": (1, 3), "affinity_recipe": 99},
+                  "stages": (1, 3), "class_weights": "root median frequency", "affinity_recipe": 99},
     "quantization": {"weight_bits": 2, "activation_bits": 32, "first_layer": "float", "last_layer": "quantize",
                      "shortcuts": "float", "per_channel": True, "step_gradient": "coarse", "blending": 0.1,
                      "quantizer_recipe": 99},

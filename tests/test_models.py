@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from faqd_lib import models
-from faqd_lib.models import FeatureTap, build_model, parameter_count, stage_names, stage_taps
+from faqd_lib.models import FeatureTap, build_model, is_dense, parameter_count, stage_names, stage_taps
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,25 @@ def test_option_a_shortcut_subsamples_and_pads_with_zeros():
     assert out.shape == (2, 4, 2, 2)
     assert torch.equal(out[:, 1:3], x[:, :, ::2, ::2])
     assert out[:, 0].abs().max() == out[:, 3].abs().max() == 0
+
+
+def test_linknet_shapes_and_cost():
+    model = build_model("linknet16", 11).eval()
+    products = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(
+                lambda layer, _, out: products.append(layer.weight.numel() * out.shape[2:].numel())
+            )
+    with FeatureTap(model, model.feature_names) as tap, torch.no_grad():
+        logits = model(torch.zeros(1, 3, 180, 240))
+    assert logits.shape == (1, 11, 180, 240)
+    shapes = [(32, 45, 60), (64, 23, 30), (128, 12, 15), (64, 23, 30), (32, 45, 60), (16, 90, 120)]
+    assert [tuple(m.shape[1:]) for m in tap.features] == shapes
+    assert parameter_count(model) == 739_403
+    assert sum(products) < 0.36e9
+    assert is_dense("linknet16")
+    assert not is_dense("resnet18")
 
 
 def test_every_relu_is_its_own_module():
@@ -187,7 +206,7 @@ def test_a_map_that_was_overwritten_behind_the_tap_is_refused():
         assert tap.features[0].min() >= 0
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet20", "resnet18"])
+@pytest.mark.parametrize("name", ["resnet8", "resnet20", "resnet18", "linknet8"])
 def test_stages_are_those_of_the_network(name):
     assert build_model(name, 10).feature_names == stage_names(name)
 

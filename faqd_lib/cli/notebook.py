@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 from IPython import get_ipython
 
 from ..config import ConfigurationError
+from ..data import datasets
+from ..data.sources import SOURCES
+from ..runs.profile import Profile
 from ..runs.suite import Suite
 from ..utils import progress
 from ..utils.lazy import LazyModule
@@ -28,17 +31,28 @@ else:
 INJECTED_HEAD = "# Parameters"  # the first line of the cell that papermill injects
 
 
-def start(*, profile: str, dataset: str, data_root: str, results_dir: str, seeds: int, **extra: object) -> Suite:
+def start(
+    *,
+    profile: str,
+    dataset: str,
+    data_root: str,
+    results_dir: str,
+    seeds: int,
+    dense: bool = False,
+    **extra: object,
+) -> Suite:
     """Open the suite that the parameters of a notebook describe, and print a summary of it.
 
     Args:
         profile, dataset, data_root, seeds: see :meth:`faqd_lib.runs.suite.Suite.open`; empty or 0 for the default.
+        dense: whether the notebook is about a class for each pixel. Another dataset then gives way to CamVid if it is
+            on disk and the profile shows results, else to the strokes of the digits.
         results_dir: where suite folders live; empty for ``$FAQD_RESULTS``, then ``results/`` in the project.
         extra: further parameters of the notebook, named here so that they count as known.
 
     Raises:
-        ConfigurationError: a parameter has the wrong type or value, or is unknown. Papermill alone would accept an
-            unknown parameter.
+        ConfigurationError: a parameter has the wrong type or value, or is unknown (papermill alone would accept an
+            unknown one), or the dataset has a class for each pixel and the notebook is about one class an image.
     """
     texts = {"profile": profile, "dataset": dataset, "data_root": data_root, "results_dir": results_dir}
     check_injected({*texts, "seeds", *extra})
@@ -47,7 +61,9 @@ def start(*, profile: str, dataset: str, data_root: str, results_dir: str, seeds
             raise ConfigurationError(f"parameter {name} must be a text, got {value!r}")
     results = results_dir or environment.results()
     engine, bar = environment.engine(), environment.progress_bar()
-    suite = Suite.open(profile or "quick", dataset, data_root, results, seeds, engine=engine, bar=bar)
+    chosen = Profile.load(profile or "quick")
+    dataset = _dataset_for(dense, chosen, dataset, data_root)
+    suite = Suite.open(chosen, dataset, data_root, results, seeds, engine=engine, bar=bar)
     chosen = suite.profile
     # On few images, too few updates leave a network untrained.
     updates = "; ".join(
@@ -62,6 +78,19 @@ def start(*, profile: str, dataset: str, data_root: str, results_dir: str, seeds
     if not chosen.shows_results:
         print("This profile tests the machinery; its numbers mean nothing.")
     return suite
+
+
+def _dataset_for(dense: bool, profile: Profile, dataset: str, data_root: str) -> str:
+    """The dataset of a notebook, by what the notebook is about."""
+    known = SOURCES.get(dataset or profile.dataset)
+    if known is not None and known.dense and not dense:
+        raise ConfigurationError(
+            f"dataset {dataset or profile.dataset} has a class for each pixel, and this notebook is about one class an "
+            "image: choose another dataset, or notebook 14"
+        )
+    if not dense or (known is not None and known.dense):
+        return dataset
+    return "camvid" if profile.shows_results and datasets.on_disk("camvid", data_root or None) else "digit-strokes"
 
 
 def injected_names(cells: list[str]) -> list[str]:

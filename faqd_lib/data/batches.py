@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..utils.messages import kind_of
-from .images import Images, check_pixels
+from .images import IGNORED, Images, check_pixels
 
 PADDING = 4  # pixels of zeros on each side before the random crop
 
@@ -25,7 +25,11 @@ def stream(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Batch:
-    """``images`` float32 (batch, 3, height, width), channels-last; ``labels`` int64 (batch,) or None."""
+    """``images`` float32 (batch, 3, height, width), channels-last; ``labels`` int64 or None.
+
+    Labels are (batch,), or label maps (batch, height, width) with :data:`~faqd_lib.data.images.IGNORED` where a pixel
+    has no label.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor | None
@@ -62,7 +66,8 @@ class Batches:
     """Training batches of a split; images without labels give batches without labels.
 
     Each epoch draws a new order and drops the images that do not fill a batch. Each image is padded with zeros by
-    :data:`PADDING` pixels, cropped at random to its size, and mirrored with probability 1/2 if ``flip`` is set.
+    :data:`PADDING` pixels, cropped at random to its size, and mirrored with probability 1/2 if ``flip`` is set. A label
+    map goes the same way as its image; its padding has no label.
 
     Args:
         images: the split; ``images.unlabelled()`` for label-free training.
@@ -112,6 +117,9 @@ class Batches:
             rows = shift[0, chosen, None] + row
             columns = shift[1, chosen, None] + torch.where(mirrored[chosen, None], width - 1 - column, column)
             every = torch.arange(len(chosen), device=self.device)
-            pixels = padded[every[:, None, None], rows[:, :, None], columns[:, None, :]]
+            where = every[:, None, None], rows[:, :, None], columns[:, None, :]
+            pixels = padded[where]
             labels = None if self._labels is None else self._labels[chosen]
+            if labels is not None and labels.ndim > 1:
+                labels = F.pad(labels, (PADDING,) * 4, value=IGNORED)[where].long()
             yield Batch(self.normalizer.from_nhwc(pixels), labels)

@@ -6,6 +6,8 @@ import torch
 
 from ..utils.messages import kind_of
 
+IGNORED = 255  # in label maps: a pixel without a label
+
 
 class DatasetError(RuntimeError):
     """A dataset is missing, damaged or another than its name says; the message names file, fault and remedy."""
@@ -24,18 +26,33 @@ def check_pixels(pixels: object) -> None:
 
 @dataclass(frozen=True)
 class Images:
-    """A split. Raises ValueError for pixels that :func:`check_pixels` refuses, and for too many or too few labels."""
+    """A split, with a class for each image, a class for each pixel (label maps), or no labels.
+
+    Raises ValueError for pixels that :func:`check_pixels` refuses, for too many or too few labels, and for label maps
+    of another type or size than the images.
+    """
 
     pixels: torch.Tensor  # uint8 (count, 3, height, width)
-    labels: torch.Tensor | None = None  # int64 (count,), or None without labels
+    # int64 (count,); label maps uint8 (count, height, width), IGNORED where a pixel has no label; or None
+    labels: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         check_pixels(self.pixels)
         if self.labels is not None and len(self.labels) != len(self.pixels):
             raise ValueError(f"{len(self.pixels)} images but {len(self.labels)} labels")
+        if self.is_dense and (self.labels.dtype, self.labels.shape[1:]) != (torch.uint8, self.pixels.shape[2:]):
+            raise ValueError(
+                f"label maps must be uint8 (count, height, width) of the images' size {tuple(self.pixels.shape[2:])}, "
+                f"got {kind_of(self.labels)}"
+            )
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether each pixel has a label."""
+        return self.labels is not None and self.labels.ndim > 1
 
     def unlabelled(self) -> "Images":
         """The same images without labels, for label-free training."""
@@ -67,15 +84,18 @@ class ImageData:
 
     @property
     def image_size(self) -> int:
-        """Height and width of the square images in pixels."""
-        return self.train.pixels.shape[-1]
+        """Height of the images in pixels. Images with one class each are square."""
+        return self.train.pixels.shape[-2]
 
 
 def balanced_indices(labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """Sorted indices (int64) of a seeded subset of ``count`` images; class sizes differ by as little as possible.
 
-    ``labels`` is int64 (images,). Raises ValueError if ``count`` is not in 1..len(labels).
+    ``labels`` is int64 (images,), or label maps (images, height, width): the subset is then a plain random one. Raises
+    ValueError if ``count`` is not in 1..len(labels).
     """
+    if labels.ndim > 1:
+        labels = torch.zeros(len(labels), dtype=torch.int64)
     if not 1 <= count <= len(labels):
         raise ValueError(f"cannot take {count} images from {len(labels)}: choose 1 to {len(labels)}")
     # Images are sorted by rank within their class: all n-th images come before all (n+1)-th. Any prefix is balanced.

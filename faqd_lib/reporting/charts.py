@@ -308,6 +308,27 @@ def _columns(axis: Axes, names: Sequence[str]) -> None:
         axis.axvline(edge - 0.5, color="0.85", linewidth=1, zorder=0)
 
 
+def by_class(frame: pd.DataFrame, x_label: str) -> Figure:
+    """A row of points for each class, one point an arm, in the order of the rows.
+
+    Args:
+        frame: columns ``class``, ``arm`` and ``value``. Several values of a class and arm, such as seeds, are averaged.
+        x_label: with unit.
+    """
+    _require(frame, "class", "arm", "value")
+    classes, arms = list(frame["class"].unique()), list(frame["arm"].unique())
+    means = frame.groupby(["class", "arm"])["value"].mean()
+    with new_figure(height=0.3 * len(classes) + 1.2) as (figure, (axis,)):
+        for arm, hue, marker in zip(arms, colours(len(arms)), cycle(MARKERS), strict=False):
+            places = [index for index, name in enumerate(classes) if (name, arm) in means]
+            values = [means[classes[index], arm] for index in places]
+            axis.plot(values, places, marker, color=hue, markersize=7, alpha=0.85, label=arm)
+        axis.set_yticks(range(len(classes)), classes)
+        axis.set(xlabel=x_label, ylim=(len(classes) - 0.5, -0.5))
+        _legend_below(figure, [axis])
+        return figure
+
+
 def accuracy_by_bits(frame: pd.DataFrame, references: Mapping[str, float] | None = None) -> Figure:
     """Test accuracy of students by bits and method. Every seed is a point, the mean a bar.
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
+from ..models import is_dense
 from ..quantization.weights import FLOAT_BITS
 from ..runs.suite import Suite
 from . import grids, study_claims
@@ -130,7 +131,8 @@ def table(suite: Suite) -> Table:
     """One row a claim: what was compared, measured difference, interval, pairs, seeds, verdict."""
     if suite.profile.study is not None:
         return study_claims.table(suite)
-    records = finished(suite, grids.everything(suite))
+    # The paper's claims are about classifiers.
+    records = [] if is_dense(suite.profile.student) else finished(suite, grids.everything(suite))
     frame = runs_frame(records)
     if len(frame):
         frame = frame[frame["variant"] == ""].copy()  # claims are about the paper's own quantizers

@@ -9,6 +9,7 @@ from itertools import chain, product
 from typing import NamedTuple
 
 from ..config import RunConfig
+from ..models import is_dense
 from ..quantization.relu import STEP_GRADIENTS
 from ..quantization.weights import FLOAT_BITS
 from ..runs.suite import Suite
@@ -156,6 +157,39 @@ def affinity_loss_cells(suite: Suite) -> list[Cell]:
     return cells
 
 
+# What students of dense prediction learn from, and the stages whose maps are compared; () for all.
+DENSE_COLUMNS = (
+    ("KD", "KD", ()),
+    ("FA, encoder", "FAQD", (1, 2, 3)),
+    ("FA, encoder and decoder", "FAQD", ()),
+)
+
+
+def segmentation_cells(suite: Suite) -> list[Cell]:
+    """T8: the teachers, then what label-free students learn from × bits. A study has its own arms and seeds."""
+    study, row = suite.profile.study, {"bits": "float"}
+    title = f"teacher {suite.profile.teachers[0]}"
+    if study is None:
+        students = [
+            _students(suite, {}, column, method=method, weight_bits=bits, stages=stages)
+            for bits in suite.profile.grid.weight_bits
+            for column, method, stages in DENSE_COLUMNS
+        ]
+        return [Cell(row, title, [suite.teacher()]), *students]
+    found: dict[tuple, Cell] = {}
+    for name, seed in product(study.cells, study.seeds):
+        for (arm, _), run in suite.study_runs(name, seed).items():
+            cell = Cell({"bits": run.bits}, arm, [])
+            found.setdefault((arm, run.bits, run.data, run.optimization), cell).runs.append(run)
+    teachers = dict.fromkeys(suite.teacher(student_seed=seed) for seed in study.seeds)
+    return [Cell(row, title, list(teachers)), *found.values()]
+
+
+def segmentation(suite: Suite) -> list[RunConfig]:
+    """The runs of T8."""
+    return planned_runs(segmentation_cells(suite))
+
+
 def references(suite: Suite) -> list[RunConfig]:
     """The runs of the reference rows: float teachers and, for each seed, the float student."""
     return planned_runs(reference_cells(suite))
@@ -190,5 +224,7 @@ TABLES = (weight_cells, full_cells, logit_loss_cells, affinity_loss_cells, activ
 
 
 def everything(suite: Suite) -> list[RunConfig]:
-    """Every run of the series, each once."""
+    """Every run of the series, each once; of dense prediction, those of T8."""
+    if is_dense(suite.profile.student):
+        return segmentation(suite)
     return list(dict.fromkeys(chain.from_iterable(planned_runs(cells(suite)) for cells in TABLES)))

@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ..data.images import IGNORED
 from .charts import WIDTH, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+# RGB of the classes of label maps; the first eleven are close to those that CamVid's authors use.
+LABEL_COLOURS = (
+    (128, 180, 230), (150, 60, 50), (200, 200, 140), (128, 64, 128), (220, 130, 200), (110, 140, 40), (230, 180, 40),
+    (90, 90, 160), (40, 60, 190), (240, 110, 30), (0, 160, 170), (200, 0, 60),
+)  # fmt: skip
 
 
 def _cosine_colours(matrices: Iterable[torch.Tensor]) -> dict:
@@ -53,6 +61,17 @@ def image_grid(rows: Sequence[torch.Tensor], row_names: Sequence[str]) -> Figure
         axis.grid(visible=False)
         axis.spines[:].set_visible(False)
         return figure
+
+
+def label_colours(maps: torch.Tensor) -> torch.Tensor:
+    """A colour for each class, grey-black where there is no label: (n, height, width) → uint8 (n, 3, height, width).
+
+    ``maps`` has integers, :data:`~faqd_lib.data.images.IGNORED` without a label. Colours repeat after 12 classes.
+    """
+    colours = torch.tensor(LABEL_COLOURS, dtype=torch.uint8)
+    painted = colours[maps.long().clamp_max(IGNORED) % len(colours)]
+    painted[maps == IGNORED] = 30
+    return painted.permute(0, 3, 1, 2)
 
 
 def classified(

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 import pandas as pd
 
 from ..config import RunConfig
-from ..runs.store import RunRecord
+from ..runs.store import RunRecord, score
 from ..runs.suite import Suite
 from .tables import NOT_A_RESULT, RUNS, Table, with_origin
 
@@ -52,13 +52,13 @@ def gap_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
         if not teacher or not config.optimization.epochs:
             continue
         for row in record.history:
-            if "test_accuracy" in row:
+            if (found := score(row)) is not None:
                 rows.append(
                     {
                         "run": record.run_id,
                         "method": config.method,
                         "progress": row["epoch"] / config.optimization.epochs,
-                        "gap": teacher.last_accuracy - row["test_accuracy"],
+                        "gap": teacher.last_accuracy - found,
                     }
                 )
     return pd.DataFrame(rows, columns=["run", "method", "progress", "gap"])

@@ -16,6 +16,7 @@ from ..runs.store import RunRecord
 from ..runs.study import PlannedClaim
 from ..runs.suite import Suite
 from . import verdicts
+from .segmentation import answers
 from .tables import NOT_A_RESULT, NOT_RUN, RUNS, Table, with_origin
 from .verdicts import Estimate, Hypothesis, Ruling
 
@@ -30,12 +31,12 @@ class Measured:
     """A run of a study, with its answers on the N test images."""
 
     record: RunRecord
-    right: np.ndarray  # (N,), 1 where the predicted class is the true one, else 0
-    surprise: np.ndarray  # (N,), −log of the true class's probability, in nats
+    right: np.ndarray  # (N,), shares of images in the accuracy or mean IoU; see segmentation.answers
+    surprise: np.ndarray  # (N,), −log of the true class's probability, in nats; of pixels, their mean
     classes: int
 
     def endpoint(self, name: str) -> float:
-        """``accuracy``: percent after the last epoch. ``affinity``: natural log of the exact loss on test images."""
+        """``accuracy`` or mean IoU: percent after the last epoch. ``affinity``: natural log of the exact test loss."""
         return self.record.last_accuracy if name == "accuracy" else math.log(self.record.test_affinity)
 
 
@@ -44,8 +45,9 @@ class Contrast:
     """A contrast over the complete seeds, in planned order.
 
     Args:
-        values: one value a seed: accuracy in percentage points, or the logarithm of the affinity loss.
-        right: (seeds, test images), the contrast of correct answers, from −1 to 1. None for the affinity loss.
+        values: one value a seed: accuracy or mean IoU in percentage points, or the logarithm of the affinity loss.
+        right: (seeds, test images), the contrast of the images' shares in accuracy or mean IoU. None for the affinity
+            loss.
         surprise: (seeds, test images), the contrast of cross-entropy in nats.
         records: the runs behind the contrast.
         dead: for each seed, the names of the runs that learned nothing.
@@ -106,8 +108,9 @@ def _measured(suite: Suite, config: RunConfig) -> Measured | None:
     if record is None:
         return None
     kept = suite.store.predictions(record)
-    right = (kept["predicted"] == kept["label"]).numpy().astype(np.float32)
-    return Measured(record, right, -kept["log_probability"].float().numpy(), int(kept["label"].max()) + 1)
+    dense = kept.get("pixel_counts")
+    classes = int(kept["label"].max()) + 1 if dense is None else dense.shape[2]
+    return Measured(record, answers(kept), -kept["log_probability"].float().numpy(), classes)
 
 
 def all_contrasts(suite: Suite) -> dict[str, tuple[Contrast | None, Contrast | None]]:
@@ -197,10 +200,10 @@ def table(suite: Suite) -> Table:
     looks = " and ".join(map(str, study.looks))
     caption = (
         f"Claims of the study {suite.profile.name} (design {suite.profile.design_digest}) on {suite.caption}. "
-        "Contrasts of last-epoch test accuracy in percentage points, on complete seeds, each with its own teacher; "
-        "where the contrast says so, of the natural logarithm of the exact affinity loss on test images. "
-        f"95 % interval for other seeds and, of accuracy, other test images. Looks at {looks} seeds, Holm's procedure "
-        "over each family. The level is that of one side."
+        f"Contrasts of last-epoch test {suite.metric} in percentage points, on complete seeds, each with its own "
+        "teacher; where the contrast says so, of the natural logarithm of the exact affinity loss on test images. "
+        f"95 % interval for other seeds and, of {suite.metric}, other test images. Looks at {looks} seeds, Holm's "
+        "procedure over each family. The level is that of one side."
         + (f" Learned nothing: {', '.join(sorted(dead))}. A look with such runs gives no verdict." if dead else "")
     )
     return with_origin(suite, Table("claims", f"Claims, {suite.dataset}", caption, pd.DataFrame(rows).fillna("")))

@@ -151,7 +151,7 @@ def arms_table(suite: Suite) -> Table:
         return {
             "cells": row.cells, "weight bits": row.weight_bits, "images": f"{row.images:,}",
             "updates": f"{row.updates:,}", "arm": row.arm, "n (seeds)": row.n,
-            "accuracy (%)": f"{row.accuracy:.2f}" if shows else NOT_A_RESULT,
+            f"{suite.metric} (%)": f"{row.accuracy:.2f}" if shows else NOT_A_RESULT,
             "95 % interval": interval if shows else "",
             "affinity loss": "" if math.isnan(row.affinity) or not shows else f"{row.affinity:.4g}",
             RUNS: row.runs,
@@ -159,7 +159,7 @@ def arms_table(suite: Suite) -> Table:
 
     caption = (
         f"Arms of the study {suite.profile.name} (design {suite.profile.design_digest}) on {suite.caption}. Last-epoch "
-        "test accuracy, mean over complete seeds, with the 95 % interval for other seeds and other test images. "
+        f"test {suite.metric}, mean over complete seeds, with the 95 % interval for other seeds and other test images. "
         "Affinity loss: exact, on test images, geometric mean."
     )
     rows = pd.DataFrame([shown(row) for row in frame.itertuples()])

@@ -8,18 +8,24 @@ from a file that the user fills.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 import pandas as pd
+import torch
 
 from ..config import RunConfig
+from ..data.sources import SOURCES
+from ..models import is_dense
 from ..quantization.weights import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS
 from ..runs.profile import default_results, suite_folder
 from ..runs.store import ResultsError, RunRecord
 from ..runs.suite import Suite
+from ..training.segmentation import class_iou
 from ..utils.files import atomic_write_text
 from ..utils.messages import check_choice
 from . import grids
 from .grids import Cell
+from .segmentation import gains
 
 NOT_RUN = "not run"
 TIMES = "Times are of each run's own day and of what ran beside it: compare them only where benchmarks/ does."
@@ -141,6 +147,7 @@ MEASURES = {
     "affinity": "affinity loss, sum over stages",
     "label": "cross-entropy",
     "test_accuracy": "test accuracy (%)",
+    "test_mean_iou": "test mean IoU (%)",
 }
 
 
@@ -282,7 +289,7 @@ def _table(suite: Suite, name: str, what: str, rows: list[dict], overview: pd.Da
     title = f"{number} {words.replace('_', ' ').capitalize()}, {suite.dataset}"
     seeds = suite.profile.seeds
     over = f"mean ± standard deviation over n of {seeds} seeds" if seeds > 1 else "one seed"
-    caption = f"{what} {suite.caption}; {over}. Test accuracy in percent, last epoch unless said."
+    caption = f"{what} {suite.caption}; {over}. Test {suite.metric} in percent, last epoch unless said."
     if not suite.profile.shows_results:
         caption += " This profile tests the machinery: no results."
     return with_origin(suite, Table(f"{name}_{suite.dataset}", title, caption, pd.DataFrame(rows), overview))
@@ -369,6 +376,79 @@ def affinity_losses(suite: Suite, reference: pd.DataFrame) -> Table:
     return _table(suite, "T4_affinity_loss", what, rows)
 
 
+def segmentation(suite: Suite) -> Table:
+    """T8: mean IoU of teachers and students, and what feature affinity adds to KD."""
+    rows = []
+    for cell in grids.segmentation_cells(suite):
+        records = finished(suite, cell.runs)
+        affinity = [record.test_affinity for record in records if record.test_affinity is not None]
+        pairs = _pairs_with_kd(suite, records)
+        gain = [gains(*pairs)[0]] if pairs[0] else []
+        rows.append(
+            {
+                **cell.row,
+                "arm": cell.column,
+                "mean IoU (%), last epoch": _text(suite, [record.last_accuracy for record in records]),
+                "n": str(len(records)),
+                "gain over KD (95 % interval)": _text(suite, gain, lambda found: str(found[0])) if gain else "",
+                "n of the gain": str(len(pairs[0])) if gain else "",
+                "affinity loss": _text(suite, affinity, lambda found: f"{mean(found):.4g}") if affinity else "",
+                RUNS: " ".join(record.run_id for record in records),
+            }
+        )
+    what = (
+        f"Networks {suite.profile.student} that name the class of each pixel. Gains are of pairs of runs with the same "
+        "seed, in percentage points; their interval is for other test images (paired bootstrap), not for other seeds. "
+        "Affinity loss: exact, on test images, sum over all stages."
+    )
+    return _table(suite, "T8_segmentation", what, rows)
+
+
+def segmentation_classes(suite: Suite) -> Table:
+    """T8 by class: IoU of each arm, and what feature affinity adds to KD."""
+    columns, behind = {}, []
+    for cell in grids.segmentation_cells(suite):
+        records = finished(suite, cell.runs)
+        if not records:
+            continue
+        behind += [record.run_id for record in records]
+        name = f"{cell.row['bits']} {cell.column}"
+        by_run = torch.stack([class_iou(counts.sum(0)) for counts in _pixel_counts(suite, records)])
+        columns[name] = [_text(suite, [100 * value]) for value in by_run.nanmean(0).tolist()]
+        pairs = _pairs_with_kd(suite, records)
+        if pairs[0]:
+            columns[f"{name} − KD"] = [_text(suite, [gain], lambda found: str(found[0])) for gain in gains(*pairs)[1]]
+    names = SOURCES[suite.dataset].classes if suite.dataset in SOURCES else None
+    count = len(next(iter(columns.values()), ()))
+    rows = [
+        {"class": names[index] if names else index, **{column: values[index] for column, values in columns.items()},
+         RUNS: " ".join(behind)}
+        for index in range(count)
+    ]  # fmt: skip
+    what = (
+        "IoU of each class in percent, mean over finished seeds, and gains over KD in percentage points, with their "
+        "95 % interval for other test images (paired bootstrap)."
+    )
+    return _table(suite, "T8_classes", what, rows)
+
+
+def _pairs_with_kd(suite: Suite, records: Iterable[RunRecord]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Pixel counts of students with an affinity loss, and of those of KD that differ in nothing else."""
+    pairs = []
+    for record in records:
+        config = record.configuration
+        if config.objective.affinity != "none" and config.objective.logit_loss != "none":
+            plain = {"affinity": "none", "affinity_weight": 0.0, "stages": (), "affinity_recipe": None}
+            objective = config.objective.model_copy(update=plain)
+            if partner := suite.store.record(config.model_copy(update={"objective": objective})):
+                pairs.append(_pixel_counts(suite, (record, partner)))
+    return [ours for ours, _ in pairs], [others for _, others in pairs]
+
+
+def _pixel_counts(suite: Suite, records: Iterable[RunRecord]) -> list[torch.Tensor]:
+    return [suite.store.predictions(record)["pixel_counts"] for record in records]
+
+
 def cost(suite: Suite) -> Table:
     """T5: time, memory and size of every run."""
     frame = runs_frame(suite.store.records())
@@ -401,11 +481,14 @@ def not_run(dataset: str, profile: str) -> Table:
 
 
 def all_tables(suite: Suite, reference: pd.DataFrame | None = None) -> list[Table]:
-    """T1 for the suite's dataset and for other datasets, then T2 to T5 for the suite's dataset.
+    """T1 for the suite's dataset and for other datasets, then T2 to T5 for the suite's dataset. Of a class for each
+    pixel: T8 and T5.
 
     Other datasets are those of the paper that the profile's series has, or that have a results folder. ``reference``
     has the paper's values; None for those of :func:`read_paper_reference`.
     """
+    if is_dense(suite.profile.student):
+        return [segmentation(suite), segmentation_classes(suite), cost(suite)]
     reference = read_paper_reference() if reference is None else reference
     tables = [weight_quantization(suite, reference)]
     for dataset in PAPER_DATASETS:

@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from ..runs.store import score
 from ..runs.suite import Suite
 from .tables import NOT_A_RESULT, RUNS, Table, with_origin
 
@@ -21,7 +22,7 @@ def tuning_frame(suite: Suite) -> pd.DataFrame:
                 if record := suite.store.record(config):
                     by_arm.setdefault(arm, []).append(record)
         for arm, records in by_arm.items():
-            accuracy = sum(record.history[-1]["validation_accuracy"] for record in records) / len(records)
+            accuracy = sum(score(record.history[-1], "validation") for record in records) / len(records)
             names = " ".join(record.run_id for record in records)
             rows.append({"cells": cells, "arm": arm, "n": len(records), "validation": accuracy, "runs": names})
     return pd.DataFrame(rows, columns=["cells", "arm", "n", "validation", "runs"])

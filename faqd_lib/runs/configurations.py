@@ -141,7 +141,7 @@ class Configurations:
             objective=(
                 self._distillation(method, labels, fine_tuning, logit_loss, k, tuple(stages), changes)
                 if taught
-                else ObjectiveConfig(label_weight=1.0)
+                else self._labels_alone()
             ),
             quantization=_quantization(weight_bits, activation_bits, quantization),
             seed=seed,
@@ -221,9 +221,12 @@ class Configurations:
             data=self.state.data,
             model=model,
             optimization=self._optimization(schedule),
-            objective=ObjectiveConfig(label_weight=1.0),
+            objective=self._labels_alone(),
             seed=seed,
         )
+
+    def _labels_alone(self) -> ObjectiveConfig:
+        return ObjectiveConfig(label_weight=1.0, class_weights=self.profile.losses.class_weights)
 
     def _optimization(self, schedule: Schedule) -> OptimizationConfig:
         return OptimizationConfig(**schedule.model_dump(), precision=self.precision, compiled=self.profile.compile)
@@ -251,6 +254,7 @@ class Configurations:
             "label_weight": losses.label_weight if labels else 0.0,
             "adapters": losses.adapters and affinity != "none",
             "stages": stages,
+            "class_weights": losses.class_weights if labels else "equal",
         }
         return ObjectiveConfig.parse(settings, "student")
 

@@ -23,7 +23,7 @@ from .checkpoints import (
     remove_unfinished_writes,
     write_checkpoint,
 )
-from .store import accuracies
+from .store import accuracies, score
 from .workshop import Workshop
 
 # Trains runs that do not need each other, until a time of ``time.monotonic`` if that is not None. Finished runs are in
@@ -121,9 +121,7 @@ def _save(workshop: Workshop, trained: Learner, teacher: nn.Module | None, machi
         cost=trained.cost,
         environment=machine | trained.kernels,
         dataset_note=workshop.state.note,
-        predictions=trained.tested.predictions,
-        log_probabilities=trained.tested.log_probabilities,
-        labels=test.labels,
+        **trained.tested.kept(test.labels),
     )
 
 
@@ -147,7 +145,7 @@ class _CohortReport:
         self._progress.within(self._label, 0.0)
         names = ", ".join(sorted({f"{learner.config.bits} {learner.config.method}" for learner in finished}))
         rows = [learner.history[-1] for learner in finished]
-        accuracy = " ".join(f"{row['test_accuracy']:.1f}" for row in rows if "test_accuracy" in row)
+        accuracy = " ".join(f"{found:.1f}" for row in rows if (found := score(row)) is not None)
         what = f"epoch {epoch + 1} of {self._epochs}" if self._epochs else "quantized after training"
         test = f": test {accuracy} %" if accuracy else ""
         worked = _epochs(self._learners) - self._reported if self._epochs else len(finished)

@@ -24,7 +24,7 @@ from ..config import (
     omitted_at_default,
 )
 from ..data import datasets
-from ..models import MODEL_NAMES
+from ..models import MODEL_NAMES, is_dense
 from ..quantization.weights import FLOAT_BITS
 from ..utils.files import atomic_write_text, canonical_json, project_root, text_digest
 from ..utils.messages import did_you_mean
@@ -36,6 +36,7 @@ Regimes = Annotated[list[Literal["end-to-end", "fine-tuning"]], Field(min_length
 BitPair = Annotated[tuple[WeightBits, ActivationBits], Field(strict=False)]  # a list in TOML, which has no tuples
 PROFILES = (
     "smoke", "quick", "cpu", "paper", "claims", "claims-2-bits", "tuning", "short", "rivals", "rivals-tuning", "losses",
+    "segmentation",
 )  # fmt: skip
 # Settings of a profile that may change in a folder, because they change no run.
 FREE_SETTINGS = {
@@ -54,6 +55,7 @@ class Losses(StrictModel):
     label_weight: Positive = 0.3
     k: Count = 6
     adapters: bool = False
+    class_weights: Literal["equal", "root median frequency"] = omitted_at_default("equal")  # of dense label losses
 
 
 class Grid(StrictModel):
@@ -219,7 +221,19 @@ class SuiteState(StrictModel):
     def describe(
         cls, profile: Profile, dataset: str, reason: str, images: datasets.ImageData, precision: Precision
     ) -> Self:
-        """The state of a profile on images; ConfigurationError if a batch is larger than the training split."""
+        """The state of a profile on images.
+
+        Raises:
+            ConfigurationError: a batch is larger than the training split, or networks of the profile do not predict
+                what the images have labels for.
+        """
+        for model in (*profile.teachers, profile.student):
+            if is_dense(model) != images.train.is_dense:
+                labels = "a class for each pixel" if images.train.is_dense else "one class for each image"
+                fitting = ", ".join(name for name in MODEL_NAMES if is_dense(name) == images.train.is_dense)
+                raise ConfigurationError(
+                    f"profile {profile.name}: {model} does not fit {dataset}, which has {labels}: choose {fitting}"
+                )
         rest = len(images.train) - profile.validation_images - profile.held_out_images
         if rest < 1:
             raise ConfigurationError(
@@ -254,7 +268,8 @@ class SuiteState(StrictModel):
     def caption(self) -> str:
         """Dataset, sizes and profile, for every table and figure."""
         note = f" ({self.note})" if self.note else ""
-        subsets = " (class-balanced subsets)" if self.data.train_images or self.data.test_images else ""
+        kind = "random" if is_dense(self.profile.student) else "class-balanced"
+        subsets = f" ({kind} subsets)" if self.data.train_images or self.data.test_images else ""
         count = self.data.held_out_images
         held_out = f" ({count:,} of them held out of the training split)" if count else ""
         images = f"{self.training_count:,} training and {self.test_count:,} test images{subsets}{held_out}"

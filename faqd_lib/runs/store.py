@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import filelock
 import torch
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..config import RunConfig, StrictModel
+from ..config import RunConfig, StrictModel, omitted_at_default
 from ..utils.files import (
     atomic_write,
     atomic_write_text,
@@ -35,6 +35,9 @@ from ..utils.files import (
     text_digest,
 )
 from .checkpoints import remove_checkpoints
+
+# What a run is judged by, by its name in histories and records; all in percent.
+METRICS = {"accuracy": "accuracy", "mean_iou": "mean IoU"}
 
 
 class ResultsError(RuntimeError):
@@ -53,6 +56,8 @@ class RunRecord(StrictModel):
     """A finished run: configuration, history, accuracies, cost and environment.
 
     Args:
+        metric: what the next three values are, a key of :data:`METRICS`: ``mean_iou`` of networks that predict a class
+            for each pixel, else top-1 accuracy.
         last_accuracy: test accuracy after the last epoch, in percent. Tables and claims compare this one.
         best_accuracy: of the epoch that is best on the test images, and therefore optimistic.
         selected_accuracy: test accuracy of the epoch that is best on the validation images; None without them.
@@ -70,6 +75,7 @@ class RunRecord(StrictModel):
     digest: str
     configuration: RunConfig
     history: list[dict[str, float]]
+    metric: Literal["accuracy", "mean_iou"] = omitted_at_default("accuracy")
     last_accuracy: float
     best_accuracy: float
     selected_accuracy: float | None
@@ -121,9 +127,10 @@ class RunStore:
         config: RunConfig,
         model: nn.Module,
         *,
-        predictions: torch.Tensor,
-        labels: torch.Tensor,
+        predictions: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         log_probabilities: torch.Tensor | None = None,
+        pixel_counts: torch.Tensor | None = None,
         **fields: Any,
     ) -> RunRecord:
         """Write the weights of a trained network and its predictions, then the record with the other ``fields``.
@@ -131,12 +138,17 @@ class RunStore:
         Args:
             predictions, labels: predicted class after the last epoch and true class (N,) of each test image.
             log_probabilities: log-probability (N,) of the true class of each test image; kept in float16.
+            pixel_counts: in place of classes, for one prediction a pixel: int32 (N, 3, C) of
+                :func:`~faqd_lib.training.segmentation.pixel_counts`.
         """
         folder = require_writable(self.run_folder(config))
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        classes = {"predicted": predictions, "label": labels}
-        dtype = torch.uint8 if max(int(each.max()) for each in classes.values()) < 256 else torch.int16
-        predicted = {name: each.to("cpu", dtype).contiguous() for name, each in classes.items()}
+        if pixel_counts is not None:
+            predicted = {"pixel_counts": pixel_counts.to("cpu", torch.int32).contiguous()}
+        else:
+            classes = {"predicted": predictions, "label": labels}
+            dtype = torch.uint8 if max(int(each.max()) for each in classes.values()) < 256 else torch.int16
+            predicted = {name: each.to("cpu", dtype).contiguous() for name, each in classes.items()}
         if log_probabilities is not None:
             predicted["log_probability"] = log_probabilities.to("cpu", torch.float16).contiguous()
         record = RunRecord(
@@ -195,7 +207,9 @@ class RunStore:
         """The classes (N,) of the test images, ``predicted`` and ``label``; None for records without them.
 
         Classes are integers of 8 bits, or of 16 bits in early records and where there are more than 256 classes. Later
-        records also have ``log_probability`` (N,) float16, of the true class.
+        records also have ``log_probability`` (N,) float16, of the true class. Networks with one prediction a pixel have
+        ``pixel_counts`` (N, 3, C) int32 of :func:`~faqd_lib.training.segmentation.pixel_counts` in place of classes,
+        and the mean log-probability of an image's pixels.
 
         Raises:
             ResultsError: the file is missing, damaged or of another record.
@@ -253,10 +267,19 @@ def read_record(path: Path) -> RunRecord:
         ) from error
 
 
-def accuracies(history: list[dict[str, float]]) -> dict[str, float | None]:
-    """The three accuracies of a record from a history, in percent; see :class:`RunRecord`."""
-    evaluated = [row for row in history if "test_accuracy" in row]
-    test = [row["test_accuracy"] for row in evaluated]
-    validated = [row for row in evaluated if "validation_accuracy" in row]
-    best = max(validated, key=lambda row: row["validation_accuracy"], default={})
-    return {"last_accuracy": test[-1], "best_accuracy": max(test), "selected_accuracy": best.get("test_accuracy")}
+def score(row: dict[str, float], split: str = "test") -> float | None:
+    """What an entry of a history says of the images of a split, in percent; None where they were not evaluated."""
+    return next((row[key] for metric in METRICS if (key := f"{split}_{metric}") in row), None)
+
+
+def accuracies(history: list[dict[str, float]]) -> dict[str, Any]:
+    """The three accuracies of a record from a history, in percent, and the metric if it is another one.
+
+    See :class:`RunRecord`.
+    """
+    evaluated = [row for row in history if score(row) is not None]
+    test = [score(row) for row in evaluated]
+    validated = [row for row in evaluated if score(row, "validation") is not None]
+    best = max(validated, key=lambda row: score(row, "validation"), default={})
+    metric = {"metric": "mean_iou"} if "test_mean_iou" in evaluated[-1] else {}
+    return {**metric, "last_accuracy": test[-1], "best_accuracy": max(test), "selected_accuracy": score(best)}

@@ -80,8 +80,8 @@ class PlannedClaim(StrictModel):
     Args:
         statement: the claim in words.
         contrast: weight of each arm; they sum to 0.
-        endpoint: ``accuracy`` on test images, in percentage points; or ``affinity``, the natural logarithm of the exact
-            affinity loss on test images.
+        endpoint: ``accuracy`` on test images, or mean IoU of one prediction a pixel, in percentage points; or
+            ``affinity``, the natural logarithm of the exact affinity loss on test images.
         cells: name of the cells.
         reference: names of the cells of arms that ``cells`` does not have.
         margin: the claim is that the contrast lies above −margin. 0 for "better".

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..config import ConfigurationError, RunConfig
 from ..data import datasets
+from ..models import is_dense
 from ..training.learner import precision_that_pays
 from ..training.loop import evaluate
 from ..utils.files import require_writable
@@ -26,7 +27,7 @@ from .checkpoints import remove_checkpoints
 from .configurations import Configurations
 from .local import Engine, train_here, units
 from .profile import Profile, SuiteState, begin_or_continue, read_state, suite_folder
-from .store import RunRecord, RunStore
+from .store import METRICS, RunRecord, RunStore
 from .workshop import Workshop
 
 
@@ -109,8 +110,13 @@ class Suite(Configurations, Workshop):
         """Dataset, sizes and profile, for every table and figure."""
         return self.state.caption
 
+    @property
+    def metric(self) -> str:
+        """What runs are judged by, in words: accuracy, or mean IoU of one prediction a pixel."""
+        return METRICS["mean_iou" if is_dense(self.profile.student) else "accuracy"]
+
     def evaluate(self, model: nn.Module) -> tuple[float, float]:
-        """Top-1 accuracy (percent) and mean cross-entropy on the test images."""
+        """Top-1 accuracy or mean IoU (percent), and mean cross-entropy, on the test images."""
         return evaluate(model, self.splits.test, self.normalizer)[:2]
 
     def run(self, configs: Iterable[RunConfig], title: str = "runs", deadline: float | None = None) -> list[RunRecord]:

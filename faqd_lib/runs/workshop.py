@@ -18,11 +18,13 @@ from ..models import FeatureTap, build_model
 from ..quantization.network import calibrate, quantize, reestimate_batch_norm
 from ..training.learner import Learner, projection_seed
 from ..training.objective import DistillationObjective
+from ..training.segmentation import root_median_frequency
 from ..utils.measure import exact_kernels
 from .profile import SuiteState
 from .store import ResultsError, RunStore
 
 AFFINITY_IMAGES = 1000  # of the test split, whose maps are compared after training
+AFFINITY_PIXELS = AFFINITY_IMAGES * 64**2  # of images whose maps are in memory at once
 
 
 class Splits(NamedTuple):
@@ -89,7 +91,7 @@ class Workshop:
     def batches(self, cohort: Sequence[RunConfig]) -> Batches:
         """The training batches of runs side by side. Those of label-free runs alone carry no labels."""
         config = cohort[0]
-        training = datasets.subset(self.splits.training, config.data.train_images, config.data.subset_seed)
+        training = self._training(config)
         return Batches(
             training.unlabelled() if all(each.label_free for each in cohort) else training,
             config.optimization.batch_size,
@@ -98,6 +100,10 @@ class Workshop:
             flip=self.data.flip,
             device=self.device,
         )
+
+    def _training(self, config: RunConfig) -> Images:
+        """The labelled images that a run is trained on."""
+        return datasets.subset(self.splits.training, config.data.train_images, config.data.subset_seed)
 
     def build(self, config: RunConfig, *, initial_weights: bool = True) -> nn.Module:
         """The network of a run before training, with its quantizers, not calibrated yet.
@@ -136,10 +142,14 @@ class Workshop:
         adapter_channels = ()
         if config.objective.adapters:
             with FeatureTap(model.eval(), model.feature_names) as tap, torch.no_grad():
-                model(torch.zeros(1, 3, self.data.image_size, self.data.image_size, device=self.device))
+                model(torch.zeros(1, *self.data.train.pixels.shape[1:], device=self.device))
             adapter_channels = [feature_map.shape[1] for feature_map in tap.features]
+        weights = None
+        if config.objective.class_weights != "equal":
+            weights = root_median_frequency(self._training(config).labels, len(self.data.classes))
         objective = DistillationObjective(
-            **config.objective.model_dump(exclude={"adapters", "stages", "affinity_recipe"}),
+            **config.objective.model_dump(exclude={"adapters", "stages", "class_weights", "affinity_recipe"}),
+            class_weights=weights,
             adapter_channels=adapter_channels,
             seed=projection_seed(config.seed),
         ).to(self.device)
@@ -156,8 +166,12 @@ class Workshop:
         if len(student.feature_names) != len(teacher.feature_names):
             return None
         pixels = self.splits.test.pixels
-        images = self.normalizer(pixels[:: max(1, len(pixels) // AFFINITY_IMAGES)].to(self.device))
+        chosen, total = pixels[:: max(1, len(pixels) // AFFINITY_IMAGES)], 0.0
         with FeatureTap(student, student.feature_names) as of_student, FeatureTap(teacher, teacher.feature_names) as of:
-            student(images), teacher(images)
-            pairs = zip(of_student.features, of.features, strict=True)
-            return float(sum(feature_affinity_loss(of_one, of_other) for of_one, of_other in pairs))
+            for part in chosen.split(max(1, AFFINITY_PIXELS // pixels.shape[2:].numel())):
+                images = self.normalizer(part.to(self.device))
+                student(images), teacher(images)
+                pairs = zip(of_student.features, of.features, strict=True)
+                mean = float(sum(feature_affinity_loss(of_one, of_other) for of_one, of_other in pairs))
+                total += mean * (len(part) / len(chosen))
+        return total

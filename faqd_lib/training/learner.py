@@ -21,6 +21,7 @@ from .cuda_graphs import RecordedStep, Recorder
 from .loss_log import LossLog, NonFiniteLossError
 from .momentum import Group, NesterovSGD
 from .objective import DistillationObjective
+from .segmentation import DenseEvaluation
 
 CHECK_EVERY = {"cpu": 1}  # steps between checks of the loss
 CHECK_EVERY_ELSEWHERE = 50  # on other devices, where a check makes the host wait
@@ -57,6 +58,12 @@ class Evaluation(NamedTuple):
     cross_entropy: float
     predictions: torch.Tensor
     log_probabilities: torch.Tensor
+
+    metric = "accuracy"
+
+    def kept(self, labels: torch.Tensor) -> dict[str, Any]:
+        """What :meth:`faqd_lib.runs.store.RunStore.save` keeps, with the true classes (N,)."""
+        return {"predictions": self.predictions, "labels": labels, "log_probabilities": self.log_probabilities}
 
 
 class TeacherOutput(NamedTuple):
@@ -111,7 +118,7 @@ class Learner:
             made = compile_activations(model, torch.bfloat16 if optimization.precision == "bf16" else torch.float32)
             self.kernels["activation_kernels"] = "compiled" if made else "not compiled"
         self.history: list[dict[str, float]] = []
-        self.tested: Evaluation | None = None  # the last test; a checkpoint does not hold it
+        self.tested: Evaluation | DenseEvaluation | None = None  # the last test; a checkpoint does not hold it
         self.cost: dict[str, float] = {}  # seconds, milliseconds, bytes of a finished run; see ``results/README.md``
         self.steps = 0
         self.peak_bytes = 0  # of the first step
@@ -197,20 +204,21 @@ class Learner:
         self._recorded_step.release()
         self.objective.predraw((), torch.device("cpu"))
 
-    def end_epoch(self, epoch: int, evaluations: Mapping[str, Evaluation]) -> None:
+    def end_epoch(self, epoch: int, evaluations: Mapping[str, Evaluation | DenseEvaluation]) -> None:
         """Append the epoch's mean terms and evaluations to the history; NonFiniteLossError if one is not finite."""
         self.tap.clear()  # maps of the last evaluated images
         self.log.check(self.config.run_id, epoch)
         row: dict[str, float] = {"epoch": epoch + 1}
         row |= {"loss" if name == "total" else name: mean for name, mean in self.log.means().items()}
-        for split, (accuracy, cross_entropy, *_) in evaluations.items():
+        for split, found in evaluations.items():
+            score, cross_entropy, *_ = found
             if not math.isfinite(cross_entropy):
                 raise NonFiniteLossError(
                     f"{self.config.run_id}: the {split} cross-entropy after epoch {epoch + 1} is {cross_entropy}, "
                     "though every training loss was finite: the weights left the range of float32. Lower the "
                     "learning rate."
                 )
-            row[f"{split}_accuracy"], row[f"{split}_cross_entropy"] = accuracy, cross_entropy
+            row[f"{split}_{found.metric}"], row[f"{split}_cross_entropy"] = score, cross_entropy
         self.history.append(row)
         self.tested = evaluations.get("test")
         self.clock.step.read(), self.clock.loss.read()  # once an epoch the host waits for the device anyway

@@ -26,14 +26,20 @@ from .compile import compile_network
 from .cuda_graphs import RecordedStep, Recorder, StudentStreams, own_stream
 from .learner import Evaluation, Learner, TeacherOutput
 from .loss_log import NonFiniteLossError
+from .segmentation import DenseEvaluation, dense_evaluation, measure
 
 EVALUATED_PIXELS = 2500 * 32**2  # pixels of a batch: many, because each launch of a kernel costs time on a GPU
 
 
 @exact_kernels()
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Images, normalizer: Normalizer, batch_size: int = 0) -> Evaluation:
-    """Classify labelled images in float32 with the present weights; ``batch_size`` 0 chooses one for the device."""
+def evaluate(
+    model: nn.Module, images: Images, normalizer: Normalizer, batch_size: int = 0
+) -> Evaluation | DenseEvaluation:
+    """Classify labelled images, or their pixels, in float32 with the present weights.
+
+    ``batch_size`` 0 chooses one for the device.
+    """
     device = next(model.parameters()).device
     if not batch_size:
         batch_size = max(1, EVALUATED_PIXELS // images.pixels.shape[2:].numel())
@@ -43,13 +49,19 @@ def evaluate(model: nn.Module, images: Images, normalizer: Normalizer, batch_siz
     # In float32, cuDNN computes convolutions several times faster without channels-last weights.
     weights = {name: tensor.contiguous() for name, tensor in model.named_parameters()} if device.type == "cuda" else {}
     loss, predictions, log_probabilities = torch.zeros((), dtype=torch.float64, device=device), [], []
+    measured = []
     for pixels, labels in zip(images.pixels.split(batch_size), images.labels.split(batch_size), strict=True):
         batch, labels = normalizer(pixels.to(device)), labels.to(device)
         logits = (functional_call(model, weights, batch.contiguous()) if weights else model(batch)).float()
+        if images.is_dense:
+            measured.append(measure(logits, labels))
+            continue
         predictions.append(logits.argmax(1))
         log_probabilities.append(-F.cross_entropy(logits, labels, reduction="none"))
         loss += F.cross_entropy(logits, labels, reduction="sum")
     model.train(was_training)
+    if images.is_dense:
+        return dense_evaluation(measured)
     predicted, log_probability = torch.cat(predictions).cpu(), torch.cat(log_probabilities).cpu()
     correct = int((predicted == images.labels.cpu()).sum())
     return Evaluation(100 * correct / len(images), float(loss) / len(images), predicted, log_probability)
@@ -108,7 +120,7 @@ def train(
         closing(Cohort(learners, teacher, feature_names, batches.device, cuda_graphs=cuda_graphs)) as cohort,
     ):
 
-        def evaluated(learner: Learner) -> dict[str, Evaluation]:
+        def evaluated(learner: Learner) -> dict[str, Evaluation | DenseEvaluation]:
             return {name: evaluate(learner.model, images, batches.normalizer) for name, images in splits.items()}
 
         def end_epoch(epoch: int) -> None:

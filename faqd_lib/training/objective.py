@@ -12,6 +12,7 @@ from torch import nn
 
 from ..affinity.loss import FastFeatureAffinityLoss, FeatureAffinityLoss, pixel_count
 from ..utils.messages import check_choice, kind_of
+from .segmentation import dense_cross_entropy
 
 LOGIT_LOSSES = ("none", "mse", "kl")
 RIVALS = ("sp", "at", "hint", "cka", "channel")  # of faqd_lib.affinity.rivals
@@ -66,6 +67,7 @@ class DistillationObjective(nn.Module):
         adapter_channels: channels of the student's maps, one entry a stage: a trained 1×1 adapter stands before each
             comparison. Empty for no adapters. Give ``objective.parameters()`` to the optimizer as well.
         seed: of the projections.
+        class_weights: of the label loss of dense logits, (classes,); None for 1.
 
     Raises:
         ValueError: an unknown loss, a negative weight, or an objective without any term.
@@ -84,6 +86,7 @@ class DistillationObjective(nn.Module):
         distribution: str = "gaussian",
         adapter_channels: Sequence[int] = (),
         seed: int = 0,
+        class_weights: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         check_choice("logit_loss", logit_loss, LOGIT_LOSSES)
@@ -109,6 +112,8 @@ class DistillationObjective(nn.Module):
             from ..affinity.rivals import rival  # runs of the paper's tables do not import rivals
 
             self.affinity_loss = rival(affinity)
+        # Not in the state: they follow from the training images.
+        self.register_buffer("class_weights", class_weights, persistent=False)
         self.adapters = nn.ModuleList(Adapter(channels) for channels in adapter_channels)
 
     def predraw(self, pixels: Sequence[int], device: torch.device) -> None:
@@ -133,8 +138,9 @@ class DistillationObjective(nn.Module):
             student_logits, teacher_logits: (batch, classes), or (batch, classes, height, width) for one prediction a
                 pixel. Each loss is then a mean over images and pixels.
             student_maps, teacher_maps: (batch, channels, height, width), or tokens (batch, N, channels), one a stage.
-            labels: int64 (batch), or (batch, height, width) beside dense logits; needed where ``label_weight`` is above
-                0, refused where it is 0.
+            labels: int64 (batch), or (batch, height, width) beside dense logits, where
+                :data:`~faqd_lib.data.images.IGNORED` marks pixels without a label; needed where ``label_weight`` is
+                above 0, refused where it is 0.
 
         Returns:
             Scalars: ``"total"``, the weighted sum to minimise; and the unweighted terms of the objective, among
@@ -163,9 +169,14 @@ class DistillationObjective(nn.Module):
             terms["affinity"] = self._compare_maps(student_maps, teacher_maps)
             total = total + self.affinity_weight * terms["affinity"]
         if self.label_weight > 0:
-            terms["label"] = F.cross_entropy(student_logits, labels)
+            terms["label"] = self._compare_labels(student_logits, labels)
             total = total + self.label_weight * terms["label"]
         return {"total": total, **terms}
+
+    def _compare_labels(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if logits.ndim > 2:
+            return dense_cross_entropy(logits, labels, self.class_weights)
+        return F.cross_entropy(logits, labels)
 
     def _compare_logits(self, student: torch.Tensor, teacher: torch.Tensor | None) -> torch.Tensor:
         if teacher is None:

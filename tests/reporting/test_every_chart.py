@@ -71,6 +71,11 @@ def learning_curves() -> Figure:
     return charts.learning_curves(pd.DataFrame(rows, columns=["run", "epoch", "value", "measure"]))
 
 
+def by_class() -> Figure:
+    rows = [("sky", "KD", 90.0), ("sky", "KD", 91.0), ("pole", "KD", 2.0), ("sky", "FA", 92.0)]
+    return charts.by_class(pd.DataFrame(rows, columns=["class", "arm", "value"]), "IoU (%)")
+
+
 def accuracy_by_bits() -> Figure:
     rows = [(1, "KD", 80.0, 1), (1, "KD", 81.0, 2), (1, "FAQD", 82.0, 1), (2, "FAQD", 84.0, 1)]
     frame = pd.DataFrame(rows, columns=["bits", "method", "accuracy", "seed"])
@@ -142,6 +147,7 @@ MARKS: dict[Callable[[], Figure], list[tuple[int, int, int, int]]] = {
     weight_histograms: [(1, 1, 80, 0)] * 3,
     scale_scan: [(1 + 2, 0, 0, 0), (1 + 1, 0, 0, 0)],  # the scan and the chosen scales
     learning_curves: [(2, 2, 0, 0)] * 3,  # means and ranges of two runs
+    by_class: [(2, 0, 0, 0)],  # the points of two arms
     accuracy_by_bits: [(3 + 2 + 1, 3, 0, 0)],  # seeds of three cells, two references, a separator; three means
     accuracy_and_size: [(1, 3 * 2, 0, 0)],  # a separator; the size and the seeds of three cells
     affinity_frontier: [(3 + 1, 0, 0, 0)],  # means of three losses; the seeds of one

@@ -115,7 +115,8 @@ def test_a_design_that_contradicts_itself_is_refused(tiny_suite, changes, messag
 
 
 def test_shipped_studies_are_valid_and_share_no_seed_with_the_pilots():
-    for name in ("claims", "claims-2-bits", "tuning", "short", "rivals", "rivals-tuning", "losses"):
+    names = ("claims", "claims-2-bits", "tuning", "short", "rivals", "rivals-tuning", "losses", "segmentation")
+    for name in names:
         study = Profile.load(name).study
         assert 1 not in study.seeds
         assert not study.claims or study.looks == [5, 8]

@@ -117,7 +117,7 @@ def _is_of(one: Mapping[str, str | int], other: Mapping[str, str | int]) -> bool
 
 def _epochs(suite: Suite, run: RunConfig) -> float:
     """Epochs of all training images that a run takes."""
-    images = run.data.train_images or suite.state.training_count
+    images = run.training_images or suite.state.training_count
     steps = run.optimization.steps(images // run.optimization.batch_size)
     return steps * run.optimization.batch_size / suite.state.training_count
 

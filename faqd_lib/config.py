@@ -16,6 +16,7 @@ QUANTIZER_RECIPE = 4  # of the quantizers: part of quantized runs
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Stages = Annotated[tuple[Count, ...], Field(strict=False)]  # a list in records
 WeightBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
 ActivationBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
 Precision = Literal["float32", "bf16"]
@@ -177,7 +178,7 @@ class ObjectiveConfig(StrictModel):
     distribution: Literal["gaussian", "rademacher"] = "gaussian"
     label_weight: Weight = 0.0
     adapters: bool = False
-    stages: tuple[Count, ...] = omitted_at_default(())  # whose maps are compared, numbered from 1; () for all
+    stages: Stages = omitted_at_default(())  # whose maps are compared, numbered from 1; () for all
     # Maps of a stage are those after its last ReLU, or the sums that this ReLU gets.
     taps: Literal["output", "before ReLU"] = omitted_at_default("output")
     affinity_recipe: int | None = omitted_at_default(None)

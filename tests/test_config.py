@@ -203,6 +203,14 @@ def test_digest_survives_json(student):
     assert RunConfig.parse(shuffled, "here").digest == student.digest
 
 
+def test_stages_survive_json(student):
+    objective = ObjectiveConfig(affinity="fa", affinity_weight=1.0, stages=(1, 3))
+    staged = student.model_copy(update={"objective": objective})
+    assert RunConfig.model_validate_json(staged.model_dump_json()) == staged
+    with pytest.raises(pydantic.ValidationError, match="valid integer"):
+        ObjectiveConfig(affinity="fa", affinity_weight=1.0, stages=("1",))
+
+
 def test_readable_names(student, run_config):
     assert student.run_id.startswith("resnet8-1w4a-ffaqd-k6-mse-labelfree-from-resnet20-finetuned-seed0-")
     assert run_config.run_id.startswith("resnet8-32w32a-labels-seed0-")

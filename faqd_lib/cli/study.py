@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 import filelock
 
 from ..config import RunConfig
-from ..reporting import charts, signs, study_charts, study_claims, study_curves
+from ..reporting import charts, signs, study_charts, study_claims, study_curves, where
 from ..reporting.tables import NOT_RUN, Table
 from ..reporting.tuning import tuning_table
 from ..runs.suite import Suite
@@ -136,7 +136,11 @@ def report_study(suite: Suite) -> list[Table]:
         if len(forest := study_claims.forest_frame(judged)):
             figures["claims"] = charts.forest(forest)
         if len(gain):
-            figures["over_updates"] = study_charts.over_updates(study_curves.arms_frame(suite), gain)
+            arms = study_curves.arms_frame(suite)
+            own = [name for name, cells in suite.profile.study.cells.items() if cells.has_own(set())]
+            figures["over_updates"] = study_charts.over_updates(arms[arms["cells"].isin(own)], gain)
+        if not all(cells.has_own(set()) for cells in suite.profile.study.cells.values()):
+            made.append(where.table(suite))
         begun = judged.frame[judged.frame["difference"] != NOT_RUN]
         for row in begun.to_dict("records"):
             print(f"  {row['claim']}: {row['difference']} ({row['n (seeds)']} seeds): {row['verdict']}")

@@ -88,6 +88,10 @@ class Cells(StrictModel):
     teacher: ModelName | None = omitted_at_default(None)
     source: str | None = omitted_at_default(None)
 
+    def has_own(self, arms: set[str]) -> bool:
+        """Whether these arms are here, with networks and images that are the profile's own."""
+        return arms <= set(self.arms) and (self.student, self.teacher, self.source) == (None, None, None)
+
     @model_validator(mode="after")
     def _counts_its_source(self) -> Self:
         if self.source is not None and self.images is None:

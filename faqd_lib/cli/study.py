@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 import filelock
 
 from ..config import RunConfig
-from ..reporting import charts, signs, study_charts, study_claims, study_curves
+from ..reporting import charts, signs, study_charts, study_claims, study_curves, where
 from ..reporting.report import write_report
 from ..reporting.tables import NOT_RUN, Table
 from ..reporting.tuning import tuning_table
@@ -118,7 +118,7 @@ def _is_of(one: Mapping[str, str | int], other: Mapping[str, str | int]) -> bool
 
 def _epochs(suite: Suite, run: RunConfig) -> float:
     """Epochs of all training images that a run takes."""
-    images = run.data.train_images or suite.state.training_count
+    images = run.training_images or suite.state.training_count
     steps = run.optimization.steps(images // run.optimization.batch_size)
     return steps * run.optimization.batch_size / suite.state.training_count
 
@@ -135,7 +135,11 @@ def report_study(suite: Suite) -> list[Table]:
         judged, gain = study_claims.table(suite), study_curves.gain_frame(suite)
         made += [judged, study_curves.arms_table(suite), study_curves.reach_table(suite)]
         if len(gain):
-            figures["over_updates"] = study_charts.over_updates(study_curves.arms_frame(suite), gain)
+            arms = study_curves.arms_frame(suite)
+            own = [name for name, cells in suite.profile.study.cells.items() if cells.has_own(set())]
+            figures["over_updates"] = study_charts.over_updates(arms[arms["cells"].isin(own)], gain)
+        if not all(cells.has_own(set()) for cells in suite.profile.study.cells.values()):
+            made.append(where.table(suite))
         begun = judged.frame[judged.frame["difference"] != NOT_RUN]
         for row in begun.to_dict("records"):
             print(f"  {row['claim']}: {row['difference']} ({row['n (seeds)']} seeds): {row['verdict']}")

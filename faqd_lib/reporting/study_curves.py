@@ -118,7 +118,7 @@ _PLACE = ("weight_bits", "images", "updates")
 def _place(suite: Suite, name: str, cells: Cells) -> dict[str, object]:
     """What tells cells from others: bits, images and updates of their runs."""
     run = next(iter(suite.study_runs(name, suite.profile.study.first_seed).values()))
-    images = run.data.train_images or suite.state.training_count
+    images = run.training_images or suite.state.training_count
     return {
         "cells": name,
         "weight_bits": "/".join(map(str, cells.weight_bits)),
@@ -128,8 +128,8 @@ def _place(suite: Suite, name: str, cells: Cells) -> dict[str, object]:
 
 
 def _compared(suite: Suite) -> dict[str, Cells]:
-    study = suite.profile.study
-    return {name: cells for name, cells in study.cells.items() if {BASE, TAUGHT} <= set(cells.arms)}
+    """The groups of the profile's own networks and images that have both arms."""
+    return {name: cells for name, cells in suite.profile.study.cells.items() if cells.has_own({BASE, TAUGHT})}
 
 
 def _of_cells(name: str) -> PlannedClaim:

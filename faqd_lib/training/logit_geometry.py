@@ -12,6 +12,7 @@ Var_q(d) is the variance of the entries of d under q, which is dᵀ F(q) d. Note
 - Bounded: ‖T (q − p)‖ ≤ min(√2 T, ‖d̃‖/2). Eigenvalues of F(q) lie between 0 and 1/2.
 - Near: with ρ = (max d − min d)/T, the ratio of T²·KL to dᵀF(p)d/2 lies within :func:`quadratic_bounds`.
 - Hot: with R the larger range of both logits, the ratio of T²·KL to ‖d̃‖²/(2C) lies between e^(−R/T) and e^(R/T).
+  The cosine between the gradient and d̃ is at least 1/cosh(R/T), by Kantorovich's inequality.
 - Flips: the top class changes only where max d − min d is at least the teacher's margin.
 - Regret: if b is the student's top class, (max p − p_b)² ≤ 2 KL ≤ ‖d̃‖²/(2T²) ≤ C·MSE/(2T²).
 

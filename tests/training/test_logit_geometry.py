@@ -73,7 +73,6 @@ def test_what_the_head_of_the_module_says(student, teacher, temperature):
     assert (found.kl_gradient <= torch.minimum(found.centred / 2, found.centred * 0 + math.sqrt(2) * temperature)
             + slack).all()  # fmt: skip
     assert (found.largest <= 0.5 + slack).all()
-    assert (found.kl_cosine >= -slack).all()
     p = (t / temperature).softmax(1)
     # Eigenvalues of F(p) and entries of p interlace.
     least = p.sort(1).values
@@ -90,6 +89,8 @@ def test_what_the_head_of_the_module_says(student, teacher, temperature):
     limit = found.centred**2 / (2 * C)
     assert (each >= torch.exp(-hot) * limit - slack).all()
     assert (each <= torch.exp(hot) * limit + slack).all()
+    apart = found.centred > 1e-3  # rounding has no direction
+    assert (found.kl_cosine >= 1 / torch.cosh(hot) - 1e-6)[apart].all()
     assert (found.agrees | (found.spread >= found.margin - slack)).all()
     regret = p.amax(1) - p.gather(1, z.argmax(1, keepdim=True))[:, 0]
     chain = [regret**2, 2 * each / temperature**2, found.centred**2 / (2 * temperature**2),

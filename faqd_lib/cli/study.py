@@ -14,9 +14,10 @@ from collections.abc import Iterable, Mapping
 import filelock
 
 from ..config import RunConfig
+from ..models import is_dense
 from ..reporting import charts, signs, study_charts, study_claims, study_curves, where
 from ..reporting.report import write_report
-from ..reporting.tables import NOT_RUN, Table
+from ..reporting.tables import NOT_RUN, Table, segmentation, segmentation_classes
 from ..reporting.tuning import tuning_table
 from ..runs.suite import Suite
 from ..training.loop import OutOfTimeError
@@ -145,6 +146,8 @@ def report_study(suite: Suite) -> list[Table]:
             print(f"  {row['claim']}: {row['difference']} ({row['n (seeds)']} seeds): {row['verdict']}")
         if len(begun) < len(judged.frame):
             print(f"  {len(judged.frame) - len(begun)} of {len(judged.frame)} claims have no complete seed yet")
+    if is_dense(suite.profile.student):
+        made += [segmentation(suite), segmentation_classes(suite)]
     records = suite.store.records()
     made.append(signs.table(suite))
     frames = [make(records) for make in (signs.gap_frame, signs.estimate_frame, signs.stability_frame)]

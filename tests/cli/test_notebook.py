@@ -11,6 +11,7 @@ from PIL import Image
 from faqd_lib.cli import notebook
 from faqd_lib.cli.notebook import check_injected, injected_names, start
 from faqd_lib.config import ConfigurationError
+from faqd_lib.runs.profile import Profile
 
 INJECTED = '# Parameters\nprofile = "smoke"\nseeds = 2\n'
 KNOWN = {"profile", "dataset", "data_root", "results_dir", "seeds"}
@@ -76,6 +77,23 @@ def test_start_opens_the_suite_and_says_what_it_is(shell, tmp_path, capsys):
     assert suite.folder == tmp_path / "r" / "smoke-digits"
     for text in ("digits", "smoke", str(suite.folder), "mean nothing"):
         assert text in out
+
+
+def test_a_notebook_about_pixels_takes_images_that_have_their_classes(shell, tmp_path):
+    shell()
+    assert start(**arguments(tmp_path), dense=True).folder == tmp_path / "r" / "smoke-digit-strokes"
+    with pytest.raises(ConfigurationError, match=r"digit-strokes has a class for each pixel.*notebook 14"):
+        start(**arguments(tmp_path, dataset="digit-strokes"))
+
+
+@pytest.mark.parametrize(("profile", "expected"), [("smoke", "digit-strokes"), ("quick", "camvid")])
+def test_camvid_is_taken_where_it_is_on_disk_and_results_are_shown(tmp_path, profile, expected):
+    for folder in ("train", "trainannot"):
+        (tmp_path / "camvid" / folder).mkdir(parents=True)
+    chosen = Profile.load(profile)
+    assert notebook._dataset_for(True, chosen, "cifar10", str(tmp_path)) == expected
+    assert notebook._dataset_for(True, chosen, "camvid-val", str(tmp_path)) == "camvid-val"
+    assert notebook._dataset_for(False, chosen, "cifar10", str(tmp_path)) == "cifar10"
 
 
 def test_start_takes_the_results_folder_from_the_environment(shell, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from faqd_lib.data.batches import stream
-from faqd_lib.reporting import claims, grids, study_claims, tables
+from faqd_lib.reporting import claims, grids, study_claims, study_curves, tables
 from faqd_lib.reporting.segmentation import RESAMPLES, answers, gains
 from faqd_lib.runs.profile import Profile
 from faqd_lib.runs.suite import Suite
@@ -116,5 +116,8 @@ def test_claims_of_a_study_are_judged_by_mean_iou(tmp_path):
     frame = tables.segmentation(suite).frame.set_index("arm")
     assert frame.loc["fa-encoder", "n of the gain"].iloc[0] == "5"
     assert float(frame.loc["fa-encoder", "gain over KD (95 % interval)"].iloc[0].split()[0]) == float(row["difference"])
+    arms = study_curves.arms_table(suite)
+    assert "mean IoU (%)" in arms.frame
+    assert "accuracy" not in arms.markdown()
     record = json.loads(next((suite.folder / "runs").glob("*/record.json")).read_text())
     assert record["metric"] == "mean_iou"

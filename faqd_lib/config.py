@@ -16,6 +16,7 @@ QUANTIZER_RECIPE = 4  # of the quantizers: part of quantized runs
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Stages = Annotated[tuple[Count, ...], Field(strict=False)]  # a list in records
 WeightBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
 ActivationBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
 Precision = Literal["float32", "bf16"]
@@ -99,6 +100,20 @@ class DataConfig(StrictModel):
         return self.model_copy(update={"train_images": other.train_images}) == other
 
 
+class ImageSource(StrictModel):
+    """Where a student's unlabelled training images come from, instead of the training split of its ``data``.
+
+    Args:
+        name: a name in :data:`faqd_lib.data.elsewhere.MADE_HERE`, or that of another dataset.
+        fingerprint: of another dataset; empty for images that are made here.
+        train_images: number of images, drawn with the subset seed of ``data``.
+    """
+
+    name: str
+    fingerprint: str = ""
+    train_images: Count
+
+
 class QuantizationConfig(StrictModel):
     """Bits of weights and activations, and how they are quantized; see :func:`faqd_lib.quantization.network.quantize`.
 
@@ -163,8 +178,9 @@ class ObjectiveConfig(StrictModel):
     distribution: Literal["gaussian", "rademacher"] = "gaussian"
     label_weight: Weight = 0.0
     adapters: bool = False
-    # Numbers, from 1 on, of the stages whose maps are compared; () for all. A list in JSON, which has no tuples.
-    stages: Annotated[tuple[Count, ...], Field(strict=False)] = omitted_at_default(())
+    stages: Stages = omitted_at_default(())  # whose maps are compared, numbered from 1; () for all
+    # Maps of a stage are those after its last ReLU, or the sums that this ReLU gets.
+    taps: Literal["output", "before ReLU"] = omitted_at_default("output")
     # How classes count in the label loss of dense logits; see faqd_lib.training.segmentation.
     class_weights: Literal["equal", "root median frequency"] = omitted_at_default("equal")
     affinity_recipe: int | None = omitted_at_default(None)
@@ -195,8 +211,8 @@ class ObjectiveConfig(StrictModel):
             raise ValueError("affinity_weight must be 0 with affinity='none', and above 0 with 'fa', 'ffa' or a rival")
         if self.affinity_recipe != (None if self.affinity == "none" else AFFINITY_RECIPE):
             raise ValueError(f"affinity_recipe {self.affinity_recipe} is not that of this version ({AFFINITY_RECIPE})")
-        if (self.adapters or self.stages) and self.affinity == "none":
-            raise ValueError("adapters and stages need an affinity loss: set affinity to 'fa' or 'ffa'")
+        if (self.adapters or self.stages or self.taps != "output") and self.affinity == "none":
+            raise ValueError("adapters, stages and taps need an affinity loss: set affinity to 'fa' or 'ffa'")
         if self.class_weights != "equal" and self.label_free:
             raise ValueError(f"class_weights = {self.class_weights!r} is for a label loss: set label_weight above 0")
         if self.stages != tuple(sorted(set(self.stages))):
@@ -291,10 +307,15 @@ class TrainingConfig(StrictModel):
 
 
 class RunConfig(TrainingConfig):
-    """One training run. ``teacher`` and ``initial``, the float student to fine-tune, are runs as well."""
+    """One training run. ``teacher`` and ``initial``, the float student to fine-tune, are runs as well.
+
+    With ``images`` a label-free student trains on images from elsewhere. Normalisation, test images and teacher are
+    those of ``data``.
+    """
 
     data: DataConfig
     model: str
+    images: ImageSource | None = omitted_at_default(None)
     teacher: "RunConfig | None" = None
     initial: "RunConfig | None" = None
     recipe: Literal[RECIPE] = RECIPE
@@ -307,10 +328,20 @@ class RunConfig(TrainingConfig):
             raise ValueError(f"initial weights of {self.initial.model} do not fit {self.model}")
         if self.optimization.epochs == 0 and (self.initial is None or self.objective.uses_teacher):
             raise ValueError("epochs = 0 is quantization after training: it needs initial weights and no teacher")
+        if self.images is not None and not (self.objective.uses_teacher and self.label_free):
+            raise ValueError(
+                f"images from {self.images.name!r} have no labels of these classes: use a label-free objective with a "
+                "teacher, or leave out images"
+            )
         for other in (self.teacher, self.initial):
             if other is not None and not other.data.has_images_of(self.data):
                 raise ValueError("teacher, initial weights and student must have the same images")
         return self
+
+    @property
+    def training_images(self) -> int | None:
+        """Number of images that are trained on; None for the whole training split."""
+        return self.data.train_images if self.images is None else self.images.train_images
 
     @property
     def regime(self) -> str:
@@ -343,6 +374,8 @@ class RunConfig(TrainingConfig):
         if self.teacher is not None:
             parts.append("labelfree" if self.label_free else "labelled")
             parts.append(f"from-{self.teacher.model}")
+        if self.images is not None:
+            parts.append(f"on-{self.images.name}")
         if self.initial is not None:
             parts.append("finetuned" if self.optimization.epochs else "posttraining")
         return "-".join([*parts, f"seed{self.seed}", self.digest[:12]])

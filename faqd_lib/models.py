@@ -13,7 +13,10 @@ from .quantization.module_calls import kept_modes
 from .utils.messages import check_choice, did_you_mean, kind_of
 
 DENSE_NAMES = ("linknet8", "linknet16")  # one prediction a pixel
-MODEL_NAMES = (*(f"resnet{depth}" for depth in (8, 20, 32, 44, 56, 110)), "resnet18", *DENSE_NAMES)
+MODEL_NAMES = (
+    *(f"resnet{depth}" for depth in (8, 20, 32, 44, 56, 110)), "resnet18", "plain20", "mobilenet", "mixer",
+    *DENSE_NAMES,
+)  # fmt: skip
 
 
 def stage_names(name: str) -> tuple[str, ...]:
@@ -21,6 +24,8 @@ def stage_names(name: str) -> tuple[str, ...]:
 
     Stages 1 to 3 of a dense network are its encoder, 4 to 6 its decoder.
     """
+    if name == "mixer":
+        return PatchMixer.feature_names
     encoder = tuple(f"layer{stage}" for stage in range(1, 5 if name == "resnet18" else 4))
     return (*encoder, *(f"decoder{stage}" for stage in (3, 2, 1))) if is_dense(name) else encoder
 
@@ -28,6 +33,24 @@ def stage_names(name: str) -> tuple[str, ...]:
 def is_dense(name: str) -> bool:
     """Whether a network of :func:`build_model` predicts a class for each pixel."""
     return name in DENSE_NAMES
+
+
+def tap_names(model: nn.Module, taps: str = "output") -> tuple[str, ...]:
+    """Names for :class:`FeatureTap`, one a stage: its output, or with ``"before ReLU"`` the sum that its ReLU gets.
+
+    Raises:
+        ValueError: ``taps`` is unknown, or a stage does not end with a ReLU, as those of a patch mixer.
+    """
+    check_choice("taps", taps, ("output", "before ReLU"))
+    if taps == "output":
+        return tuple(model.feature_names)
+    for stage in model.feature_names:
+        blocks = model.get_submodule(stage)
+        if not isinstance(blocks, nn.Sequential) or not hasattr(blocks[-1], "relu2"):
+            raise ValueError(
+                f"stage {stage!r} of {type(model).__name__} does not end with a ReLU: set taps to 'output'"
+            )
+    return tuple(f"{stage}.{len(model.get_submodule(stage)) - 1}.relu2@input" for stage in model.feature_names)
 
 
 class SubsampleAndPad(nn.Module):
@@ -64,11 +87,34 @@ class BasicBlock(nn.Module):
         return self.relu2(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
+class PlainBlock(BasicBlock):
+    """The block without its shortcut, as in the plain networks of He et al. (2016)."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__(in_channels, channels, stride)
+        del self.shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu1(self.bn1(self.conv1(x)))
+        return self.relu2(self.bn2(self.conv2(out)))
+
+
+class DepthwiseBlock(PlainBlock):
+    """A 3×3 convolution of each channel alone, then a 1×1 convolution (MobileNet, Howard et al. 2017)."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__(in_channels, channels, stride)
+        self.conv1 = nn.Conv2d(in_channels, in_channels, 3, stride, 1, groups=in_channels, bias=False)
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv2 = nn.Conv2d(in_channels, channels, 1, bias=False)
+
+
 class CifarResNet(nn.Module):
     """The CIFAR ResNet of He et al. (2016), section 4.2: 6n+2 layers, stages of 16, 32 and 64 channels.
 
     Input: (batch, 3, height, width), designed for 32×32 pixels, at least 4×4. Output: (batch, num_classes).
     Feature maps: ``layer1`` (16 channels, full size), ``layer2`` (32, half), ``layer3`` (64, quarter).
+    Another ``block`` is called with the same arguments; ``width`` is the number of channels of the first stage.
 
     Raises:
         ValueError: ``depth`` is not 6n+2 with n at least 1.
@@ -76,18 +122,18 @@ class CifarResNet(nn.Module):
 
     feature_names = stage_names("resnet")
 
-    def __init__(self, depth: int, num_classes: int = 10) -> None:
+    def __init__(self, depth: int, num_classes: int = 10, block: type[nn.Module] = BasicBlock, width: int = 16) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth must be 6n+2 with n at least 1 (8, 20, 32, 44, 56, 110, …), got {depth}")
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
+        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
-        for stage, (in_channels, channels, stride) in enumerate(((16, 16, 1), (16, 32, 2), (32, 64, 2)), start=1):
-            first = BasicBlock(in_channels, channels, stride)
-            others = (BasicBlock(channels, channels, 1) for _ in range((depth - 8) // 6))
+        for stage, (before, after, stride) in enumerate(((1, 1, 1), (1, 2, 2), (2, 4, 2)), start=1):
+            first = block(before * width, after * width, stride)
+            others = (block(after * width, after * width, 1) for _ in range((depth - 8) // 6))
             self.add_module(f"layer{stage}", nn.Sequential(first, *others))
-        self.fc = nn.Linear(64, num_classes)
+        self.fc = nn.Linear(4 * width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
@@ -158,6 +204,54 @@ class LinkNet(nn.Module):
         return F.interpolate(self.classifier(out), size=x.shape[2:], mode="bilinear", align_corners=False)
 
 
+class MixerBlock(nn.Module):
+    """Mixes tokens, then channels, each by two linear layers with a ReLU between (MLP-Mixer, Tolstikhin et al. 2021).
+
+    (batch, N, width) → the same shape.
+    """
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.tokens1, self.relu1, self.tokens2 = nn.Linear(tokens, tokens), nn.ReLU(), nn.Linear(tokens, tokens)
+        self.channels1, self.relu2 = nn.Linear(width, 2 * width), nn.ReLU()
+        self.channels2 = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.tokens2(self.relu1(self.tokens1(self.norm1(x).mT))).mT
+        return x + self.channels2(self.relu2(self.channels1(self.norm2(x))))
+
+
+class PatchMixer(nn.Module):
+    """An MLP-Mixer with ReLUs on patches of 4×4 pixels: six blocks, 96 channels, no convolution.
+
+    Input: (batch, 3, height, width), both multiples of 4; the size is fixed by ``image_size``. Output: (batch,
+    num_classes). Its maps are tokens (batch, N, 96), row by row, after the second, fourth and sixth block. For 32×32
+    pixels N = 64, the 8×8 grid of a CIFAR ResNet's last stage.
+
+    Raises:
+        ValueError: ``image_size`` is not a multiple of 4.
+    """
+
+    feature_names = ("blocks.1", "blocks.3", "blocks.5")
+    patch, width = 4, 96
+
+    def __init__(self, num_classes: int = 10, image_size: int = 32) -> None:
+        super().__init__()
+        if image_size < 1 or image_size % self.patch:
+            raise ValueError(f"image_size must be a multiple of {self.patch} for a patch mixer, got {image_size}")
+        tokens = (image_size // self.patch) ** 2
+        self.embed = nn.Linear(3 * self.patch**2, self.width)
+        self.blocks = nn.Sequential(*(MixerBlock(tokens, self.width) for _ in range(6)))
+        self.norm = nn.LayerNorm(self.width)
+        self.fc = nn.Linear(self.width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch))  # (batch, 3, H/4, 4, W/4, 4)
+        tokens = rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return self.fc(self.norm(self.blocks(self.embed(tokens))).mean(1))
+
+
 def _resnet18(num_classes: int, image_size: int) -> nn.Module:
     """torchvision's ResNet-18; up to 64 pixels its stem is a 3×3 convolution of stride 1, without pooling."""
     from .utils.torchvision_import import torchvision
@@ -187,10 +281,13 @@ def _resnet18(num_classes: int, image_size: int) -> nn.Module:
 def build_model(name: str, num_classes: int, *, image_size: int = 32, seed: int = 0) -> nn.Module:
     """A newly initialised network; the same seed gives the same weights. Torch's global generator is not touched.
 
-    ``image_size``, the height of the images in pixels, chooses the stem of ResNet-18.
+    ``image_size``, the height of the images in pixels, chooses the stem of ResNet-18 and the tokens of the mixer.
+    ``plain20`` is ResNet-20 without shortcuts; ``mobilenet`` has its depth with depthwise convolutions, and 32, 64 and
+    128 channels.
 
     Raises:
-        ValueError: the name is none of :data:`MODEL_NAMES`, or there are fewer than 2 classes.
+        ValueError: the name is none of :data:`MODEL_NAMES`, there are fewer than 2 classes, or the mixer does not fit
+            the images.
     """
     check_choice("the model's name", name, MODEL_NAMES)
     if num_classes < 2:
@@ -201,6 +298,11 @@ def build_model(name: str, num_classes: int, *, image_size: int = 32, seed: int 
             return _resnet18(num_classes, image_size)
         if is_dense(name):
             return LinkNet(int(name.removeprefix("linknet")), num_classes)
+        if name == "mixer":
+            return PatchMixer(num_classes, image_size)
+        if name in ("plain20", "mobilenet"):
+            block, width = (PlainBlock, 16) if name == "plain20" else (DepthwiseBlock, 32)
+            return CifarResNet(20, num_classes, block, width)
         return CifarResNet(int(name.removeprefix("resnet")), num_classes)
 
 
@@ -209,8 +311,8 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-# A module's name, an item of its output, and a mark of maps whose channels come last.
-_ITEM = re.compile(r"(?P<module>[^\[@]*)(\[(?P<item>.+?)\])?(?P<last>@bhwc)?", re.DOTALL)
+# A module's name, an item of its output, and a mark: channels come last, or the input is meant.
+_ITEM = re.compile(r"(?P<module>[^\[@]*)(\[(?P<item>.+?)\])?(?P<mark>@bhwc|@input)?", re.DOTALL)
 
 
 class FeatureTap:
@@ -226,10 +328,12 @@ class FeatureTap:
     the block, or ``close()``, removes the hooks and leaves the network unchanged. Name an item of a module that
     returns a tuple or a dictionary: ``"attention[0]"``, ``"backbone[out]"``. The suffix ``@bhwc`` marks a map (batch,
     height, width, channels), as in Swin transformers: ``"features.1@bhwc"`` gives a view (batch, channels, height,
-    width). A copy of the network that is made while the tap is open does not write into the tap.
+    width). The suffix ``@input`` takes what the module gets, such as the sum before a ReLU. A copy of the network that
+    is made while the tap is open does not write into the tap.
 
     Raises:
-        ValueError: the network has no module of that name, or a name is given twice.
+        ValueError: the network has no module of that name, a name is given twice, or a module with ``@input``
+            overwrites its input.
         TypeError: in a forward pass, a tapped output or item is no tensor, or one with ``@bhwc`` has no 4 dimensions.
         RuntimeError: ``features`` was read before every tapped module had run, or a later in-place module such as
             ``nn.ReLU(inplace=True)`` overwrote a tapped output.
@@ -244,6 +348,9 @@ class FeatureTap:
             if name not in modules:
                 hint = did_you_mean(name, modules) or f": it has {', '.join(list(modules)[:5])}, …"
                 raise ValueError(f"the network has no module {name!r} to tap{hint}")
+        for name, module in tapped.items():
+            if parts[name] and parts[name]["mark"] == "@input" and getattr(modules[module], "inplace", False):
+                raise ValueError(f"{module!r} overwrites its input, which {name!r} is to tap: build it inplace=False")
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"each module can be tapped once, got a name twice in {list(self.names)}")
         self._caught: OrderedDict[str, Tensor] = OrderedDict()
@@ -252,21 +359,21 @@ class FeatureTap:
         self._copies = any(getattr(module, "inplace", False) for module in model.modules())
         self._handles = [
             modules[tapped[name]].register_forward_hook(
-                self._catcher(name, modules[tapped[name]], parts[name]["item"], bool(parts[name]["last"]))
+                self._catcher(name, modules[tapped[name]], parts[name]["item"], parts[name]["mark"])
             )
             for name in self.names
         ]
 
-    def _catcher(self, name: str, tapped: nn.Module, item: str | None, channels_last: bool):
-        def catch(module: nn.Module, _inputs: tuple, output: object) -> None:
+    def _catcher(self, name: str, tapped: nn.Module, item: str | None, mark: str | None):
+        def catch(module: nn.Module, inputs: tuple, output: object) -> None:
             if module is not tapped:  # a copy of the network took the hook along
                 # A shallow copy, such as a replica of DataParallel, has the same dictionary of hooks.
                 if not torch.compiler.is_compiling() and module._forward_hooks is not tapped._forward_hooks:
                     for key in [key for key, hook in module._forward_hooks.items() if hook is catch]:
                         module._forward_hooks.pop(key, None)
                 return
-            output = _tensor_of(name, output, item)
-            if channels_last:
+            output = _tensor_of(name, inputs[0] if mark == "@input" else output, item)
+            if mark == "@bhwc":
                 if output.ndim != 4:
                     raise TypeError(f"{name!r} must be a map (batch, height, width, channels), got {kind_of(output)}")
                 output = output.permute(0, 3, 1, 2)

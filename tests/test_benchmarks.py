@@ -13,6 +13,7 @@ from conftest import run_until_killed
 
 from faqd_lib.reporting import grids
 from faqd_lib.runs import planning
+from faqd_lib.runs.profile import Profile
 from faqd_lib.runs.suite import Suite
 from faqd_lib.utils.files import project_root
 
@@ -133,6 +134,27 @@ def test_proposition_needs_a_student(call, tmp_path, capsys):
     with pytest.raises(SystemExit):
         call("proposition", str(suite.folder), "*-faqd-*")
     assert "has no student whose name matches '*-faqd-*'" in capsys.readouterr().err
+
+
+def test_logit_geometry_at_toy_size(call, tmp_path):
+    cells = {"updates-400": {"arms": ["kd"], "weight_bits": [1]}}
+    study = {"looks": [5], "arms": {"kd": {"method": "KD"}}, "cells": cells}
+    profile = Profile.parse(Profile.load("smoke").model_dump() | {"teacher_per_seed": True, "study": study}, "toy")
+    suite = Suite.open(profile, "digits", results=tmp_path)
+    suite.run([suite.study_runs("updates-400", 2)["kd", 1], suite.teacher(student_seed=3)])
+    found = call("logit_geometry", str(suite.folder), "--batches", "1")
+    assert [(row["student"], row["seed"], row["T"]) for row in found["rows"]] == [
+        (student, seed, T)
+        for seed, students in ((2, ("random", "rounded", "kd")), (3, ("random", "rounded")))
+        for student in students
+        for T in (1, 4, 16)
+    ]
+    for row in found["rows"]:
+        assert row["images"] == 32
+        assert row["|d|"] >= row["|d centred|"] >= row["spread"] / 2**0.5
+        assert row["KL gradient"] <= min(row["T"] * 2**0.5, row["|d centred|"] / 2)
+    assert {row["student"]: row["n (seeds)"] for row in found["means"]} == {"random": 2, "rounded": 2, "kd": 1}
+    assert (tmp_path / "logit_geometry.png").stat().st_size > 10_000
 
 
 def test_quantization_at_toy_size(call):

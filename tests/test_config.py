@@ -12,6 +12,7 @@ from faqd_lib.config import (
     ActivationBits,
     ConfigurationError,
     DataConfig,
+    ImageSource,
     ObjectiveConfig,
     OptimizationConfig,
     QuantizationConfig,
@@ -78,6 +79,7 @@ def student(run_config) -> RunConfig:
         (ObjectiveConfig, {"logit_loss": "mse", "temperature": 0.0}, ["temperature = 0.0"]),
         (ObjectiveConfig, {"logit_loss": "mse", "label_weight": -1.0}, ["label_weight = -1.0"]),
         (ObjectiveConfig, {"logit_loss": "mse", "adapters": True}, ["adapters"]),
+        (ObjectiveConfig, {"logit_loss": "mse", "taps": "before ReLU"}, ["taps need an affinity loss"]),
         (ObjectiveConfig, {"logit_loss": "mse", "adapters": 1}, ["adapters = 1"]),
         (DataConfig, {"name": "x", "fingerprint": "y", "train_images": 0}, ["train_images = 0"]),
     ],
@@ -105,6 +107,13 @@ def test_runs_must_fit_together(run_config, student):
         ({"initial": student.teacher}, "resnet20 do not fit resnet8"),
         ({"teacher": elsewhere}, "same images"),
         ({"initial": elsewhere}, "same images"),
+        (
+            {
+                "images": ImageSource(name="noise", train_images=4),
+                "objective": ObjectiveConfig(logit_loss="mse", label_weight=0.3),
+            },
+            "images from 'noise' have no labels",
+        ),
         ({"optimization": OptimizationConfig(epochs=0, warmup_epochs=0.0)}, "quantization after training"),
     ):
         with pytest.raises(ConfigurationError, match=names):
@@ -131,12 +140,14 @@ OTHERS = {
     "data": {"name": "other", "fingerprint": "1" * 64, "train_images": 7, "test_images": 8, "validation_images": 9,
              "held_out_images": 3, "subset_seed": 1},
     "model": "resnet20",
+    "images": ImageSource(name="noise", train_images=4),
     "optimization": {"epochs": 3, "batch_size": 8, "learning_rate": 0.3, "momentum": 0.5, "weight_decay": 0.0,
                      "warmup_epochs": 0.5, "clip_norm": 1.0, "precision": "bf16", "batch_norm_batches": 4,
                      "compiled": True, "updates": 5},
     "objective": {"logit_loss": "kl", "logit_weight": 2.0, "temperature": 1.0, "affinity": "fa",
                   "affinity_weight": 10.0, "k": 1, "distribution": "rademacher", "label_weight": 0.3, "adapters": True,
-                  "stages": (1, 3), "class_weights": "root median frequency", "affinity_recipe": 99},
+                  "stages": (1, 3), "taps": "before ReLU", "class_weights": "root median frequency",
+                  "affinity_recipe": 99},
     "quantization": {"weight_bits": 2, "activation_bits": 32, "first_layer": "float", "last_layer": "quantize",
                      "shortcuts": "float", "per_channel": True, "step_gradient": "coarse", "blending": 0.1,
                      "quantizer_recipe": 99},
@@ -196,6 +207,14 @@ def test_digest_survives_json(student):
     shuffled = dict(reversed(json.loads(student.model_dump_json()).items()))
     shuffled["optimization"]["clip_norm"] = 20
     assert RunConfig.parse(shuffled, "here").digest == student.digest
+
+
+def test_stages_survive_json(student):
+    objective = ObjectiveConfig(affinity="fa", affinity_weight=1.0, stages=(1, 3))
+    staged = student.model_copy(update={"objective": objective})
+    assert RunConfig.model_validate_json(staged.model_dump_json()) == staged
+    with pytest.raises(pydantic.ValidationError, match="valid integer"):
+        ObjectiveConfig(affinity="fa", affinity_weight=1.0, stages=("1",))
 
 
 def test_readable_names(student, run_config):

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from faqd_lib import models
-from faqd_lib.models import FeatureTap, build_model, is_dense, parameter_count, stage_names, stage_taps
+from faqd_lib.models import FeatureTap, build_model, is_dense, parameter_count, stage_names, stage_taps, tap_names
+from faqd_lib.quantization.network import quantize
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,62 @@ def test_cifar_resnet_shapes():
         logits = model(torch.zeros(2, 3, 32, 32))
     assert logits.shape == (2, 7)
     assert [tuple(m.shape[1:]) for m in tap.features] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+
+
+def test_other_students_have_the_grids_of_resnet20():
+    images = torch.randn(2, 3, 32, 32)
+    shapes = {
+        "plain20": [(16, 32, 32), (32, 16, 16), (64, 8, 8)],
+        "mobilenet": [(32, 32, 32), (64, 16, 16), (128, 8, 8)],
+        "mixer": [(64, 96)] * 3,  # tokens: N = 8·8
+    }
+    for name, expected in shapes.items():
+        model = build_model(name, 7).eval()
+        with FeatureTap(model, stage_names(name)) as tap, torch.no_grad():
+            assert model(images).shape == (2, 7)
+        assert [tuple(features.shape[1:]) for features in tap.features] == expected
+        assert quantize(model, 1, 4) is model
+        assert model(images).isfinite().all()
+
+
+def test_other_students_parameters_counted_by_hand():
+    # Plain: ResNet-20's shortcuts have no parameters. Mixer: embedding, six blocks of token and channel mixing with
+    # two norms each, the last norm, the classifier.
+    assert parameter_count(build_model("plain20", 10)) == 269_722
+    block = 2 * (64 * 64 + 64) + (96 * 192 + 192) + (192 * 96 + 96) + 4 * 96
+    assert parameter_count(build_model("mixer", 10)) == 48 * 96 + 96 + 6 * block + 2 * 96 + 96 * 10 + 10
+    # The first depthwise block: 3×3 for each of 32 channels, 32·32 for the 1×1 convolution, two batch norms.
+    assert parameter_count(build_model("mobilenet", 10).layer1[0]) == 9 * 32 + 32 * 32 + 2 * 2 * 32
+
+
+def test_the_mixers_tokens_are_patches_row_by_row():
+    model = build_model("mixer", 10, image_size=8)
+    images = torch.zeros(1, 3, 8, 8)
+    images[:, :, :4, 4:] = 1  # the second patch
+    with FeatureTap(model, ["embed"]) as tap:
+        model(images)
+    changed = (tap.features[0][0] - model.embed.bias).abs().sum(1) > 0
+    assert changed.tolist() == [False, True, False, False]
+    with pytest.raises(ValueError, match="multiple of 4 for a patch mixer, got 30"):
+        build_model("mixer", 10, image_size=30)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "plain20", "mobilenet"])
+def test_a_stage_is_the_relu_of_its_sum(name):
+    """Also in the quantized network, whose ReLUs are other modules of the same names."""
+    model = quantize(build_model(name, 5), 1, 4)
+    with FeatureTap(model, tap_names(model, "before ReLU")) as sums, FeatureTap(model, tap_names(model)) as outputs:
+        model(torch.randn(2, 3, 16, 16))
+    for stage, before, after in zip(model.feature_names, sums.features, outputs.features, strict=True):
+        assert before.min() < 0
+        assert torch.equal(model.get_submodule(stage)[-1].relu2(before), after)
+
+
+def test_taps_before_a_relu_that_is_not_there_are_refused():
+    with pytest.raises(ValueError, match=r"stage 'blocks\.1' of PatchMixer does not end with a ReLU"):
+        tap_names(build_model("mixer", 10), "before ReLU")
+    with pytest.raises(ValueError, match="'0' overwrites its input"):
+        FeatureTap(nn.Sequential(nn.ReLU(inplace=True)), ["0@input"])
 
 
 def test_option_a_shortcut_subsamples_and_pads_with_zeros():

@@ -43,7 +43,7 @@ def hutch_plus_plus(
     ``products``, the number of products of D with a vector, is at least 4. The gradient treats V as constant. It is
     unbiased because the estimate is unbiased for every V.
     """
-    teacher = check_pair(student, teacher)
+    student, teacher = check_pair(student, teacher)
     if products < 4:
         raise ValueError(f"Hutch++ needs at least 4 products with D, got {products}")
     pixels = student.shape[2] * student.shape[3]
@@ -69,7 +69,7 @@ def pixel_subset(student: Tensor, teacher: Tensor, count: int, generator: torch.
     Pairs of different pixels have the weight N(N−1)/(count(count−1)). Entries of the diagonal have the weight N/count;
     only pixels without direction have an entry other than 0.
     """
-    teacher = check_pair(student, teacher)
+    student, teacher = check_pair(student, teacher)
     pixels = student.shape[2] * student.shape[3]
     if not 2 <= count <= pixels:
         raise ValueError(f"count must be from 2 to the number of pixels, {pixels}, got {count}")
@@ -84,8 +84,11 @@ def pixel_subset(student: Tensor, teacher: Tensor, count: int, generator: torch.
 
 
 def average_pooling(student: Tensor, teacher: Tensor, size: int, generator: torch.Generator | None = None) -> Tensor:
-    """The exact loss of both maps after average pooling to at most size × size pixels: deterministic and biased."""
-    teacher = check_pair(student, teacher)
+    """The exact loss of both maps after average pooling to at most size × size pixels: deterministic and biased.
+
+    Of tokens, which have no second direction, neighbours in their order are pooled to at most ``size`` tokens.
+    """
+    student, teacher = check_pair(student, teacher)
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
     target = [min(size, length) for length in student.shape[2:]]

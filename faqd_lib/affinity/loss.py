@@ -79,8 +79,9 @@ def feature_affinity_loss(
         student: (batch, C_s, H, W), or tokens (batch, N, C_s); floating point; receives the gradient.
         teacher: (batch, C_t, H_t, W_t), or tokens (batch, N_t, C_t); detached. C_t may differ from C_s. A map of
             another height or width is resized to the student's (bilinear, antialiased), as in the paper. Tokens are not
-            resized: N_t must be N. To compare tokens with a map, N must be H·W, and the tokens must be the map's pixels
-            row by row. A class token is one too many: give ``tokens[:, 1:]``.
+            resized to tokens: N_t must be N. Tokens beside a map must be the pixels of a grid, row by row. If N is not
+            H·W, it must be a square h², and the teacher is resized to the student's grid. A class token is one too
+            many: give ``tokens[:, 1:]``.
         method: ``"gram"``: exact, from (C_s+C_t)² products, linear in N. ``"pairwise"``: exact, from the N×N matrix in
             blocks of rows. ``"auto"``: the cheaper of these two, see :func:`cheaper_exact`. ``"projection"``: the
             paper's fast estimate (FFA).
@@ -276,7 +277,8 @@ def pixel_count(features: Tensor) -> int:
 def _as_maps(**named: Tensor) -> list[Tensor]:
     """Views (batch, C, N, 1) of tokens (batch, N, C). A map beside tokens becomes (batch, C, H·W, 1).
 
-    Raises ValueError if the numbers of tokens, or of tokens and pixels, differ. Anything else is returned unchanged.
+    N = h² tokens beside a map of another size become (batch, C, h, h). Raises ValueError for other unequal numbers of
+    tokens, or of tokens and pixels. Anything else is returned unchanged.
     """
     features = list(named.values())
     if not any(isinstance(one, Tensor) and one.ndim == 3 for one in features):
@@ -284,13 +286,25 @@ def _as_maps(**named: Tensor) -> list[Tensor]:
     if not all(isinstance(one, Tensor) and one.ndim in (3, 4) for one in features):
         return features  # _check_map raises
     if len(counts := {name: pixel_count(one) for name, one in named.items()}) == 2 and len(set(counts.values())) == 2:
+        grids = [_grid(one) for one in features]
+        if {one.ndim for one in features} == {3, 4} and None not in grids:
+            return grids
         (first, n), (second, m) = counts.items()
         shapes = " and ".join(f"{name} {tuple(one.shape)}" for name, one in named.items())
         raise ValueError(
             f"{first} and {second} must have the same number of tokens, got {n} and {m} (from {shapes}): tap layers "
-            "with the same tokens, and leave class tokens out where the other network has none; tokens are not resized"
+            "with the same tokens, and leave class tokens out where the other network has none; only a square grid of "
+            "tokens beside a map is resized"
         )
     return [one.mT.unsqueeze(3) if one.ndim == 3 else one.flatten(2).unsqueeze(3) for one in features]
+
+
+def _grid(features: Tensor) -> Tensor | None:
+    """A map unchanged; tokens (batch, h², C) as the map (batch, C, h, h); None for tokens that form no square."""
+    if features.ndim == 4:
+        return features
+    side = math.isqrt(features.shape[1])
+    return features.mT.unflatten(2, (side, side)) if side**2 == features.shape[1] else None
 
 
 def check_count(k: int) -> None:
@@ -321,8 +335,12 @@ def _check_method(method: str, norm: str, reduction: str) -> str:
     return "pairwise" if norm == "l1" else method
 
 
-def check_pair(student: Tensor, teacher: Tensor) -> Tensor:
-    """Check both maps; return the teacher's, detached, with the device, height and width of the student's."""
+def check_pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Check both maps, or tokens, and return them as maps: the student's, and the teacher's fitted to it.
+
+    The teacher's map is detached and gets the device, height and width of the student's.
+    """
+    student, teacher = _as_maps(student=student, teacher=teacher)
     _check_map("student", student)
     _check_map("teacher", teacher)
     if student.shape[0] != teacher.shape[0]:
@@ -331,9 +349,9 @@ def check_pair(student: Tensor, teacher: Tensor) -> Tensor:
         )
     teacher = teacher.detach().to(student.device)
     if teacher.shape[2:] == student.shape[2:]:
-        return teacher
+        return student, teacher
     with torch.autocast(student.device.type, enabled=False):  # in full precision
-        return F.interpolate(
+        return student, F.interpolate(
             teacher.to(accumulation_dtype(student)),
             student.shape[2:], mode="bilinear", align_corners=False, antialias=True,
         )  # fmt: skip
@@ -343,8 +361,7 @@ def loss_of_maps(
     student: Tensor, teacher: Tensor, method: str, norm: str, reduction: str, draw: Callable[[int], Tensor]
 ) -> Tensor:
     """:func:`feature_affinity_loss` with checked choices; ``draw`` makes the projections (N, k) for N pixels."""
-    student, teacher = _as_maps(student=student, teacher=teacher)
-    teacher = check_pair(student, teacher)
+    student, teacher = check_pair(student, teacher)
     pixels = student.shape[2] * student.shape[3]
     if method == "auto":
         method = cheaper_exact(pixels, student.shape[1], teacher.shape[1])

@@ -1,8 +1,9 @@
 """Other losses between feature maps, to compare feature affinity with. Runs of the paper's tables do not import them.
 
-Every loss is called as ``loss(student_map, teacher_map)``. Maps are floating-point, (batch, channels, height, width).
-The teacher's map is detached, and resized to the student's height and width if these differ. The result is a scalar in
-float32, or in float64 for maps in float64. It is 0 if the maps agree. With F the student's map and G the teacher's:
+Every loss is called as ``loss(student_map, teacher_map)``. Maps are floating-point, (batch, channels, height, width),
+or tokens (batch, N, channels). The teacher's map is detached, and resized to the student's height and width if these
+differ. The result is a scalar in float32, or in float64 for maps in float64. It is 0 if the maps agree. With F the
+student's map and G the teacher's:
 
     ``sp``       ‖A_F − A_G‖²_F / b², A the b×b products of whole images, with rows of length 1
     ``at``       mean over images and pixels of (a_F − a_G)², a the mean of squares over channels, scaled to length 1
@@ -28,7 +29,7 @@ class MapLoss(nn.Module, ABC):
     same_channels = False  # whether the loss is defined for equal numbers of channels only
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        teacher = check_pair(student, teacher)
+        student, teacher = check_pair(student, teacher)
         if self.same_channels and student.shape[1] != teacher.shape[1]:
             raise ValueError(
                 f"{type(self).__name__} compares channel by channel, but the student's map has {student.shape[1]} "

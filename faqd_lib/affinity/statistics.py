@@ -114,7 +114,7 @@ class AffinityStatistics:
 def affinity_statistics(student: Tensor, teacher: Tensor) -> AffinityStatistics:
     """Exact affinity loss of a pair of maps, and the accuracy of its estimates by projections.
 
-    The maps are those of :func:`faqd_lib.feature_affinity_loss`, without tokens. Time is linear in N. Memory is a few
+    The maps or tokens are those of :func:`faqd_lib.feature_affinity_loss`. Time is linear in N. Memory is a few
     float64 copies of the two maps. There is no gradient.
 
     Example:
@@ -126,7 +126,7 @@ def affinity_statistics(student: Tensor, teacher: Tensor) -> AffinityStatistics:
         TypeError: a map is not a floating-point tensor.
         ValueError: the maps do not fit the loss, or hold NaN or an infinity.
     """
-    teacher = check_pair(student, teacher)
+    student, teacher = check_pair(student, teacher)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         pair = MapPair(student.detach().double(), teacher.double())
         parts = []

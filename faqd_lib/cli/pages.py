@@ -24,6 +24,10 @@ COHORTS = "teacher|students|batch|n|median_ms|iqr_ms|time / separate runs"
 PLAIN = "implementation|teacher|n|median_ms|iqr_ms|peak_MiB|times the plain images/s"
 FILES = "run|float32_bytes|packed_bytes|onnx_bytes|packed: same bits|same class %"
 SLOPES = "network|stage|slope|slope low|slope high|RMS error k=6|formula|share off by half k=15|Chebyshev"
+LOGITS = (
+    "student|T|n (seeds)|agreement %|rho|near %|fewest KL steps|cosine"
+    "|MSE gradient² on missed %|KL gradient² on missed %"
+)
 # By name of a table: file, part of it, columns.
 MEASURED = {
     "affinity_targets": ("affinity", "targets", "batch|C|H|loss|n|median_ms|iqr_ms|peak_MiB|times faster than direct"),
@@ -32,6 +36,7 @@ MEASURED = {
     "affinity_sweep": ("affinity", "sweep", "batch|C|H|loss|n|median_ms|iqr_ms|times faster than direct"),
     "affinity_memory": ("affinity", "memory", "batch|C|H|loss|peak_MiB|peak / inputs|one N×N matrix (GiB)"),
     "affinity_weight": ("affinity_weight", "rows", "affinity weight|seed|validation accuracy (%)"),
+    "logit_geometry": ("logit_geometry", "means", LOGITS),
     "proposition": ("proposition", "rows", SLOPES),
     "quantization": ("quantization", "steps", "precision|batch|network|n|median_ms|iqr_ms|time / float|times ours"),
     "training_steps": ("training", "steps", STEPS),
@@ -52,9 +57,9 @@ def generated(root: Path) -> dict[str, str]:
     """Each generated table as Markdown, by name.
 
     ``claims``: one row a claim. ``loss_claims``: claims about the losses. ``accuracies``: table T1, without rows that
-    were not run. ``study`` and ``study_arms``: claims of the study with a complete seed, and accuracies behind them.
-    Tables of ``MEASURED``: a part of a benchmark's JSON, in four significant digits, under a line with machine and
-    versions.
+    were not run. ``study``, ``study_arms`` and ``study_reach``: claims of the study with a complete seed, accuracies
+    behind them, and the updates and time that FAQD needs for KD's accuracy. Tables of ``MEASURED``: a part of a
+    benchmark's JSON, in four significant digits, under a line with machine and versions.
     """
     suite = Suite.read(root / SUITE)
     verdicts = claims.table(suite).readable.rename(columns={"n (seeds)": "seeds"})
@@ -72,6 +77,8 @@ def generated(root: Path) -> dict[str, str]:
     judged = study_claims.table(study).frame.rename(columns={"contrast": "compared", "n (seeds)": "seeds"})
     parts["study"] = _markdown(judged.loc[judged["difference"] != tables.NOT_RUN, columns])
     parts["study_arms"] = _markdown(study_curves.arms_table(study).frame.drop(columns=[tables.RUNS, "cells"]))
+    steps = {(row["precision"], row["loss"]): row["time / logits"] for row in affinity["step"]}
+    parts["study_reach"] = _markdown(study_curves.reach_table(study, steps["float32", "logits + FA"]).frame)
     return parts | {
         name: _benchmark(root / BENCHMARKS / f"{file}.json", part, columns.split("|"))
         for name, (file, part, columns) in MEASURED.items()

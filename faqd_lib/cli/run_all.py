@@ -35,6 +35,8 @@ from .study import report_study, run_study
 
 # The notebook of tables and claims reads the runs of others: checked before `--only` runs it.
 READER, READ = "09", ("04", "05", "06", "07", "08")
+# Notebooks from this number on are the second part: `--all` or `--only` runs them.
+SECOND_PART = 11
 LOCK_NAME = ".series.lock"
 
 
@@ -50,13 +52,18 @@ def notebooks_folder() -> Path:
     return folder
 
 
-def select(only: Sequence[str]) -> list[Path]:
-    """The notebooks to run, in order: all, or those of numbers (``0``, ``00,01``); SeriesError if one is unknown."""
+def select(only: Sequence[str], both_parts: bool = False) -> list[Path]:
+    """The notebooks to run, in order: those of numbers (``0``, ``00,01``), or else the first part, or both parts.
+
+    Raises SeriesError if there is no notebook of a number.
+    """
     notebooks = {path.name[:2]: path for path in sorted(notebooks_folder().glob("[0-9][0-9]_*.ipynb"))}
     wanted = [number.zfill(2) for item in only for number in item.split(",") if number]
     if unknown := [number for number in wanted if number not in notebooks]:
         raise SeriesError(f"there is no notebook {unknown[0]!r}: choose from {' '.join(notebooks)}")
-    return [path for number, path in notebooks.items() if not only or number in wanted]
+    if only:
+        return [path for number, path in notebooks.items() if number in wanted]
+    return [path for number, path in notebooks.items() if both_parts or int(number) < SECOND_PART]
 
 
 def check_needs(selected: Sequence[Path], suite: Suite) -> None:
@@ -143,7 +150,7 @@ def run_series(arguments: argparse.Namespace, profile: Profile, dataset: str, on
     name, reason = profile.resolve_dataset(dataset, arguments.data_root)
     print(f"\n=== profile {profile.name}, dataset {reason}")
     folder = suite_folder(profile, name, arguments.results)
-    selected = select(only)
+    selected = select(only, arguments.all)
     if arguments.seeds is not None and arguments.seeds < 1:
         raise ConfigurationError(f"seeds must be a whole number of at least 1, got {arguments.seeds}")
     seeds = arguments.seeds or 0  # 0: the profile's own number
@@ -180,7 +187,7 @@ def run_series(arguments: argparse.Namespace, profile: Profile, dataset: str, on
 
 def study(arguments: argparse.Namespace, profile: Profile) -> None:
     """Run the study of a profile in place of notebooks; ConfigurationError names an option that studies lack."""
-    for option in ("only", "seeds"):
+    for option in ("only", "all", "seeds"):
         if getattr(arguments, option):
             raise ConfigurationError(f"--{option} is not for a study: its design says what is trained")
     if arguments.hours is not None and not 0 <= arguments.hours < float("inf"):
@@ -232,6 +239,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dataset", default="", help="a dataset's name; left out: the profile's own choice")
     add("--data-root", type=_absolute, help="the only folder to look for data in")
     add("--only", nargs="+", default=[], metavar="NN", help="numbers of the notebooks to run")
+    add("--all", action="store_true", help=f"run the second part as well: the notebooks from {SECOND_PART} on")
     add("--seeds", type=int, help="number of seeds (left out: the profile's own)")
     add("--results", type=_absolute, help="where results go (default: results/)")
     add("--engine", choices=environment.ENGINES, help="where runs are trained (default: local, in this process)")

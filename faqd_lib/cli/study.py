@@ -15,7 +15,8 @@ import filelock
 
 from ..config import RunConfig
 from ..models import is_dense
-from ..reporting import charts, signs, study_charts, study_claims, study_curves
+from ..reporting import charts, signs, study_charts, study_claims, study_curves, where
+from ..reporting.report import write_report
 from ..reporting.tables import NOT_RUN, Table, segmentation, segmentation_classes
 from ..reporting.tuning import tuning_table
 from ..runs.suite import Suite
@@ -118,13 +119,13 @@ def _is_of(one: Mapping[str, str | int], other: Mapping[str, str | int]) -> bool
 
 def _epochs(suite: Suite, run: RunConfig) -> float:
     """Epochs of all training images that a run takes."""
-    images = run.data.train_images or suite.state.training_count
+    images = run.training_images or suite.state.training_count
     steps = run.optimization.steps(images // run.optimization.batch_size)
     return steps * run.optimization.batch_size / suite.state.training_count
 
 
 def report_study(suite: Suite) -> list[Table]:
-    """Write the tables and figures of a study; print the verdicts and the hours that are left.
+    """Write the tables, figures and report of a study; print the verdicts and the hours that are left.
 
     A study with claims has the claims table, accuracies, and gains over updates. Tuning has a table of validation
     accuracies. Both have the failure signs.
@@ -134,10 +135,12 @@ def report_study(suite: Suite) -> list[Table]:
     if suite.profile.study.claims:
         judged, gain = study_claims.table(suite), study_curves.gain_frame(suite)
         made += [judged, study_curves.arms_table(suite), study_curves.reach_table(suite)]
-        if len(forest := study_claims.forest_frame(judged)):
-            figures["claims"] = charts.forest(forest)
         if len(gain):
-            figures["over_updates"] = study_charts.over_updates(study_curves.arms_frame(suite), gain)
+            arms = study_curves.arms_frame(suite)
+            own = [name for name, cells in suite.profile.study.cells.items() if cells.has_own(set())]
+            figures["over_updates"] = study_charts.over_updates(arms[arms["cells"].isin(own)], gain)
+        if not all(cells.has_own(set()) for cells in suite.profile.study.cells.values()):
+            made.append(where.table(suite))
         begun = judged.frame[judged.frame["difference"] != NOT_RUN]
         for row in begun.to_dict("records"):
             print(f"  {row['claim']}: {row['difference']} ({row['n (seeds)']} seeds): {row['verdict']}")
@@ -155,7 +158,8 @@ def report_study(suite: Suite) -> list[Table]:
     made = [table for table in made if len(table.frame)]  # updates to an accuracy need two budgets
     for table in made:
         table.write(require_writable(suite.folder / "tables"))
+    report = write_report(suite, [table for table in made if table.name != "claims"])
     left = hours_left(suite)
     rest = "unknown before the first finished run" if left is None else f"at most {clock(3600 * left)} on this machine"
-    print(f"training left: {rest}; results are in {suite.folder}", flush=True)
+    print(f"training left: {rest}; results are in {suite.folder}, the report in {report}", flush=True)
     return made

@@ -142,10 +142,11 @@ def table(suite: Suite) -> Table:
     kept = {record.run_id: suite.store.predictions(record) for record in records}
     right = {run: None if found is None else found["predicted"] == found["label"] for run, found in kept.items()}
     dead = {run for run, found in kept.items() if found is not None and len(found["predicted"].unique()) == 1}
-    rows, spoiled = [], set()
+    rows, spoiled, compared, most_seeds = [], set(), set(), 0
     for claim in CLAIMS:
         pairs = paired(frame, claim)
         behind = {*pairs["run"], *pairs["other"]}
+        compared, most_seeds = compared | behind, max(most_seeds, pairs["seed"].nunique())
         row = {"claim": claim.statement, "compared": claim.compared, "margin": f"{claim.margin:g}"}
         if pairs.empty:
             found = dict.fromkeys(MEASURED, "") | {"difference": NOT_RUN, "verdict": NOT_RUN}
@@ -156,16 +157,17 @@ def table(suite: Suite) -> Table:
             spoiled |= dead & behind
             found = {
                 "difference": f"{measured.mean:+.2f}",
-                "95 % interval": _interval(measured),
+                "95 % interval": interval_text(measured),
                 "pairs above −margin": f"{int((pairs['difference'] > -claim.margin).sum())} of {len(pairs)}",
                 "verdict": EXPLORATORY,
             }
         rows.append({**row, **found, "n (seeds)": str(pairs["seed"].nunique()), RUNS: " ".join(sorted(behind))})
-    unknown = sum(value is None for value in right.values())
+    unknown = sum(right[run] is None for run in compared)
+    others = "other test images" if most_seeds == 1 else "other seeds and other test images"
     caption = (
         f"Claims of the paper on {suite.caption}; {suite.profile.seeds} seed(s). Difference of last-epoch test "
         "accuracy in percentage points over pairs of runs (same bits, regime, teacher, seed), averaged within a seed; "
-        f"95 % interval for other seeds and other test images (n seeds, {suite.state.test_count:,} images). "
+        f"95 % interval for {others} (n seeds, {suite.state.test_count:,} images). "
         "Exploratory: no design was written before the runs, so there is no verdict. All runs share one teacher of "
         "each kind: the interval speaks of these."
         + (f" Learned nothing, one class for all test images: {_runs(len(spoiled))}." if spoiled else "")
@@ -178,7 +180,8 @@ def _runs(count: int) -> str:
     return f"{count} run{'s' * (count != 1)}"
 
 
-def _interval(measured: Estimate) -> str:
+def interval_text(measured: Estimate) -> str:
+    """The 95 % interval in percentage points: ``+0.41 to +1.20``, and what it is for where there is one seed."""
     if measured.seeds < 2 and not measured.images:
         return "needs 2 seeds"
     low, high = measured.interval()

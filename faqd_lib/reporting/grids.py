@@ -9,6 +9,7 @@ from itertools import chain, product
 from typing import NamedTuple
 
 from ..config import RunConfig
+from ..data.elsewhere import MADE_HERE
 from ..models import is_dense
 from ..quantization.relu import STEP_GRADIENTS
 from ..quantization.weights import FLOAT_BITS
@@ -16,6 +17,7 @@ from ..runs.suite import Suite
 
 Bits = tuple[int, int]  # of weights and of activations
 REGIMES = ("end-to-end", "fine-tuning")
+KD, FA = "KD", "FAQD"  # the methods of T6
 # Rows that the paper has. The tables show them even where a profile does not train them.
 PAPER_WEIGHT_BITS = (1, 2, 4)
 PAPER_FULL_BITS = ((1, 4), (4, 4))
@@ -188,6 +190,77 @@ def segmentation_cells(suite: Suite) -> list[Cell]:
 def segmentation(suite: Suite) -> list[RunConfig]:
     """The runs of T8."""
     return planned_runs(segmentation_cells(suite))
+
+
+# Other students at the profile's own scale: their pictures, networks and layers, for the second part of the series.
+WHERE_NETWORKS = ("mixer", "mobilenet", "plain20")
+WHERE_LAYERS = (
+    {"stages": (1,)}, {"stages": (2,)}, {"stages": (3,)}, {"taps": "before ReLU"}, {"losses": {"adapters": True}},
+)  # fmt: skip
+
+
+def where_cells(suite: Suite) -> list[Cell]:
+    """T6: KD and FA by the student's pictures, network and layers; of the study, if the profile has one.
+
+    Without a study all students have the fewest bits of T4 and its number of updates. Pictures are two fifths as many
+    as the profile's, from the training split, halves of it, noise, and the datasets that the folder knows.
+    A profile that shows no results has a few of these cells.
+    """
+    study = suite.profile.study
+    if study is not None:
+        return [
+            _where_cell(suite, runs)
+            for name, cells in study.cells.items()
+            for arm, bits in product(cells.arms, cells.weight_bits)
+            if study.arms[arm].method != "labels"
+            and (runs := [found[arm, bits] for seed in study.seeds if (found := suite.study_runs(name, seed))])
+        ]
+    schedule, count = suite.profile.student_schedule, suite.state.training_count
+    common = {"weight_bits": min(suite.profile.grid.affinity_bits)}
+    few = {
+        "images": 2 * count // 5,
+        "updates": schedule.epochs * (count // schedule.batch_size),
+        "schedule": {"batch_size": min(schedule.batch_size, count // 5)},
+    }
+    sources, networks, layers = (None, *suite.state.sources, *MADE_HERE), WHERE_NETWORKS, WHERE_LAYERS
+    if not suite.profile.shows_results:
+        sources, networks, layers = (None, "first-half", "noise"), networks[:1], layers[-2:]
+    chosen = [{"source": source, **few} for source in sources]
+    chosen += [{}, *({"model": name} for name in networks)]
+    kinds = [(method, settings) for settings in chosen for method in (KD, FA)] + [(FA, settings) for settings in layers]
+    return [
+        _where_cell(suite, [suite.student(method, seed=seed, **common, **settings) for seed in seeds(suite)])
+        for method, settings in kinds
+    ]
+
+
+def _where_cell(suite: Suite, runs: list[RunConfig]) -> Cell:
+    """The cell of runs, its row and column read from their configuration."""
+    run, objective = runs[0], runs[0].objective
+    images = run.training_images or suite.state.training_count
+    row = {
+        "pictures": suite.dataset if run.images is None else run.images.name,
+        "images": f"{images:,}",
+        "updates": f"{run.optimization.steps(images // run.optimization.batch_size):,}",
+        "bits": run.bits,
+        "student": run.model,
+        "teacher": run.teacher.model,
+    }
+    if run.method == KD:
+        return Cell(row, KD, runs)
+    stages = f"stage {', '.join(map(str, objective.stages))}" if objective.stages else "all stages"
+    return Cell(
+        row,
+        stages
+        + (f", {objective.taps}" if objective.taps != "output" else "")
+        + (", adapters" if objective.adapters else ""),
+        runs,
+    )
+
+
+def where(suite: Suite) -> list[RunConfig]:
+    """The runs of T6. They are no part of :func:`everything`: notebook 11 trains them."""
+    return planned_runs(where_cells(suite))
 
 
 def references(suite: Suite) -> list[RunConfig]:

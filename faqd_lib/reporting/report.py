@@ -28,9 +28,11 @@ from ..runs.store import RunRecord
 from ..runs.suite import Suite
 from ..utils.files import atomic_write_text, require_writable
 from ..utils.progress import clock
-from . import claims, signs, tables
+from . import charts, claims, signs, study_claims, tables
 from . import verdicts as verdict_rule
 from .charts import NOTE_KEY, RUNS_KEY
+
+FOREST = "claims"  # name of the picture of all claims, at the head of the report
 
 # The exceptions of latex2mathml have no common base class.
 _NO_FORMULA = (IndexError, *(e for e in vars(exceptions).values() if isinstance(e, type) and issubclass(e, Exception)))
@@ -83,8 +85,14 @@ class Picture:
         return " ".join(filter(None, parts))
 
 
-def write_report(suite: Suite) -> Path:
+def write_report(suite: Suite, shown: Sequence[tables.Table] | None = None) -> Path:
     """Write the report of everything in the suite's folder; returns the path of ``index.html``.
+
+    The claims stand first: as a picture, saved in ``figures/``, and as cards.
+
+    Args:
+        suite: of a series or a study.
+        shown: tables beside the claims. None: T1 to T5 and the failure signs.
 
     Raises:
         ResultsError: a record or the file of the paper's values is damaged; see :mod:`faqd_lib.reporting.tables`.
@@ -107,15 +115,20 @@ def write_report(suite: Suite) -> Path:
         pages.append(atomic_write_text(folder / "notebooks" / f"{copy.stem}.html", page))
     records = suite.store.records()
     verdicts = claims.table(suite)
+    beside = [*tables.all_tables(suite), signs.table(suite)] if shown is None else shown
+    forest = _forest(suite, verdicts, records)
+    pictures = [Picture.read(path) for path in sorted((suite.folder / "figures").glob("*.png"))]
     text = environment.get_template("report.html").render(
         suite=suite,
+        seeds=_seeds(suite),
         written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         finished=tables.span(record.finished[:10] for record in records),
         claims=_shown(verdicts),
-        verdicts=verdicts.frame.to_dict("records"),
+        cards=_cards(verdicts),
+        forest=forest,
         rule=_ROLE.sub(r"\1", (claims if suite.profile.study is None else verdict_rule).__doc__.partition("\n\n")[2]),
-        tables=[_shown(table) for table in (*tables.all_tables(suite), signs.table(suite))],
-        pictures=[Picture.read(path) for path in sorted((suite.folder / "figures").glob("*.png"))],
+        tables=[_shown(table) for table in beside],
+        pictures=[picture for picture in pictures if picture.name != FOREST],
         environments=_environments(records),
         seconds=clock(sum(record.cost["training_seconds"] for record in records)),
         runs=len(records),
@@ -123,6 +136,40 @@ def write_report(suite: Suite) -> Path:
         notebooks=[(page.stem.replace("_", " "), f"notebooks/{page.name}") for page in pages],
     )
     return atomic_write_text(folder / "index.html", text)
+
+
+def _seeds(suite: Suite) -> str:
+    count, planned = suite.profile.seeds, ""
+    if suite.profile.study is not None:
+        count, planned = len(suite.profile.study.seeds), "planned "
+    return f"{count} {planned}seed{'s' * (count != 1)}"
+
+
+def _forest(suite: Suite, verdicts: tables.Table, records: Sequence[RunRecord]) -> Picture | None:
+    """The claims as intervals, drawn from their table; None where no claim on accuracy has an interval."""
+    frame = study_claims.forest_frame(verdicts)
+    if frame.empty:
+        return None
+    behind = [record for record in records if record.run_id in verdicts.runs]
+    png, _ = charts.save(charts.forest(frame), require_writable(suite.folder / "figures"), FOREST, behind)
+    return Picture.read(png)
+
+
+def _cards(verdicts: tables.Table) -> list[dict[str, str]]:
+    """Each claim as texts: ``claim``, ``verdict``, ``measured`` (empty without a number), ``compared``, ``seeds``."""
+    made = []
+    for row in verdicts.frame.to_dict("records"):
+        compared = row.get("contrast", row.get("compared"))
+        number, interval = row["difference"], row.get("95 % interval", "")
+        unit = "" if compared.endswith(study_claims.LOGARITHM) else " points"
+        measured = f"{number}{unit}" + (f" ({interval})" if interval else "") if number[:1] in ("+", "-") else ""
+        made.append(
+            {
+                "claim": row["claim"], "verdict": row["verdict"], "measured": measured, "compared": compared,
+                "seeds": row["n (seeds)"],
+            }
+        )  # fmt: skip
+    return made
 
 
 def _environments(records: Sequence[RunRecord]) -> list[dict[str, object]]:

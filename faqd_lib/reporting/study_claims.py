@@ -258,22 +258,20 @@ def _words(weights: Mapping[str, float]) -> str:
 
 
 def forest_frame(made: Table) -> pd.DataFrame:
-    """What :func:`faqd_lib.reporting.charts.forest` draws: claims on accuracy with an interval.
+    """What :func:`faqd_lib.reporting.charts.forest` draws: the claims on accuracy that have an interval.
+
+    Args:
+        made: claims, of a study or of a profile without one (:func:`faqd_lib.reporting.claims.table`).
 
     Returns:
         Columns ``claim``, ``mean``, ``low``, ``high``, ``margin`` and ``verdict``. A margin of half an effect is NaN.
     """
-    frame = made.frame
-    measured = frame.reindex(columns=["95 % interval"], fill_value="")["95 % interval"].str.contains(" to ")
-    shown = frame[measured & ~frame["contrast"].str.endswith(LOGARITHM)]
-    ends = [tuple(map(float, text.split(" to "))) for text in shown.get("95 % interval", ())]
-    return pd.DataFrame(
-        {
-            "claim": shown["claim"],
-            "mean": shown["difference"].astype(float),
-            "low": [low for low, _ in ends],
-            "high": [high for _, high in ends],
-            "margin": pd.to_numeric(shown["margin"], errors="coerce"),
-            "verdict": shown["verdict"],
-        }
-    )
+    frame = made.frame.reindex(columns=_DRAWN).astype(object).fillna("").astype(str)
+    frame[["low", "high"]] = frame["95 % interval"].str.extract(r"^([+-][\d.]+) to ([+-][\d.]+)")
+    frame = frame[frame["low"].notna() & ~frame["contrast"].str.endswith(LOGARITHM)]
+    numbers = frame[["difference", "low", "high"]].astype(float).rename(columns={"difference": "mean"})
+    margin = pd.to_numeric(frame["margin"], errors="coerce")
+    return pd.concat([frame["claim"], numbers, margin, frame["verdict"]], axis="columns")
+
+
+_DRAWN = ["claim", "contrast", "difference", "95 % interval", "margin", "verdict"]

@@ -118,7 +118,7 @@ _PLACE = ("weight_bits", "images", "updates")
 def _place(suite: Suite, name: str, cells: Cells) -> dict[str, object]:
     """What tells cells from others: bits, images and updates of their runs."""
     run = next(iter(suite.study_runs(name, suite.profile.study.first_seed).values()))
-    images = run.data.train_images or suite.state.training_count
+    images = run.training_images or suite.state.training_count
     return {
         "cells": name,
         "weight_bits": "/".join(map(str, cells.weight_bits)),
@@ -128,8 +128,8 @@ def _place(suite: Suite, name: str, cells: Cells) -> dict[str, object]:
 
 
 def _compared(suite: Suite) -> dict[str, Cells]:
-    study = suite.profile.study
-    return {name: cells for name, cells in study.cells.items() if {BASE, TAUGHT} <= set(cells.arms)}
+    """The groups of the profile's own networks and images that have both arms."""
+    return {name: cells for name, cells in suite.profile.study.cells.items() if cells.has_own({BASE, TAUGHT})}
 
 
 def _of_cells(name: str) -> PlannedClaim:
@@ -166,21 +166,32 @@ def arms_table(suite: Suite) -> Table:
     return with_origin(suite, Table("arms", f"Arms, {suite.dataset}", caption, rows))
 
 
-def reach_table(suite: Suite) -> Table:
-    """The table of :func:`reach_frame`."""
+def reach_table(suite: Suite, step_ratio: float | None = None) -> Table:
+    """The table of :func:`reach_frame`.
+
+    Args:
+        suite: of a study.
+        step_ratio: time of a training step with FA / time of one without, measured elsewhere. With it, the table has a
+            column of times. Times of the study's own runs are not used: their machine may have been busy.
+    """
     shows = suite.profile.shows_results
 
     def shown(row) -> dict[str, object]:
         share = row.bound if row.bound == "open" else f"{row.bound} {row.share:.2f}".strip()
         interval = "" if math.isnan(row.low) else f"{row.low:.2f} to {row.high:.2f}"
-        return {
+        found = {
             "weight bits": row.weight_bits, "KD's updates": f"{row.updates:,}", "n (seeds)": row.n,
             "FAQD's updates / KD's": share if shows else NOT_A_RESULT, "95 % interval": interval if shows else "",
         }  # fmt: skip
+        if step_ratio is not None and shows:
+            time = row.bound if row.bound == "open" else f"{row.bound} {step_ratio * row.share:.2f}".strip()
+            found["FAQD's time / KD's"] = time
+        return found
 
     caption = (
         f"Updates that FAQD needs for KD's accuracy, study {suite.profile.name} on {suite.caption}. Interpolated over "
         "the logarithm of updates, seed by seed; geometric mean, 95 % interval for other seeds."
+        + ("" if step_ratio is None else f" A step with FA takes {step_ratio:.2f} times as long as one without.")
     )
     rows = pd.DataFrame([shown(row) for row in reach_frame(suite).itertuples()])
     return Table("updates_to_accuracy", f"Updates to an accuracy, {suite.dataset}", caption, rows)

@@ -10,6 +10,7 @@ from typing import get_args
 from ..config import (
     METHOD_OF_AFFINITY,
     ConfigurationError,
+    ImageSource,
     Method,
     ObjectiveConfig,
     OptimizationConfig,
@@ -18,6 +19,7 @@ from ..config import (
     RunConfig,
     Schedule,
 )
+from ..data.elsewhere import HALVES, MADE_HERE
 from ..models import MODEL_NAMES, stage_names
 from ..quantization.weights import FLOAT_BITS
 from ..utils.messages import check_choice
@@ -67,9 +69,9 @@ class Configurations:
         own = self.profile.teacher_per_seed and student_seed is not None
         return self._on_labels(model, self.profile.teacher_schedule, TEACHER_SEEDS + student_seed if own else 0)
 
-    def float_student(self, seed: int = 1) -> RunConfig:
+    def float_student(self, seed: int = 1, model: str | None = None) -> RunConfig:
         """The float student, trained on labels: a reference row, and where fine-tuning starts."""
-        return self._on_labels(self.profile.student, self.profile.student_schedule, seed)
+        return self._on_labels(model or self.profile.student, self.profile.student_schedule, seed)
 
     def student(
         self,
@@ -84,10 +86,13 @@ class Configurations:
         k: int | None = None,
         affinity_weight: float | None = None,
         stages: Sequence[int] = (),
+        taps: str = "output",
         losses: Mapping[str, object] | None = None,
         schedule: Mapping[str, object] | None = None,
         updates: int | None = None,
         images: int | None = None,
+        source: str | None = None,
+        model: str | None = None,
         teacher: str | None = None,
         seed: int = 1,
     ) -> RunConfig:
@@ -105,49 +110,68 @@ class Configurations:
             k: number of projections, at least 1.
             affinity_weight: weight of the affinity loss, above 0.
             stages: numbers of the stages whose maps are compared, from 1 on; empty for all.
+            taps: whether these maps are taken after a stage's last ReLU (``"output"``) or ``"before ReLU"``.
             losses, schedule: changes to the profile's losses and to the regime's schedule, by setting.
             updates: number of steps, in place of epochs. Warm-up keeps its share of them.
             images: number of training images, a class-balanced subset; None for all. The teacher has seen all of them.
-            teacher: the teacher's model.
+            source: where the unlabelled images come from, see :mod:`faqd_lib.data.elsewhere`; None for the training
+                split. ``images`` says how many.
+            model, teacher: the student's and the teacher's network.
             seed: at least 1.
 
         Raises:
-            ConfigurationError: an argument is unknown or out of range, or student and teacher have other numbers of
-                stages.
+            ConfigurationError: an argument is unknown or out of range, student and teacher have other numbers of
+                stages, or the folder does not know the ``source``.
         """
         if seed < 1:
             raise ConfigurationError(f"students have seeds from 1 on (seed 0 is the teachers'), got {seed}")
         check_choice("method", method, get_args(Method), ConfigurationError)
+        model = model or self.profile.student
+        check_choice("model", model, MODEL_NAMES, ConfigurationError)
         check_choice("regime", regime, ("end-to-end", "fine-tuning"), ConfigurationError)
         fine_tuning, taught = regime == "fine-tuning", method != "labels"
         changes = {**(losses or {}), **({} if affinity_weight is None else {"affinity_weight": affinity_weight})}
+        elsewhere = None if source is None else self._source(source, images)
         count = self.state.training_count if images is None else images
-        if count > self.state.training_count:
+        if elsewhere is None and count > self.state.training_count:
             raise ConfigurationError(
                 f"images = {images} is more than the {self.state.training_count} training images there are: lower it"
             )
-        data = self.state.data if count == self.state.training_count else (
-            self.state.data.model_copy(update={"train_images": count})
-        )  # fmt: skip
+        whole = elsewhere is not None or count == self.state.training_count
+        data = self.state.data if whole else self.state.data.model_copy(update={"train_images": count})
         times = self.profile.fine_tuning_schedule if fine_tuning else self.profile.student_schedule
         times = Schedule.parse(times.model_dump() | dict(schedule or {}), "schedule")
         teacher_run = self.teacher(teacher, seed) if taught else None
         if AFFINITY_OF_METHOD[method] != "none":
-            _check_stages(self.profile.student, teacher_run.model, stages)
-        return RunConfig(
+            _check_stages(model, teacher_run.model, stages)
+        settings = dict(
             data=data,
-            model=self.profile.student,
+            images=elsewhere,
+            model=model,
             optimization=self._optimization(times if updates is None else _of_updates(times, updates, count)),
             objective=(
-                self._distillation(method, labels, fine_tuning, logit_loss, k, tuple(stages), changes)
+                self._distillation(method, labels, fine_tuning, logit_loss, k, tuple(stages), taps, changes)
                 if taught
                 else self._labels_alone()
             ),
             quantization=_quantization(weight_bits, activation_bits, quantization),
             seed=seed,
             teacher=teacher_run,
-            initial=self.float_student(seed) if fine_tuning else None,
+            initial=self.float_student(seed, model) if fine_tuning else None,
         )
+        return RunConfig.parse(settings, "student")
+
+    def _source(self, name: str, count: int | None) -> ImageSource:
+        """The images of a source; ConfigurationError if there is no count, or the folder does not know the dataset."""
+        if count is None:
+            raise ConfigurationError(f"source = {name!r}: set images to the number of images from there")
+        known = self.state.sources | dict.fromkeys(MADE_HERE, "") | dict.fromkeys(HALVES, self.state.data.fingerprint)
+        if name not in known:
+            raise ConfigurationError(
+                f"source = {name!r} is not known here: choose {', '.join(known)}, or name another dataset to "
+                "Suite.with_source first"
+            )
+        return ImageSource(name=name, fingerprint=known[name], train_images=count)
 
     def study_runs(self, cells: str, seed: int) -> dict[tuple[str, int], RunConfig]:
         """The runs of one seed in the cells of the profile's study, by arm and weight bits."""
@@ -173,10 +197,14 @@ class Configurations:
             logit_loss=arm.logit_loss,
             k=arm.k,
             stages=arm.stages,
-            losses=arm.losses,
+            taps=arm.taps,
+            losses=arm.losses | ({"adapters": True} if arm.adapters else {}),
             schedule={name: value for name, value in schedule.items() if value is not None},
             updates=cells.updates,
             images=cells.images,
+            source=cells.source,
+            model=cells.student,
+            teacher=cells.teacher,
             seed=seed,
         )
 
@@ -239,6 +267,7 @@ class Configurations:
         logit_loss: str | None,
         k: int | None,
         stages: tuple[int, ...],
+        taps: str,
         changes: Mapping[str, object],
     ) -> ObjectiveConfig:
         losses = Losses.parse(self.profile.losses.model_dump() | dict(changes), "losses")
@@ -255,6 +284,7 @@ class Configurations:
             "adapters": losses.adapters and affinity != "none",
             "stages": stages,
             "class_weights": losses.class_weights if labels else "equal",
+            "taps": taps,
         }
         return ObjectiveConfig.parse(settings, "student")
 

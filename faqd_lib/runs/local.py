@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from ..config import RunConfig
-from ..models import parameter_count
+from ..models import parameter_count, tap_names
 from ..quantization.description import weight_bytes
 from ..training.learner import Learner
 from ..training.loop import train
@@ -88,7 +88,7 @@ def _train_cohort(
         learners,
         batches,
         teacher,
-        feature_names=() if teacher is None else teacher.feature_names,
+        feature_names=() if teacher is None else tap_names(teacher, cohort[0].objective.taps),
         splits={name: images for name in ("validation", "test") if (images := getattr(splits, name)) is not None},
         on_epoch=report.epoch,
         on_batch=report.batch,

@@ -26,7 +26,8 @@ def cohorts(configs: Sequence[RunConfig], largest: int) -> list[list[RunConfig]]
     for config in sorted(configs, key=lambda config: config.teacher is None):  # runs without a teacher join last
         steps = config.optimization
         shared = (
-            config.data, config.seed, steps.epochs, steps.updates, steps.batch_size, steps.precision, steps.compiled,
+            config.data, config.images, config.objective.taps, config.seed,
+            steps.epochs, steps.updates, steps.batch_size, steps.precision, steps.compiled,
         )  # fmt: skip
         key = (*shared, config.teacher)
         if config.teacher is None:

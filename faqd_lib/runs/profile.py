@@ -29,14 +29,13 @@ from ..quantization.weights import FLOAT_BITS
 from ..utils.files import atomic_write_text, canonical_json, project_root, text_digest
 from ..utils.messages import did_you_mean
 from .store import ResultsError
-from .study import Study
+from .study import ModelName, Study
 
-ModelName = Literal[MODEL_NAMES]
 Regimes = Annotated[list[Literal["end-to-end", "fine-tuning"]], Field(min_length=1)]
 BitPair = Annotated[tuple[WeightBits, ActivationBits], Field(strict=False)]  # a list in TOML, which has no tuples
 PROFILES = (
-    "smoke", "quick", "cpu", "paper", "claims", "claims-2-bits", "tuning", "short", "rivals", "rivals-tuning",
-    "segmentation",
+    "smoke", "quick", "cpu", "paper",
+    "claims", "claims-2-bits", "tuning", "short", "rivals", "rivals-tuning", "losses", "where", "segmentation",
 )  # fmt: skip
 # Settings of a profile that may change in a folder, because they change no run.
 FREE_SETTINGS = {
@@ -216,6 +215,7 @@ class SuiteState(StrictModel):
     recipe: int  # versions of training, affinity losses and quantizers
     affinity_recipe: int
     quantizer_recipe: int
+    sources: dict[str, str] = omitted_at_default({})  # other datasets to take unlabelled images from: fingerprints
 
     @classmethod
     def describe(
@@ -330,15 +330,19 @@ def begin_or_continue(folder: Path, state: SuiteState, asked_seeds: int) -> Suit
             # The folder keeps its precision, even where another one is faster on this machine.
             state = state.model_copy(update={"precision": begun.precision})
         # The grid may change too: it only chooses runs.
-        changeable = {"reason": True, "profile": FREE_SETTINGS | {"grid"}}
+        changeable = {"reason": True, "sources": True, "profile": FREE_SETTINGS | {"grid"}}
         was, now = (one.model_dump(mode="json", exclude=changeable) for one in (begun, state))
         if differences := list(_differences(was, now)):
             raise ResultsError(
                 f"{folder} was begun with another configuration ({'; '.join(differences[:4])}): give another folder "
                 "with --results, or begin again with --fresh (the old folder is moved aside)"
             )
+        for name in begun.sources.keys() & state.sources.keys():
+            if begun.sources[name] != state.sources[name]:
+                raise ResultsError(f"{folder} has runs on other images of {name}: give another folder with --results")
         seeds = asked_seeds or max(begun.profile.seeds, state.profile.seeds)
-        state = state.model_copy(update={"profile": state.profile.model_copy(update={"seeds": seeds})})
+        profile = state.profile.model_copy(update={"seeds": seeds})
+        state = state.model_copy(update={"profile": profile, "sources": begun.sources | state.sources})
         if state == begun:
             return state
     atomic_write_text(path, state.model_dump_json(indent=1) + "\n")

@@ -9,9 +9,12 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ..config import ActivationBits, Count, Method, Positive, StrictModel, Weight, WeightBits, omitted_at_default
+from ..data.elsewhere import MADE_HERE
+from ..models import MODEL_NAMES
 from ..quantization.weights import FLOAT_BITS
 
 FIRST_SEED = 2  # seed 1 was looked at while the method was worked out
+ModelName = Literal[MODEL_NAMES]
 FEWEST_SEEDS = 5  # with three seeds, a 5 % test errs in 7 to 8 % of studies
 
 
@@ -24,6 +27,8 @@ class Arm(StrictModel):
         regime: ``fine-tuning`` starts from the float student of the same seed.
         logit_loss, k: None for the profile's own.
         stages: stages whose maps are compared, numbered from 1; empty for all.
+        taps: whether these maps are taken after a stage's last ReLU (``output``) or before it.
+        adapters: whether a trained 1×1 convolution and ReLU stand on the student's maps.
         activation_bits: 1 to 8, or 32 for float activations.
         step_gradient: how steps of activations learn; None for ``lsq``.
         losses: changes to the profile's losses, such as ``{temperature = 2.0}``.
@@ -37,6 +42,8 @@ class Arm(StrictModel):
     logit_loss: Literal["mse", "kl"] | None = None
     k: Count | None = None
     stages: list[Count] = omitted_at_default([])
+    taps: Literal["output", "before ReLU"] = omitted_at_default("output")
+    adapters: bool = omitted_at_default(False)
     activation_bits: ActivationBits = omitted_at_default(32)
     step_gradient: Literal["lsq", "coarse", "frozen"] | None = omitted_at_default(None)
     losses: dict[str, float] = {}
@@ -45,8 +52,10 @@ class Arm(StrictModel):
 
     @model_validator(mode="after")
     def _fits_its_method(self) -> Self:
-        if self.stages and self.method in ("labels", "KD"):
-            raise ValueError(f"stages = {self.stages}: the method {self.method} compares no maps")
+        for setting in ("stages", "adapters", "taps"):
+            value = getattr(self, setting)
+            if self.method in ("labels", "KD") and value not in ([], False, "output"):
+                raise ValueError(f"{setting} = {value!r}: the method {self.method} compares no maps")
         if self.stages != sorted(set(self.stages)):
             raise ValueError(f"stages = {self.stages} must rise")
         if self.logit_loss is not None and self.method in ("labels", "FA"):
@@ -60,11 +69,14 @@ class Cells(StrictModel):
     """Arms that are trained at the same bit-widths, on as many images and for as many updates.
 
     Args:
-        arms: names of arms.
+        arms: names of arms; those of cells with a ``source`` are label-free.
         weight_bits: each arm is trained at each of them.
         seeds: number of seeds, from the first on; None for all that are planned.
         images: number of training images; None for all.
         updates: number of steps; None for the epochs of the schedule. Warm-up keeps its share.
+        student, teacher: networks; None for the profile's own.
+        source: where the unlabelled images come from, see :mod:`faqd_lib.data.elsewhere`; None for the training split.
+            ``images`` says how many there are.
     """
 
     arms: Annotated[list[str], Field(min_length=1)]
@@ -72,6 +84,19 @@ class Cells(StrictModel):
     seeds: Count | None = None
     images: Count | None = None
     updates: Count | None = None
+    student: ModelName | None = omitted_at_default(None)
+    teacher: ModelName | None = omitted_at_default(None)
+    source: str | None = omitted_at_default(None)
+
+    def has_own(self, arms: set[str]) -> bool:
+        """Whether these arms are here, with networks and images that are the profile's own."""
+        return arms <= set(self.arms) and (self.student, self.teacher, self.source) == (None, None, None)
+
+    @model_validator(mode="after")
+    def _counts_its_source(self) -> Self:
+        if self.source is not None and self.images is None:
+            raise ValueError(f"source = {self.source!r}: set images to the number of images from there")
+        return self
 
 
 class PlannedClaim(StrictModel):
@@ -118,6 +143,12 @@ class Study(StrictModel):
     claims: dict[str, PlannedClaim] = {}
 
     @property
+    def sources(self) -> list[str]:
+        """The other datasets whose images are trained on."""
+        named = dict.fromkeys(cells.source for cells in self.cells.values())
+        return [name for name in named if name is not None and name not in MADE_HERE]
+
+    @property
     def seeds(self) -> range:
         """All planned seeds."""
         return range(self.first_seed, self.first_seed + self.looks[-1])
@@ -136,6 +167,8 @@ class Study(StrictModel):
             for arm in cells.arms:
                 if arm not in self.arms:
                     raise ValueError(f"cells.{name} has the arm {arm!r}; the arms are {', '.join(self.arms)}")
+                if cells.source is not None and (self.arms[arm].labels or self.arms[arm].method == "labels"):
+                    raise ValueError(f"cells.{name}: images from {cells.source} have no labels for the arm {arm!r}")
         for name, claim in self.claims.items():
             self._check(f"claims.{name}", claim)
         return self

@@ -8,7 +8,7 @@ finished runs.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -84,7 +84,21 @@ class Suite(Configurations, Workshop):
         state = SuiteState.describe(chosen, name, reason, images, _precision(chosen, torch_device))
         state = begin_or_continue(folder, state, seeds)
         data_root = str(Path(data_root).resolve()) if data_root else None
-        return cls(state, RunStore(folder), torch_device, data_root, images, engine, bar)
+        suite = cls(state, RunStore(folder), torch_device, data_root, images, engine, bar)
+        for source in [] if chosen.study is None else chosen.study.sources:
+            suite = suite.with_source(source)
+        return suite
+
+    def with_source(self, dataset: str) -> Self:
+        """This suite, whose folder now knows another dataset that students may take unlabelled images from.
+
+        Raises:
+            DatasetError: the dataset is unknown, missing or damaged.
+            ResultsError: the folder knows other images of that name.
+        """
+        sources = {dataset: self.other_dataset(dataset).fingerprint}
+        state = self.state.model_copy(update={"sources": sources})
+        return replace(self, state=begin_or_continue(self.folder, state, self.state.profile.seeds))
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:

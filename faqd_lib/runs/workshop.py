@@ -11,10 +11,10 @@ from torch import nn
 
 from ..affinity.loss import feature_affinity_loss
 from ..config import RunConfig
-from ..data import datasets
+from ..data import datasets, elsewhere
 from ..data.batches import Batches, Normalizer
 from ..data.datasets import ImageData, Images
-from ..models import FeatureTap, build_model
+from ..models import FeatureTap, build_model, tap_names
 from ..quantization.network import calibrate, quantize, reestimate_batch_norm
 from ..training.learner import Learner, projection_seed
 from ..training.objective import DistillationObjective
@@ -102,8 +102,31 @@ class Workshop:
         )
 
     def _training(self, config: RunConfig) -> Images:
-        """The labelled images that a run is trained on."""
+        """The images that a run is trained on; those from elsewhere have no labels."""
+        if config.images is not None:
+            return self.images_from(config.images.name, config.images.train_images, config.images.fingerprint)
         return datasets.subset(self.splits.training, config.data.train_images, config.data.subset_seed)
+
+    def images_from(self, name: str, count: int, fingerprint: str) -> Images:
+        """Unlabelled images of a source of :mod:`faqd_lib.data.elsewhere`, in the size of the own images.
+
+        Raises:
+            DatasetError: the dataset was not found, or has fewer images.
+            ResultsError: the images differ from those of the fingerprint.
+        """
+        other = None
+        if name not in elsewhere.MADE_HERE:
+            loaded = self.other_dataset(name)
+            if loaded.fingerprint != fingerprint:
+                raise ResultsError(f"the images of {name} are not those that {self.store.folder} knows")
+            other = loaded.train
+        seed, classes = self.state.data.subset_seed, len(self.data.classes)
+        return elsewhere.unlabelled(name, count, seed, self.splits.training, classes, other)
+
+    def other_dataset(self, name: str) -> ImageData:
+        """Another dataset, its images resized to the size of the own ones."""
+        download = self.state.profile.download
+        return datasets.load(name, self.data_root, image_size=self.data.image_size, download=download)
 
     def build(self, config: RunConfig, *, initial_weights: bool = True) -> nn.Module:
         """The network of a run before training, with its quantizers, not calibrated yet.
@@ -143,17 +166,17 @@ class Workshop:
         if config.objective.adapters:
             with FeatureTap(model.eval(), model.feature_names) as tap, torch.no_grad():
                 model(torch.zeros(1, *self.data.train.pixels.shape[1:], device=self.device))
-            adapter_channels = [feature_map.shape[1] for feature_map in tap.features]
+            adapter_channels = [features.shape[2 if features.ndim == 3 else 1] for features in tap.features]
         weights = None
         if config.objective.class_weights != "equal":
             weights = root_median_frequency(self._training(config).labels, len(self.data.classes))
         objective = DistillationObjective(
-            **config.objective.model_dump(exclude={"adapters", "stages", "class_weights", "affinity_recipe"}),
+            **config.objective.model_dump(exclude={"adapters", "stages", "taps", "class_weights", "affinity_recipe"}),
             class_weights=weights,
             adapter_channels=adapter_channels,
             seed=projection_seed(config.seed),
         ).to(self.device)
-        return Learner(config, model, objective, model.feature_names, len(batches))
+        return Learner(config, model, objective, tap_names(model, config.objective.taps), len(batches))
 
     @exact_kernels()
     @torch.no_grad()

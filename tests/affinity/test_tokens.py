@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from faqd_lib import affinity_statistics
+from faqd_lib.affinity.estimators import average_pooling, hutch_plus_plus, orthogonal_probes, pixel_subset
 from faqd_lib.affinity.loss import FastFeatureAffinityLoss, affinity_matrix, feature_affinity_loss, pixel_count
+from faqd_lib.affinity.rivals import rival
 from faqd_lib.models import FeatureTap
 from faqd_lib.training.objective import DistillationObjective
 
@@ -58,6 +61,34 @@ def test_the_definition_holds_for_tokens():
 def test_other_numbers_of_tokens_are_refused(student, teacher, counts):
     with pytest.raises(ValueError, match=f"same number of tokens, got {counts}.*class tokens"):
         feature_affinity_loss(torch.ones(student), torch.ones(teacher))
+
+
+def test_a_square_of_tokens_beside_a_map_is_that_map():
+    """Its loss is that of the grid: the teacher is resized to the student's, whichever of them has tokens."""
+    large, small = maps(height=6, width=6), maps(channels=7, height=3, width=3, seed=1)
+    for student, teacher in ((small, large), (large, small)):
+        expected, gradient = with_gradient(student, teacher)
+        of_teacher, _ = with_gradient(student, tokens(teacher))
+        of_student, found = with_gradient(tokens(student), teacher)
+        torch.testing.assert_close(torch.stack([of_teacher, of_student]), expected.expand(2), rtol=1e-5, atol=0)
+        torch.testing.assert_close(found, tokens(gradient), rtol=1e-4, atol=1e-7)
+
+
+def test_statistics_estimators_and_rivals_take_tokens():
+    student, teacher = maps().double(), maps(seed=1).double()
+    of_maps, of_tokens = affinity_statistics(student, teacher), affinity_statistics(tokens(student), tokens(teacher))
+    assert of_tokens.loss == pytest.approx(of_maps.loss, rel=1e-12)
+    assert of_tokens.variance(3) == pytest.approx(of_maps.variance(3), rel=1e-12)
+    for estimate, budget in ((hutch_plus_plus, 8), (pixel_subset, 5), (orthogonal_probes, 4)):
+        values = [
+            estimate(*pair, budget, torch.Generator().manual_seed(2))
+            for pair in ((student, teacher), (tokens(student), tokens(teacher)))
+        ]
+        torch.testing.assert_close(*values)
+    torch.testing.assert_close(
+        average_pooling(tokens(student), tokens(teacher), 12), feature_affinity_loss(student, teacher)
+    )
+    torch.testing.assert_close(rival("sp")(tokens(student), tokens(teacher)), rival("sp")(student, teacher))
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 5), (2, 12), (2, 1, 1, 12, 5)])

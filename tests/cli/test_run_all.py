@@ -81,6 +81,20 @@ def test_numbers_of_notebooks_may_be_written_as_people_do(only):
     assert [path.name[:2] for path in run_all.select(only)] == ["00", "01"]
 
 
+def test_the_second_part_runs_if_asked_for(tmp_path, monkeypatch):
+    for number in ("00", "10", "11", "14"):
+        (tmp_path / f"{number}_a.ipynb").touch()
+    monkeypatch.setattr(run_all, "notebooks_folder", lambda: tmp_path)
+
+    def numbers(*arguments) -> list[str]:
+        return [path.name[:2] for path in run_all.select(*arguments)]
+
+    assert numbers([]) == ["00", "10"]
+    assert numbers([], True) == ["00", "10", "11", "14"]
+    assert numbers(["14", "0"]) == ["00", "14"]
+    assert run_all.parser().parse_args(["smoke", "--all"]).all
+
+
 def test_a_folder_of_another_configuration_is_refused(tmp_path, capsys):
     profile = tmp_path / "mine.toml"
     shipped = (project_root() / "faqd_lib" / "runs" / "profiles" / "smoke.toml").read_text()
@@ -148,4 +162,6 @@ def test_notebook_is_clean(path):
 
 
 def test_the_series_is_complete():
-    assert [path.name[:2] for path in NOTEBOOKS] == [f"{number:02}" for number in range(11)]
+    numbers = [path.name[:2] for path in NOTEBOOKS]
+    assert numbers[: run_all.SECOND_PART] == [f"{number:02}" for number in range(run_all.SECOND_PART)]
+    assert len(set(numbers)) == len(numbers)

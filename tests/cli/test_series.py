@@ -25,7 +25,7 @@ def whole_series(tmp_path_factory):
     """Every notebook once, on the images that need no file."""
     folder = tmp_path_factory.mktemp("series with a space")
     results = folder / "results"
-    done = run(["smoke", "--dataset", "digits", "--results", str(results)], cwd=folder)
+    done = run(["smoke", "--all", "--dataset", "digits", "--results", str(results)], cwd=folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder, results / "smoke-digits", done
 
@@ -47,7 +47,7 @@ def test_every_notebook_is_executed_without_an_error(whole_series):
 def test_every_table_and_the_summary_are_written_and_named(whole_series):
     _, suite, done = whole_series
     names = {path.name.split("_")[0].split(".")[0] for path in (suite / "tables").iterdir()}
-    assert names == {"T1", "T2", "T3", "T4", "T5", "claims", "signs"}
+    assert names >= {"T1", "T2", "T3", "T4", "T5", "claims", "signs"}
     assert str(suite / "summary.md") in done.stdout
     assert list((suite / "figures").glob("*.pdf"))
     assert "not a result" in (suite / "tables" / "claims.md").read_text()

@@ -36,8 +36,8 @@ def test_every_notebook_runs_on_photographs(tmp_path, user_data):
     found = [name for name in ("cifar10-jpeg", "cifar10") if user_data and data.on_disk(name, user_data)]
     root = user_data if found else tmp_path / "images"
     dataset = found[0] if found else cut_photographs(root)
-    arguments = ["smoke", "--dataset", dataset, "--data-root", str(root), "--results", str(tmp_path / "results")]
-    done = run(arguments, cwd=tmp_path)
+    arguments = ["smoke", "--all", "--dataset", dataset, "--data-root", str(root)]
+    done = run([*arguments, "--results", str(tmp_path / "results")], cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     copies = sorted((tmp_path / "results" / f"smoke-{dataset}" / "notebooks").glob("*.ipynb"))
     assert [copy.name for copy in copies] == [path.name for path in NOTEBOOKS]

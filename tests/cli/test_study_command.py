@@ -64,3 +64,10 @@ def test_the_claims_of_a_study_are_reported(tiny_suite, capsys):
     }  # fmt: skip
     assert {path.stem for path in (suite.folder / "tables").glob("*.csv")} == set(made)
     assert "It helps" in capsys.readouterr().out
+    page = (suite.folder / "report" / "index.html").read_text()
+    head, _, rest = page.partition('<div class="cards">')
+    assert 'src="data:image/png' in head  # the picture of the claims stands first, and only there
+    assert page.count("data:image/png") == 3
+    assert "5 planned seeds" in head
+    assert "kd" in rest[rest.index('id="arms"') :]
+    assert "T1 Weight quantization" not in page

@@ -76,6 +76,17 @@ def test_an_empty_suite_has_a_report_too(suite):
     assert page.text.count("None of its runs is there yet") == len(tables.all_tables(suite)) + 1  # with failure signs
 
 
+def test_the_picture_of_the_claims_stands_before_their_cards(suite):
+    save(suite, suite.student("FAQD", weight_bits=1), 80.0)
+    save(suite, suite.student("KD", weight_bits=1), 70.0)
+    text = report.write_report(suite).read_text()
+    head, _, cards = text.partition('<div class="cards">')
+    assert head.count("data:image/png") == 1
+    assert "data:image/png" not in cards
+    assert "exploratory: +10.00 points (+" in cards
+    assert "From 2 runs" in Page(head).text
+
+
 def test_a_notebook_that_was_cut_short_is_named_and_left_out(suite, capsys):
     write_notebook(suite, new_markdown_cell("# Fast"))
     path = suite.folder / "notebooks" / "03_quantizers.ipynb"

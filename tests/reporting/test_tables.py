@@ -381,14 +381,17 @@ def test_runs_of_a_version_without_predictions_are_compared_by_seeds(tmp_path):
     for seed in (1, 2, 3):
         for method, accuracy in (("KD", 70.0), ("FAQD", 75.0)):
             save(suite, suite.student(method, weight_bits=1, seed=seed), accuracy + seed / 10)
-    record = suite.store.records()[0]
-    path = suite.folder / "runs" / record.run_id / "record.json"
-    content = json.loads(path.read_text())
-    del content["predictions_digest"], content["checksum"]
-    path.write_text(json.dumps(content | {"checksum": text_digest(canonical_json(content))}))
-    assert suite.store.predictions(suite.store.records()[0]) is None
+    save(suite, suite.teacher(), 90.0)
+    student = suite.student("KD", weight_bits=1, seed=2)
+    for config in (student, suite.teacher()):  # the teacher stands in no pair, so it is not counted
+        path = suite.store.run_folder(config) / "record.json"
+        content = json.loads(path.read_text())
+        del content["predictions_digest"], content["checksum"]
+        path.write_text(json.dumps(content | {"checksum": text_digest(canonical_json(content))}))
+    assert suite.store.predictions(suite.store.record(student)) is None
     table = claims.table(suite)
     assert "Kept no predictions: 1 run;" in table.caption
+    assert "for other seeds and other test images" in table.caption
     low, high = map(float, table.frame.iloc[0]["95 % interval"].split(" to "))
     assert low == high == 5.0  # every seed differs by as much
 

@@ -1,19 +1,22 @@
 """Studies: designs that are checked, the runs they ask for, and what trains them."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_tiny_suite
+from conftest import make_tiny_data, make_tiny_suite
 
 from faqd_lib.cli.study import hours_left, run_study, seed_runs, wanted
-from faqd_lib.config import ConfigurationError, OptimizationConfig
+from faqd_lib.config import ConfigurationError, ImageSource, OptimizationConfig
+from faqd_lib.data import datasets
 from faqd_lib.data.batches import Batch
 from faqd_lib.reporting import study_claims
 from faqd_lib.runs.configurations import TEACHER_SEEDS
 from faqd_lib.runs.profile import Profile
-from faqd_lib.runs.suite import _precision
+from faqd_lib.runs.store import ResultsError
+from faqd_lib.runs.suite import Suite, _precision
 from faqd_lib.training.learner import Learner
 from faqd_lib.training.loop import OutOfTimeError, TeacherPass
 
@@ -104,6 +107,12 @@ def study_suite(tiny_suite):
             "the arm 'labels' has no teacher",
         ),
         ({"arms": {"x": {"method": "KD", "stages": [1]}}}, "the method KD compares no maps"),
+        ({"arms": {"x": {"method": "KD", "adapters": True}}}, "adapters = True: the method KD compares no maps"),
+        ({"cells": {"x": {"arms": ["kd"], "weight_bits": [1], "source": "noise"}}}, "set images to the number"),
+        (
+            {"cells": {"x": {"arms": ["labels"], "weight_bits": [1], "source": "noise", "images": 32}}},
+            "no labels for the arm 'labels'",
+        ),
         ({"arms": {"x": {"method": "FAQD", "stages": [2, 1]}}}, "must rise"),
         ({"arms": {"x": {"method": "FA", "logit_loss": "kl"}}}, "the method FA compares no logits"),
         ({"arms": {"x": {"method": "KD", "step_gradient": "coarse"}}}, "needs activation_bits below 32"),
@@ -115,7 +124,8 @@ def test_a_design_that_contradicts_itself_is_refused(tiny_suite, changes, messag
 
 
 def test_shipped_studies_are_valid_and_share_no_seed_with_the_pilots():
-    for name in ("claims", "claims-2-bits", "tuning", "short", "rivals", "rivals-tuning", "segmentation"):
+    names = ("claims", "claims-2-bits", "tuning", "short", "rivals", "rivals-tuning", "losses", "where", "segmentation")
+    for name in names:
         study = Profile.load(name).study
         assert 1 not in study.seeds
         assert not study.claims or study.looks == [5, 8]
@@ -127,8 +137,8 @@ def test_shipped_studies_are_valid_and_share_no_seed_with_the_pilots():
 
 def test_designs_keep_their_digests():
     """Of the designs whose runs have begun, or whose digest was shown."""
-    found = {name: Profile.load(name).design_digest for name in ("claims", "tuning")}
-    assert found == {"claims": "3d86b974f38d", "tuning": "c2e4cf4140a2"}
+    found = {name: Profile.load(name).design_digest for name in ("claims", "tuning", "losses")}
+    assert found == {"claims": "3d86b974f38d", "tuning": "c2e4cf4140a2", "losses": "bccc9800a4d3"}
 
 
 def test_tuning_chooses_under_the_conditions_of_the_claims():
@@ -138,6 +148,18 @@ def test_tuning_chooses_under_the_conditions_of_the_claims():
     for name in ("teacher_schedule", "student_schedule", "fine_tuning_schedule"):
         assert getattr(tuning, name) == getattr(claims, name), name
     assert tuning.validation_images > 0
+
+
+def test_teachers_of_short_can_be_copied_to_where():
+    """The conditions of a teacher, and of the two arms that both studies have, are the same."""
+    short, where = Profile.load("short"), Profile.load("where")
+    for name in Profile.model_fields:
+        assert name in ("name", "study") or getattr(short, name) == getattr(where, name), name
+    assert where.study.cells["updates-400"] == short.study.cells["updates-400"].model_copy(
+        update={"arms": ["kd", "fa"]}
+    )
+    assert all(where.study.arms[arm] == short.study.arms[arm] for arm in ("kd", "fa"))
+    assert where.study.sources == ["tiny-imagenet"]
 
 
 def test_a_teacher_for_each_seed_needs_a_study(tiny_suite):
@@ -310,6 +332,60 @@ def test_arms_choose_stages_and_quantizers(study_suite):
     assert len({run.run_id for run in runs.values()}) == 3
 
 
+def test_cells_choose_networks_and_pictures(study_suite):
+    arms = {
+        "kd": {"method": "KD"},
+        "fa": {"method": "FAQD"},
+        "sums": {"method": "FAQD", "taps": "before ReLU"},
+        "adapted": {"method": "FAQD", "adapters": True},
+    }
+    common = {"arms": ["kd", "fa"], "weight_bits": [1], "updates": 2}
+    cells = {
+        "noise": common | {"source": "noise", "images": 32},
+        "mixer": common | {"student": "mixer"},
+        "layers": common | {"arms": ["sums", "adapted"]},
+    }
+    suite = study_suite(study={"looks": [5], "arms": arms, "cells": cells})
+    runs = {(name, arm): run for name in cells for (arm, _), run in suite.study_runs(name, 2).items()}
+    assert len({run.digest for run in runs.values()}) == 6
+    noise, mixer = runs["noise", "fa"], runs["mixer", "fa"]
+    assert (noise.images.name, noise.training_images, noise.data.train_images) == ("noise", 32, None)
+    assert noise.teacher == mixer.teacher == suite.study_runs("layers", 2)["sums", 1].teacher
+    assert (mixer.model, mixer.images) == ("mixer", None)
+    assert "-on-noise-" in noise.run_id
+    assert (runs["layers", "sums"].objective.taps, runs["layers", "adapted"].objective.adapters) == (
+        "before ReLU", True,
+    )  # fmt: skip
+    records = suite.run(runs.values())
+    assert all(record.test_affinity > 0 for record in records)
+    weights = {record.weights_digest for record in records}
+    assert len(weights) == 6  # every setting has changed what was learned
+    batch = next(suite.batches([noise]).epoch(0))
+    assert batch.labels is None
+
+
+def test_a_source_that_the_folder_does_not_know_is_named(tiny_suite, monkeypatch):
+    suite = tiny_suite()
+    with pytest.raises(ConfigurationError, match="source = 'pets' is not known here: choose first-half"):
+        suite.student("KD", source="pets", images=4)
+    with pytest.raises(ConfigurationError, match="set images to the number of images"):
+        suite.student("KD", source="noise")
+    with pytest.raises(ConfigurationError, match="images from 'noise' have no labels"):
+        suite.student("labels", source="noise", images=4)
+    other = replace(make_tiny_data(), name="pets", fingerprint="2" * 64)
+    monkeypatch.setattr(datasets, "load", lambda *arguments, **options: other)
+    knowing = suite.with_source("pets")
+    config = knowing.student("KD", source="pets", images=32, updates=2, weight_bits=1)
+    assert config.images == ImageSource(name="pets", fingerprint="2" * 64, train_images=32)
+    assert Suite.read(suite.folder).state.sources == {"pets": "2" * 64}
+    assert len(knowing.batches([config])) == 2
+    other = replace(other, fingerprint="3" * 64)
+    with pytest.raises(ResultsError, match="the images of pets are not those"):
+        knowing.batches([config])
+    with pytest.raises(ResultsError, match="has runs on other images of pets"):
+        knowing.with_source("pets")
+
+
 def test_only_the_chosen_stages_are_compared(tiny_suite):
     """The affinity term of one stage, and of all three, at the same weights and batch."""
     suite = tiny_suite()
@@ -355,7 +431,7 @@ def test_stages_that_make_no_sense_are_refused(tiny_suite, settings, message):
 
 
 def test_stages_without_an_affinity_loss_are_refused(tiny_suite):
-    with pytest.raises(ConfigurationError, match="adapters and stages need an affinity loss"):
+    with pytest.raises(ConfigurationError, match="adapters, stages and taps need an affinity loss"):
         tiny_suite().student("KD", weight_bits=1, stages=(1,))
 
 

@@ -165,6 +165,7 @@ class Workshop:
         objective = DistillationObjective(
             **config.objective.model_dump(exclude={"adapters", "stages", "taps", "affinity_recipe"}),
             adapter_channels=adapter_channels,
+            lattices=_lattices(model, config.objective.stages) if config.objective.affinity == "squat" else (),
             seed=projection_seed(config.seed),
         ).to(self.device)
         return Learner(config, model, objective, tap_names(model, config.objective.taps), len(batches))
@@ -185,3 +186,9 @@ class Workshop:
             student(images), teacher(images)
             pairs = zip(of_student.features, of.features, strict=True)
             return float(sum(feature_affinity_loss(of_one, of_other) for of_one, of_other in pairs))
+
+
+def _lattices(model: nn.Module, stages: Sequence[int]) -> list[nn.Module]:
+    """The quantized ReLUs that end a network's stages; ``stages`` are numbers from 1 on, () for all."""
+    names = [name.removesuffix("@input") for name in tap_names(model, "before ReLU")]
+    return [model.get_submodule(names[stage - 1]) for stage in stages or range(1, len(names) + 1)]

@@ -20,12 +20,15 @@ Stages = Annotated[tuple[Count, ...], Field(strict=False)]  # a list in records
 WeightBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
 ActivationBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
 Precision = Literal["float32", "bf16"]
-Affinity = Literal["none", "fa", "ffa", "sp", "at", "hint", "cka", "channel"]
-Method = Literal["labels", "KD", "FA", "FAQD", "FFAQD", "KD+SP", "KD+AT", "KD+FitNet", "KD+CKA", "KD+CWD"]
+Affinity = Literal["none", "fa", "ffa", "sp", "at", "hint", "cka", "channel", "squat"]
+Method = Literal[
+    "labels", "KD", "FA", "FAQD", "FFAQD", "KD+SP", "KD+AT", "KD+FitNet", "KD+CKA", "KD+CWD", "KD+SQuaT"
+]  # fmt: skip
 # How a student with a logit loss is called, by its loss between maps.
 METHOD_OF_AFFINITY: dict[Affinity, Method] = {
     "none": "KD", "fa": "FAQD", "ffa": "FFAQD",
     "sp": "KD+SP", "at": "KD+AT", "hint": "KD+FitNet", "cka": "KD+CKA", "channel": "KD+CWD",
+    "squat": "KD+SQuaT",
 }  # fmt: skip
 
 
@@ -328,6 +331,8 @@ class RunConfig(TrainingConfig):
             raise ValueError(f"initial weights of {self.initial.model} do not fit {self.model}")
         if self.optimization.epochs == 0 and (self.initial is None or self.objective.uses_teacher):
             raise ValueError("epochs = 0 is quantization after training: it needs initial weights and no teacher")
+        if self.objective.affinity == "squat" and self.quantization.activation_bits == 32:
+            raise ValueError("squat compares on the lattice of quantized activations: set activation_bits below 32")
         if self.images is not None and not (self.objective.uses_teacher and self.label_free):
             raise ValueError(
                 f"images from {self.images.name!r} have no labels of these classes: use a label-free objective with a "

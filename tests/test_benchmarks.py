@@ -110,6 +110,8 @@ def test_affinity_at_toy_size(benchmark, call, monkeypatch, tmp_path):
     check_rows(found["ffa"], 4)
     check_rows(found["memory"], 1)
     check_rows(found["step"], 2 * 3)
+    check_rows(found["rivals"], 11)
+    assert found["rivals"][0] | {"loss": "KD", "time / logits": 1, "extra_MiB": 0} == found["rivals"][0]
     assert [row["time / logits"] for row in found["step"] if row["loss"] == "logits"] == [1, 1]
     assert {row["C"] for row in found["sweep"]} == {16, 64, 128, 512}
     assert {row["loss"] for row in found["sweep"]} == set(module.candidates(*pair(1, 1, 1, "cpu"))) - {

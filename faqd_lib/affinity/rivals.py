@@ -10,9 +10,11 @@ student's map and G the teacher's:
     ``hint``     mean of (F − G)²
     ``cka``      1 − ‖GᵀF‖²_F / (‖FᵀF‖_F ‖GᵀG‖_F) of centred images
     ``channel``  T²/(b·C) Σ over images and channels of KL(softmax(G/T) ‖ softmax(F/T)), the softmax over pixels
+    ``squat``    mean of (F − Q(G))², Q the rounding to the student's own lattice
 """
 
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,8 @@ class MapLoss(nn.Module, ABC):
 
     same_channels = False  # whether the loss is defined for equal numbers of channels only
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, *others: object) -> Tensor:
+        """The loss; ``others`` are what ``compare`` takes beside the maps."""
         student, teacher = check_pair(student, teacher)
         if self.same_channels and student.shape[1] != teacher.shape[1]:
             raise ValueError(
@@ -37,10 +40,10 @@ class MapLoss(nn.Module, ABC):
             )
         with torch.autocast(student.device.type, enabled=False):
             dtype = accumulation_dtype(student)
-            return self.compare(student.to(dtype), teacher.to(dtype))
+            return self.compare(student.to(dtype), teacher.to(dtype), *others)
 
     @abstractmethod
-    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def compare(self, student: Tensor, teacher: Tensor, *others: object) -> Tensor:
         """The loss of two maps of one dtype, height and width."""
 
 
@@ -105,12 +108,36 @@ class ChannelDistillationLoss(MapLoss):
         return f"temperature={self.temperature}"
 
 
+class Lattice(Protocol):
+    """A quantizer with the levels {0..``highest``}·``step``: :class:`faqd_lib.quantization.relu.QuantizedReLU`."""
+
+    step: Tensor
+    highest: int
+
+
+class LatticeHintLoss(MapLoss):
+    """Hints that the student can reach: the teacher's map rounded to the student's lattice (after SQuaT, 2026).
+
+    Called as ``loss(student_map, teacher_map, quantizer)`` with the quantized ReLU that ends the student's stage.
+    Implemented is the comparison alone, from a description of the method: Q(G) = step·clip(round(G/step), 0, 2^b − 1),
+    with the step of the moment, which gets no gradient through Q. The loss is 0 if the student says all it can of the
+    teacher's map.
+    """
+
+    same_channels = True
+
+    def compare(self, student: Tensor, teacher: Tensor, quantizer: Lattice) -> Tensor:
+        step = quantizer.step.detach().to(teacher)
+        return F.mse_loss(student, step * (teacher / step).round().clamp(0, quantizer.highest))
+
+
 RIVALS: dict[str, type[MapLoss]] = {
     "sp": SimilarityPreservingLoss,
     "at": AttentionTransferLoss,
     "hint": HintLoss,
     "cka": CKALoss,
     "channel": ChannelDistillationLoss,
+    "squat": LatticeHintLoss,
 }
 
 

@@ -263,6 +263,54 @@ def where(suite: Suite) -> list[RunConfig]:
     return planned_runs(where_cells(suite))
 
 
+# Weights of the rivals: at random weights their gradient is about as long as that of feature affinity with weight 30.
+# They are where the study "rivals-tuning" starts; its outcome belongs to the study "rivals", not here.
+RIVAL_WEIGHTS = {
+    "KD+SP": 300.0, "KD+AT": 300.0, "KD+FitNet": 0.3, "KD+CKA": 1.0, "KD+CWD": 1.0, "KD+SQuaT": 0.3,
+}  # fmt: skip
+RIVAL_ACTIVATION_BITS = 4  # of the students beside SQuaT, which needs quantized activations
+
+
+def rival_cells(suite: Suite) -> list[Cell]:
+    """T7: each loss between maps beside logits, and logits alone; of the study, if the profile has one.
+
+    Without a study, students have the fewest bits of T4. SQuaT needs quantized activations: it stands beside students
+    that have them, too. A profile that shows no results has a few of these cells.
+    """
+    if suite.profile.study is not None:
+        return [Cell({"bits": cell.row["bits"]}, rival_name(cell.runs[0]), cell.runs) for cell in where_cells(suite)]
+    shows = suite.profile.shows_results
+    chosen: list[dict] = [{"method": KD}, {"method": FA}]
+    chosen += [{"method": KD, "logit_loss": "kl"}] * shows
+    chosen += [{"method": "FFAQD", "k": k} for k in suite.profile.grid.projections] * shows
+    chosen += [
+        {"method": name, "affinity_weight": RIVAL_WEIGHTS[name]} for name in list(RIVAL_WEIGHTS)[: 5 if shows else 1]
+    ]
+    beside = {"activation_bits": RIVAL_ACTIVATION_BITS}
+    chosen += [{"method": method, **beside} for method in (KD, FA)]
+    chosen += [
+        {"method": name, "affinity_weight": RIVAL_WEIGHTS[name], **beside}
+        for name in ["KD+FitNet"] * shows + ["KD+SQuaT"]
+    ]
+    bits = min(suite.profile.grid.affinity_bits)
+    found = [[suite.student(**settings, weight_bits=bits, seed=seed) for seed in seeds(suite)] for settings in chosen]
+    return [Cell({"bits": runs[0].bits}, rival_name(runs[0]), runs) for runs in found]
+
+
+def rival_name(run: RunConfig) -> str:
+    """How T7 and the benchmark of costs call the loss between maps of a run: ``FA``, ``FFA, k = 6``, ``SP``, …"""
+    if run.method == KD:
+        return KD if run.objective.logit_loss == "mse" else "none, KL for MSE"
+    if run.method == "FFAQD":
+        return f"FFA, k = {run.objective.k}"
+    return "FA" if run.method == FA else run.method.removeprefix("KD+")
+
+
+def rivals(suite: Suite) -> list[RunConfig]:
+    """The runs of T7. They are no part of :func:`everything`: notebook 12 trains them."""
+    return planned_runs(rival_cells(suite))
+
+
 def references(suite: Suite) -> list[RunConfig]:
     """The runs of the reference rows: float teachers and, for each seed, the float student."""
     return planned_runs(reference_cells(suite))

@@ -5,6 +5,7 @@ affinity loss is paired with the KD student of its seed. Seeds without both reco
 """
 
 import math
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
@@ -13,6 +14,7 @@ from ..runs.store import RunRecord
 from ..runs.suite import Suite
 from . import grids
 from .claims import interval_text
+from .grids import Cell
 from .tables import NOT_A_RESULT, NOT_RUN, RUNS, Table, with_origin
 from .verdicts import Estimate
 
@@ -20,17 +22,17 @@ BASE = "KD"
 HEADINGS = ("pictures", "images", "updates", "bits", "student", "teacher")
 
 
-def gain_frame(suite: Suite) -> pd.DataFrame:
-    """One row for each row of cells and each affinity loss.
+def gain_frame(suite: Suite, cells: Sequence[Cell] | None = None) -> pd.DataFrame:
+    """One row for each row of cells and each affinity loss; ``cells`` None for those of T6.
 
     Returns:
-        The columns of ``HEADINGS`` and ``affinity`` (which maps, compared how); ``n``, seeds with both runs; ``KD`` and
-        ``with FA``, mean last-epoch test accuracy in percent; ``gain`` in percentage points with ``low`` and ``high``,
-        its 95 % interval (with one seed: for other test images only); ``interval`` in words; ``maps``, the geometric
-        mean over seeds of the exact affinity loss on test images with FA over that with KD; ``runs``. NaN and empty
-        without a pair.
+        The headings of the cells (``HEADINGS`` of T6) and ``affinity`` (which maps, compared how); ``n``, seeds with
+        both runs; ``KD`` and ``with FA``, mean last-epoch test accuracy in percent; ``gain`` in percentage points with
+        ``low`` and ``high``, its 95 % interval (with one seed: for other test images only); ``interval`` in words;
+        ``maps``, the geometric mean over seeds of the exact affinity loss on test images with FA over that with KD;
+        ``runs``. NaN and empty without a pair.
     """
-    cells = grids.where_cells(suite)
+    cells = grids.where_cells(suite) if cells is None else cells
     base = {tuple(cell.row.values()): cell.runs for cell in cells if cell.column == BASE}
     rows = []
     for cell in cells:
@@ -40,7 +42,7 @@ def gain_frame(suite: Suite) -> pd.DataFrame:
         both = [[*map(suite.store.record, (partners[run.seed], run))] for run in cell.runs if run.seed in partners]
         pairs = [(kd, fa) for kd, fa in both if kd is not None and fa is not None]
         rows.append(cell.row | {"affinity": cell.column} | _measured(suite, pairs))
-    columns = [*HEADINGS, "affinity", "n", BASE, "with FA", "gain", "low", "high", "interval", "maps", RUNS]
+    columns = [*cells[0].row, "affinity", "n", BASE, "with FA", "gain", "low", "high", "interval", "maps", RUNS]
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -101,7 +101,8 @@ class Configurations:
         Args:
             method: ``"labels"`` (cross-entropy only), ``"KD"`` (logits), ``"FA"`` (exact feature affinity), ``"FAQD"``
                 (logits and exact feature affinity), ``"FFAQD"`` (logits and affinity from k projections); or with a
-                rival of feature affinity ``"KD+SP"``, ``"KD+AT"``, ``"KD+FitNet"``, ``"KD+CKA"``, ``"KD+CWD"``.
+                rival of feature affinity ``"KD+SP"``, ``"KD+AT"``, ``"KD+FitNet"``, ``"KD+CKA"``, ``"KD+CWD"``,
+                ``"KD+SQuaT"`` (quantized activations only).
             labels: whether cross-entropy is added to a distillation loss.
             weight_bits, activation_bits: 1 to 8, or 32 for float.
             quantization: other settings of :class:`~faqd_lib.config.QuantizationConfig`, such as ``per_channel``.

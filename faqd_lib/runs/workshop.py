@@ -174,6 +174,7 @@ class Workshop:
             **config.objective.model_dump(exclude={"adapters", "stages", "taps", "class_weights", "affinity_recipe"}),
             class_weights=weights,
             adapter_channels=adapter_channels,
+            lattices=_lattices(model, config.objective.stages) if config.objective.affinity == "squat" else (),
             seed=projection_seed(config.seed),
         ).to(self.device)
         return Learner(config, model, objective, tap_names(model, config.objective.taps), len(batches))
@@ -198,3 +199,9 @@ class Workshop:
                 mean = float(sum(feature_affinity_loss(of_one, of_other) for of_one, of_other in pairs))
                 total += mean * (len(part) / len(chosen))
         return total
+
+
+def _lattices(model: nn.Module, stages: Sequence[int]) -> list[nn.Module]:
+    """The quantized ReLUs that end a network's stages; ``stages`` are numbers from 1 on, () for all."""
+    names = [name.removesuffix("@input") for name in tap_names(model, "before ReLU")]
+    return [model.get_submodule(names[stage - 1]) for stage in stages or range(1, len(names) + 1)]

@@ -15,7 +15,7 @@ from ..utils.messages import check_choice, kind_of
 from .segmentation import dense_cross_entropy
 
 LOGIT_LOSSES = ("none", "mse", "kl")
-RIVALS = ("sp", "at", "hint", "cka", "channel")  # of faqd_lib.affinity.rivals
+RIVALS = ("sp", "at", "hint", "cka", "channel", "squat")  # of faqd_lib.affinity.rivals
 AFFINITY_LOSSES = ("none", "fa", "ffa", *RIVALS)
 
 
@@ -66,11 +66,13 @@ class DistillationObjective(nn.Module):
         k, distribution: of the projections (FFA only).
         adapter_channels: channels of the student's maps, one entry a stage: a trained 1×1 adapter stands before each
             comparison. Empty for no adapters. Give ``objective.parameters()`` to the optimizer as well.
+        lattices: for ``"squat"`` alone: the student's quantized ReLUs that end its stages, one a stage.
         seed: of the projections.
         class_weights: of the label loss of dense logits, (classes,); None for 1.
 
     Raises:
-        ValueError: an unknown loss, a negative weight, or an objective without any term.
+        ValueError: an unknown loss, a negative weight, an objective without any term, or lattices that are missing or
+            superfluous.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class DistillationObjective(nn.Module):
         k: int = 6,
         distribution: str = "gaussian",
         adapter_channels: Sequence[int] = (),
+        lattices: Sequence[nn.Module] = (),
         seed: int = 0,
         class_weights: torch.Tensor | None = None,
     ) -> None:
@@ -114,6 +117,12 @@ class DistillationObjective(nn.Module):
             self.affinity_loss = rival(affinity)
         # Not in the state: they follow from the training images.
         self.register_buffer("class_weights", class_weights, persistent=False)
+        if (affinity == "squat") != bool(lattices):
+            raise ValueError(
+                f"affinity {affinity!r} with {len(lattices)} lattices: 'squat' needs the student's quantized ReLU of "
+                "each stage, and no other loss takes any"
+            )
+        self._lattices = tuple(lattices)  # modules of the student, not of the objective
         self.adapters = nn.ModuleList(Adapter(channels) for channels in adapter_channels)
 
     def predraw(self, pixels: Sequence[int], device: torch.device) -> None:
@@ -202,8 +211,10 @@ class DistillationObjective(nn.Module):
                 "a map of one pixel has no affinities: its affinity loss is always 0; tap an earlier layer",
                 stacklevel=3,
             )
+        others = [(lattice,) for lattice in self._lattices] or [()] * len(student)
         return sum(
-            self.affinity_loss(of_student, of_teacher) for of_student, of_teacher in zip(student, teacher, strict=True)
+            self.affinity_loss(of_student, of_teacher, *other)
+            for of_student, of_teacher, other in zip(student, teacher, others, strict=True)
         )
 
 

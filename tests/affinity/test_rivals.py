@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from faqd_lib import DistillationObjective
 from faqd_lib.affinity.rivals import RIVALS, ChannelDistillationLoss, rival
-from faqd_lib.config import METHOD_OF_AFFINITY, Affinity, Method, ObjectiveConfig
+from faqd_lib.config import METHOD_OF_AFFINITY, Affinity, ConfigurationError, Method, ObjectiveConfig
+from faqd_lib.quantization.relu import QuantizedReLU
 from faqd_lib.training.objective import AFFINITY_LOSSES
 from faqd_lib.training.objective import RIVALS as NAMES
 
@@ -35,6 +37,15 @@ def softmax(values: list[float]) -> list[float]:
     return [math.exp(value) / total for value in values]
 
 
+STEP = 1.5
+
+
+def value(name: str, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The loss of a name; ``squat`` on the lattice 0, 1.5, 3, 4.5."""
+    lattice = [SimpleNamespace(step=torch.tensor(STEP), highest=3)] if name == "squat" else []
+    return rival(name)(student, teacher, *lattice)
+
+
 GOLDEN = {
     # The student's images have the products [[2, 0], [0, 4]], the teacher's [[9, 0], [0, 16]]: the same directions.
     "sp": 0.0,
@@ -44,6 +55,8 @@ GOLDEN = {
     "hint": (4 + 1 + 4 + 16) / 8,
     # Two centred images are opposite to each other, for student and teacher: the same alignment.
     "cka": 0.0,
+    # The teacher's 3 is on the lattice, its 4 becomes 4.5: differences (−2, 0; 0, 1) and (0, 2; −4.5, 0).
+    "squat": (4 + 1 + 4 + 4.5**2) / 8,
     "channel": 16 / 4 * sum(
         divergence(softmax([g / 4 for g in teacher]), softmax([f / 4 for f in student]))
         for student, teacher in [([1, 0], [3, 0]), ([0, 1], [0, 0]), ([0, 2], [0, 0]), ([0, 0], [4, 0])]
@@ -53,7 +66,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_golden_values(name):
-    assert rival(name)(STUDENT, TEACHER).item() == pytest.approx(GOLDEN[name], abs=1e-6)
+    assert value(name, STUDENT, TEACHER).item() == pytest.approx(GOLDEN[name], abs=1e-6)
 
 
 def test_golden_values_of_three_images():
@@ -71,11 +84,13 @@ def test_golden_values_of_three_images():
 @pytest.mark.parametrize("name", RIVALS)
 def test_equal_maps_have_no_loss_and_gradients_are_derivatives(name):
     student, teacher = maps((3, 2, 2, 3), (3, 2, 2, 3))
-    assert rival(name)(teacher, teacher.clone()).item() == pytest.approx(0, abs=1e-12)
-    assert rival(name)(student, teacher).item() > 1e-4
-    assert torch.autograd.gradcheck(lambda x: rival(name)(x, teacher), (student.requires_grad_(),))
+    if name == "squat":  # a lattice has no negative values
+        teacher = STEP * teacher.round().clamp(0, 3)
+    assert value(name, teacher, teacher.clone()).item() == pytest.approx(0, abs=1e-12)
+    assert value(name, student, teacher).item() > 1e-4
+    assert torch.autograd.gradcheck(lambda x: value(name, x, teacher), (student.requires_grad_(),))
     teacher.requires_grad_()
-    rival(name)(student, teacher).backward()
+    value(name, student, teacher).backward()
     assert teacher.grad is None
 
 
@@ -97,6 +112,7 @@ INVARIANT = {
     "hint": set(),
     "cka": {"another scale", "rotated channels", "other order of pixels", "shifted by a map"},
     "channel": set(),
+    "squat": set(),
 }
 
 
@@ -104,7 +120,7 @@ INVARIANT = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_invariances(name, change):
     student, teacher = maps((4, 3, 2, 3), (4, 3, 2, 3), seed=3)
-    before, after = (rival(name)(features, teacher).item() for features in (student, CHANGES[change](student)))
+    before, after = (value(name, features, teacher).item() for features in (student, CHANGES[change](student)))
     if change in INVARIANT[name]:
         assert after == pytest.approx(before, rel=1e-9)
     else:
@@ -125,12 +141,12 @@ def test_other_sizes_and_channels(name):
     student, wider = maps((2, 2, 4, 4), (2, 5, 2, 2), dtype=torch.float32)
     if RIVALS[name].same_channels:
         with pytest.raises(ValueError, match="2 channels and the teacher's 5"):
-            rival(name)(student, wider)
+            value(name, student, wider)
         wider = wider[:, :2]
     with torch.autocast("cpu", torch.bfloat16):
-        value = rival(name)(student.bfloat16(), wider.bfloat16())
-    assert value.dtype == torch.float32
-    assert math.isfinite(value.item())
+        loss = value(name, student.bfloat16(), wider.bfloat16())
+    assert loss.dtype == torch.float32
+    assert math.isfinite(loss.item())
 
 
 def test_images_that_are_all_the_same_have_no_alignment():
@@ -143,7 +159,7 @@ def test_images_that_are_all_the_same_have_no_alignment():
 
 
 def test_an_unknown_rival_is_named():
-    with pytest.raises(ValueError, match="name must be one of sp, at, hint, cka, channel, got 'att'"):
+    with pytest.raises(ValueError, match="name must be one of sp, at, hint, cka, channel, squat, got 'att'"):
         rival("att")
 
 
@@ -154,10 +170,10 @@ def test_an_unknown_rival_is_named():
 def test_the_objective_weighs_a_rival_like_the_affinity(name):
     logits, other = maps((3, 4), (3, 4), dtype=torch.float32)
     student, teacher = maps((3, 2, 4, 4), (3, 2, 4, 4), dtype=torch.float32)
-    terms = DistillationObjective("mse", name, affinity_weight=5.0)(
-        logits, [student, 2 * student], other, [teacher] * 2
-    )
-    expected = rival(name)(student, teacher) + rival(name)(2 * student, teacher)
+    lattices = [SimpleNamespace(step=torch.tensor(STEP), highest=3)] * 2 if name == "squat" else ()
+    objective = DistillationObjective("mse", name, affinity_weight=5.0, lattices=lattices)
+    terms = objective(logits, [student, 2 * student], other, [teacher] * 2)
+    expected = value(name, student, teacher) + value(name, 2 * student, teacher)
     assert terms["affinity"].item() == pytest.approx(expected.item(), rel=1e-6)
     assert terms["total"].item() == pytest.approx(terms["logit"].item() + 5 * expected.item(), rel=1e-6)
 
@@ -197,3 +213,30 @@ def test_a_rivals_student_is_trained(tiny_suite):
     (record,) = suite.run([suite.student("KD+CWD", weight_bits=1)])
     assert {"logit", "affinity"} <= set(record.history[-1])
     assert record.test_affinity > 0
+
+
+def test_the_teachers_map_is_rounded_to_what_the_student_can_say():
+    """Half a step and more than the highest level are lost; a lattice is needed, and belongs to this loss alone."""
+    quantizer = QuantizedReLU(2)
+    quantizer.step.data.fill_(0.5)  # levels 0, 0.5, 1, 1.5
+    teacher = torch.tensor([-3.0, 0.2, 0.3, 1.1, 9.0]).view(1, 1, 1, 5)
+    said = torch.tensor([0.0, 0.0, 0.5, 1.0, 1.5]).view(1, 1, 1, 5)
+    assert rival("squat")(said, teacher, quantizer) == 0
+    assert torch.equal(quantizer(teacher), said)
+    for affinity, lattices in (("squat", ()), ("fa", [quantizer])):
+        with pytest.raises(ValueError, match="needs the student's quantized ReLU"):
+            DistillationObjective("mse", affinity, lattices=lattices)
+
+
+def test_a_squat_student_compares_on_its_own_lattice(tiny_suite):
+    suite = tiny_suite()
+    with pytest.raises(ConfigurationError, match="set activation_bits below 32"):
+        suite.student("KD+SQuaT", weight_bits=1)
+    config = suite.student("KD+SQuaT", weight_bits=1, activation_bits=4, stages=(3,))
+    learner = suite.learner(config, suite.batches([config]))
+    (lattice,) = learner.objective._lattices
+    assert lattice is learner.model.layer3[-1].relu2
+    assert not list(learner.objective.parameters())
+    (record,) = suite.run([config])
+    assert record.configuration.method == "KD+SQuaT"
+    assert record.history[-1]["affinity"] > 0

@@ -158,7 +158,7 @@ def compress(arguments: argparse.Namespace) -> int:
     for one in result.card.students:
         files = f"{one.packed.name} {one.packed.size:,} bytes"
         files += f", {one.onnx.name} {one.onnx.size:,} bytes" if one.onnx.name else "; no ONNX file, the card says why"
-        print(f"{one.bits}: {files} (float {result.card.float_bytes:,}); agreement {one.agreement}")
+        print(f"{one.bits}: {files} (teacher {result.card.float_bytes:,}); agreement {one.agreement}")
     return 1 if result.failed else 0
 
 

@@ -45,6 +45,7 @@ from .task import WATCHED, CompressionError, Task
 
 MARKER, PLAN = "faqd-compression.json", "plan.json"
 FORMAT = "faqd-compression-1"
+HELD_OUT = 0.1  # share of the pictures
 FEWEST_FOR_SEARCH = 20  # training pictures
 CHECKPOINT_SECONDS = 120.0
 TIMED_STEPS = (2, 3)  # steps that warm up, steps that are timed; more where batches are prepared ahead
@@ -79,7 +80,7 @@ def compress(
     affinity_weight: float | None = None,
     batch_size: int | None = None,
     flip: bool = True,
-    held_out: float = 0.1,
+    held_out: float | None = None,
     max_unreadable: float = 0.05,
     cache: str | os.PathLike | None = None,
     classes: Sequence[str] = (),
@@ -111,7 +112,8 @@ def compress(
             candidate was trained on.
         batch_size: None for 128 pictures of less than 64 pixels, and 32 of larger ones.
         flip: whether pictures may be mirrored. Text, digits and signs may not.
-        held_out: share or number of pictures that are measured on and never trained on.
+        held_out: share or number of pictures that are measured on and never trained on; None for a tenth. Pictures
+            that are open already are split already, and refuse it.
         max_unreadable: largest share of damaged files that are left out.
         cache: folder for decoded pictures; None for ``<out>/cache``.
         classes: names of the classes, for files and card.
@@ -209,7 +211,7 @@ def _widths(bits: Sequence[str], options: Mapping[str, Any]) -> dict[str, Quanti
 
 
 def _check_budget(
-    epochs: float | None, hours: float | None, rate: float | None, weight: float | None, held_out: float
+    epochs: float | None, hours: float | None, rate: float | None, weight: float | None, held_out: float | None
 ) -> None:
     values = {"epochs": epochs, "hours": hours, "learning_rate": rate, "held_out": held_out}
     for name, value in values.items():
@@ -223,11 +225,12 @@ def _pictures(
     images: str | os.PathLike | torch.Tensor | Pictures,
     preprocessing: Preprocessing,
     cache: str | os.PathLike,
-    held_out: float,
+    held_out: float | None,
     seed: int,
     max_unreadable: float,
     say: Callable[[str], None],
 ) -> Pictures:
+    share = HELD_OUT if held_out is None else held_out
     if isinstance(images, str | os.PathLike):
         due = due_every(10.0)
 
@@ -236,12 +239,16 @@ def _pictures(
                 say(f"decoded {done:,} of {count:,} pictures")
 
         found = open_pictures(
-            images, preprocessing, cache, held_out=held_out, seed=seed, max_unreadable=max_unreadable,
+            images, preprocessing, cache, held_out=share, seed=seed, max_unreadable=max_unreadable,
             progress=progress,
         )  # fmt: skip
     elif isinstance(images, torch.Tensor):
-        found = split_pictures(images, held_out=held_out, seed=seed)
+        found = split_pictures(images, held_out=share, seed=seed)
     elif isinstance(images, Pictures):
+        if held_out is not None:
+            raise CompressionError(
+                f"the pictures are open, with {len(images.held_out)} held out: give held_out where you open them"
+            )
         found = images
     else:
         raise TypeError(f"images must be a folder, a uint8 tensor or Pictures, got {kind_of(images)}")

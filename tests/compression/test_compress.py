@@ -16,6 +16,7 @@ from faqd_lib.compression.planning import Candidate, Plan, Trial, best, candidat
 from faqd_lib.compression.task import CompressionError
 from faqd_lib.compression.teachers import TeacherError
 from faqd_lib.data.images import DatasetError
+from faqd_lib.data.pictures import split_pictures
 from faqd_lib.data.preprocessing import Preprocessing
 
 SIZE = 16
@@ -130,6 +131,10 @@ def test_a_student_of_its_own_architecture(tmp_path):
     student = build_model("resnet8", 3)
     result = run(tmp_path / "out", student=student, student_taps=["layer1", "layer2"])
     assert type(result.students["1W32A"]).__name__ == "CifarResNet"
+    own = sum(value.numel() * value.element_size() for value in student.state_dict().values())
+    assert (result.card.student.name, result.card.student.size) == ("CifarResNet", own)
+    text = (tmp_path / "out" / "card.md").read_text()
+    assert f"| student, float | {own / 1e3:.1f} kB |  | {100 * own / result.card.float_bytes:.1f} % |" in text
     with pytest.raises(CompressionError, match=r"2 maps of the teacher .* cannot be compared with 3"):
         run(tmp_path / "other", student=student)
 
@@ -266,6 +271,13 @@ def test_pictures_of_another_size_and_kind(tmp_path):
         run(tmp_path / "out", images=random_images(8, 3, 8, "train").pixels)
     with pytest.raises(TypeError, match="images must be a folder"):
         run(tmp_path / "out", images=[1, 2])
+
+
+def test_pictures_that_are_open_are_split_already(tmp_path):
+    pictures = split_pictures(PIXELS, held_out=7)
+    with pytest.raises(CompressionError, match="the pictures are open, with 7 held out: give held_out where"):
+        run(tmp_path / "out", images=pictures, held_out=5)
+    assert run(tmp_path / "out", images=pictures).card.held_out_pictures == 7
 
 
 def test_a_student_that_does_not_stay_finite(tmp_path):

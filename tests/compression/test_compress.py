@@ -18,6 +18,7 @@ from faqd_lib.compression.teachers import TeacherError
 from faqd_lib.data.images import DatasetError
 from faqd_lib.data.pictures import split_pictures
 from faqd_lib.data.preprocessing import Preprocessing
+from faqd_lib.utils.progress import Progress
 
 SIZE = 16
 PREPROCESSING = Preprocessing(SIZE, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -375,6 +376,16 @@ def test_the_budget():
     assert trial_updates(10, 5) == 8
     plan = Plan(updates=25, steps_per_epoch=10, seconds=1.0)
     assert plan.epochs == 3
+
+
+def test_progress_counts_each_update_once(monkeypatch):
+    """Of 24 updates, 4 are an earlier call's and an epoch of 10 is counted: at update 17 of all, 13 of 20 are done."""
+    monkeypatch.setattr(module, "due_every", lambda seconds: lambda: True)
+    progress = Progress(24, "compress", bar=False)
+    progress.skip(4)
+    progress.advance(6, "epoch 1")
+    module._steps_shown(progress, 10, 24, "1W4A", begun=4)(1, 7)
+    assert (progress.done + sum(progress._begun.values()), progress.total) == (13, 20)
 
 
 def test_candidates_and_the_best():

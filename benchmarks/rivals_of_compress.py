@@ -1,7 +1,7 @@
 """Small networks without labels, from the same teacher, pictures and updates: `compress`, and others' tools.
 
     python benchmarks/rivals_of_compress.py results/reference/cpu-cifar10-jpeg
-    pip install brevitas torchao     # what is not installed is left out, with the reason
+    pip install brevitas onnxoptimizer torchao     # what is not installed is left out, with the reason
 
 Each student begins as a copy of the folder's ResNet-20 teacher and learns from its answers alone:
 
@@ -158,8 +158,11 @@ def by_torchao(given: Given, weight_bits: int, activation_bits: int) -> Made:
     distilled(model.requires_grad_(True), given)
     move_exported_model_to_eval(model)
     model = convert_pt2e(model)
-    save(export(model, example, dynamic_shapes=shapes), given.scratch / "torchao.pt2")
-    return Made(model, (given.scratch / "torchao.pt2").stat().st_size)
+    program, path = export(model, example, dynamic_shapes=shapes), given.scratch / "torchao.pt2"
+    save(program, path)
+    held = [*program.state_dict.values(), *program.constants.values()]
+    integers = sum(value.numel() for value in held if isinstance(value, torch.Tensor) and value.dtype == torch.int8)
+    return Made(model, path.stat().st_size, f"{integers:,} bytes of it are int8 weights")
 
 
 STUDENTS = {

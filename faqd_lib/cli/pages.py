@@ -24,6 +24,7 @@ COHORTS = "teacher|students|batch|n|median_ms|iqr_ms|time / separate runs"
 PLAIN = "implementation|teacher|n|median_ms|iqr_ms|peak_MiB|times the plain images/s"
 FILES = "run|float32_bytes|packed_bytes|onnx_bytes|packed: same bits|same class %"
 SLOPES = "network|stage|slope|slope low|slope high|RMS error k=6|formula|share off by half k=15|Chebyshev"
+RIVALS = "student|bits|updates|pictures seen|bytes of the file|agreement (%)|95 % interval|test accuracy (%)|note"
 # By name of a table: file, part of it, columns.
 MEASURED = {
     "affinity_targets": ("affinity", "targets", "batch|C|H|loss|n|median_ms|iqr_ms|peak_MiB|times faster than direct"),
@@ -43,6 +44,7 @@ MEASURED = {
     "h200_plain": ("training-h200", "plain", PLAIN),
     "export": ("export-cpu", "export", FILES),
     "export_activations": ("export-five-epochs", "export", FILES),
+    "rivals_of_compress": ("rivals_of_compress", "rows", RIVALS),
     "cost": ("cost-cpu", "projected", "table|runs|epochs|hours, 1 worker"),
 }
 MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

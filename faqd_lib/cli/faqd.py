@@ -164,6 +164,8 @@ def compress(arguments: argparse.Namespace) -> int:
         for sign in one.signs:
             if sign.verdict == "yes":
                 print(f"{one.bits} shows a sign of failure, {sign.name}: it {sign.threshold}")
+    if len(result.card.students[0].by_class) == 1:
+        print(result.card.named_by_teacher)
     return 1 if result.failed else 0
 
 

@@ -133,6 +133,13 @@ class Card:
     machine: dict[str, Any]
     written: str
 
+    @property
+    def named_by_teacher(self) -> str:
+        """A sentence: how many classes the teacher names on the measured pictures, and when that says too little."""
+        count = len(self.students[0].by_class)
+        warning = ", so that agreement says nothing: give pictures of all classes" if count == 1 else ""
+        return f"The teacher names {count:,} of {len(self.classes):,} classes on the held-out pictures{warning}."
+
 
 @torch.no_grad()
 def examine(

@@ -416,6 +416,15 @@ def test_hours_set_the_number_of_updates(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / PLAN).read_text())["updates"] == 4
 
 
+def test_a_teacher_that_names_one_class_is_told(tmp_path):
+    teacher = network()
+    teacher[-1].bias.data[1] = 100
+    result = run(tmp_path / "out", teacher=teacher)
+    assert result.card.students[0].agreement.percent == 100
+    wanted = "The teacher names 1 of 3 classes on the held-out pictures, so that agreement says nothing"
+    assert all(wanted in (tmp_path / "out" / name).read_text() for name in ("card.md", "index.html"))
+
+
 def test_pictures_that_differ_are_shown(tmp_path):
     student = build_model("resnet8", 3)
     options = {"student_taps": ["layer1", "layer2"], "held_out": 20, "learning_rate": 1e-9}

@@ -20,6 +20,7 @@ from faqd_lib.utils.files import project_root
 FOLDER = project_root() / "benchmarks"
 NOT_RUN = {
     "cluster": "needs Ray and a cluster of several nodes, and takes minutes",
+    "rivals_of_compress": "needs trained weights, their images and tools that are not installed",
     "reporting": "is a module of the others, no benchmark",
 }
 

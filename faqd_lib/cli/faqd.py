@@ -12,12 +12,13 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..data.decoding import picture_files
 from ..data.images import DatasetError
 from ..data.preprocessing import INTERPOLATIONS, Preprocessing, preprocessing_of
 from ..export.packed import load_packed, read_header
@@ -35,12 +36,13 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     whole = argparse.ArgumentParser(prog="faqd", description=__doc__.partition("\n")[0])
     commands = whole.add_subparsers(dest="command", required=True)
-    _add_compress(commands.add_parser("compress", help="train low-bit copies of a network on unlabelled pictures"))
+    what = "train low-bit copies of a network on unlabelled pictures"
+    _add_compress(commands.add_parser("compress", help=what, description=f"{what}; defaults in brackets"))
     inspect = commands.add_parser("inspect", help="print what a packed or ONNX file holds")
     inspect.add_argument("file", type=Path)
     classify = commands.add_parser("classify", help="run a packed or ONNX file on pictures")
     classify.add_argument("file", type=Path)
-    classify.add_argument("pictures", type=Path, nargs="+")
+    classify.add_argument("pictures", type=Path, nargs="+", help="pictures, or folders of them")
     classify.add_argument("--top", type=int, default=1, metavar="N", help="number of classes to print a picture (1)")
     classify.add_argument(
         "--network", nargs="+", metavar="SPEC", help="for a packed file: its float network, and name=value arguments"
@@ -73,7 +75,7 @@ def _add_compress(command: argparse.ArgumentParser) -> None:
     add("--max-unreadable", type=float, default=0.05, metavar="X", help="share of damaged files to leave out (0.05)")
     add("--classes", type=Path, metavar="FILE", help="names of the classes, one a line")
     add("--cache", type=Path, metavar="DIR", help="decoded pictures (default: FAQD_CACHE, or OUT/cache)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of split, order and augmentation (0)")
     _add_preprocessing(command)
 
 
@@ -158,7 +160,12 @@ def compress(arguments: argparse.Namespace) -> int:
     for one in result.card.students:
         files = f"{one.packed.name} {one.packed.size:,} bytes"
         files += f", {one.onnx.name} {one.onnx.size:,} bytes" if one.onnx.name else "; no ONNX file, the card says why"
-        print(f"{one.bits}: {files} (float {result.card.float_bytes:,}); agreement {one.agreement}")
+        print(f"{one.bits}: {files} (teacher {result.card.float_bytes:,}); agreement {one.agreement}")
+        for sign in one.signs:
+            if sign.verdict == "yes":
+                print(f"{one.bits} shows a sign of failure, {sign.name}: it {sign.threshold}")
+    if len(result.card.students[0].by_class) == 1:
+        print(result.card.named_by_teacher)
     return 1 if result.failed else 0
 
 
@@ -217,8 +224,8 @@ def _print_metadata(metadata: dict[str, Any]) -> None:
         print(f"  {key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
 
 
-def classify(arguments: argparse.Namespace) -> None:
-    """Name the classes of pictures, one at a time."""
+def classify(arguments: argparse.Namespace) -> int:
+    """Name the classes of pictures, one at a time; 1 if a picture cannot be decoded, else 0."""
     if arguments.top < 1:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
     path = _existing(arguments.file)
@@ -229,12 +236,30 @@ def classify(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{path} does not name its preprocessing: {NO_PREPROCESSING}")
         preprocessing = Preprocessing(**metadata["preprocessing"])
     normalizer, classes = preprocessing.normalizer("cpu"), metadata.get("classes", ())
-    for picture in arguments.pictures:
+    failed = 0
+    for picture in _below(arguments.pictures):
+        try:
+            pixels = preprocessing.tensor(picture)
+        except DatasetError as error:
+            print(f"faqd classify: {error}", file=sys.stderr)
+            failed = 1
+            continue
         with torch.no_grad():
-            (logits,) = run(normalizer(preprocessing.tensor(picture)[None]).contiguous())
+            (logits,) = run(normalizer(pixels[None]).contiguous())
         shares, numbers = logits.softmax(0).topk(min(arguments.top, len(logits)))
         named = [classes[number] if number < len(classes) else str(number) for number in numbers.tolist()]
-        print(f"{picture}: {', '.join(f'{name} {share:.1%}' for name, share in zip(named, shares, strict=True))}")
+        said = ", ".join(f"{name} {share:.1%}" for name, share in zip(named, shares, strict=True))
+        print(f"{picture}: {said}", flush=True)
+    return failed
+
+
+def _below(paths: Sequence[Path]) -> Iterator[Path]:
+    """The files among ``paths``, and all pictures in folders among them; DatasetError for a folder without pictures."""
+    for path in paths:
+        found = picture_files(path)[0] if path.is_dir() else [path]
+        if not found:
+            raise DatasetError(f"{path} holds no picture")
+        yield from found
 
 
 def _onnx_network(path: Path, arguments: argparse.Namespace):
@@ -265,8 +290,9 @@ def _packed_network(path: Path, arguments: argparse.Namespace):
     elif header["architecture"]:
         network = load_packed(path)
     else:
-        named = header["metadata"].get("teacher")
-        made = f"; it was made from {named}" if named else ""
+        named, options = (header["metadata"].get(key) for key in ("teacher", "teacher_arguments"))
+        words = [str(named), *(f"{name}={value}" for name, value in (options or {}).items())]
+        made = f"; it was made from {' '.join(words)}" if named else ""
         raise ValueError(f"{path} holds weights only: give its float network by --network SPEC{made}")
     return network, header["metadata"]
 

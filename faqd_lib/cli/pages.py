@@ -28,6 +28,7 @@ LOGITS = (
     "student|T|n (seeds)|agreement %|rho|near %|fewest KL steps|cosine"
     "|MSE gradient² on missed %|KL gradient² on missed %"
 )
+RIVALS = "student|bits|updates|pictures seen|bytes of the file|agreement (%)|95 % interval|test accuracy (%)|note"
 # By name of a table: file, part of it, columns.
 MEASURED = {
     "affinity_targets": ("affinity", "targets", "batch|C|H|loss|n|median_ms|iqr_ms|peak_MiB|times faster than direct"),
@@ -48,6 +49,7 @@ MEASURED = {
     "h200_plain": ("training-h200", "plain", PLAIN),
     "export": ("export-cpu", "export", FILES),
     "export_activations": ("export-five-epochs", "export", FILES),
+    "rivals_of_compress": ("rivals_of_compress", "rows", RIVALS),
     "cost": ("cost-cpu", "projected", "table|runs|epochs|hours, 1 worker"),
 }
 MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

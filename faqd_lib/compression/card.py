@@ -80,6 +80,15 @@ class File:
 
 
 @dataclass(frozen=True)
+class FloatStudent:
+    """The network of the students before quantization, where it is no copy of the teacher."""
+
+    name: str
+    parameters: int
+    size: int  # bytes of weights and buffers
+
+
+@dataclass(frozen=True)
 class StudentCard:
     """What is known of one student."""
 
@@ -108,6 +117,7 @@ class Card:
     parameters: int
     float_bytes: int  # of the teacher's weights and buffers
     float_onnx: File
+    student: FloatStudent | None  # None for copies of the teacher
     training_pictures: int
     held_out_pictures: int
     unreadable: int
@@ -122,6 +132,13 @@ class Card:
     latency: dict[str, Latency]
     machine: dict[str, Any]
     written: str
+
+    @property
+    def named_by_teacher(self) -> str:
+        """A sentence: how many classes the teacher names on the measured pictures, and when that says too little."""
+        count = len(self.students[0].by_class)
+        warning = ", so that agreement says nothing: give pictures of all classes" if count == 1 else ""
+        return f"The teacher names {count:,} of {len(self.classes):,} classes on the held-out pictures{warning}."
 
 
 @torch.no_grad()
@@ -144,12 +161,12 @@ def examine(
     shape = (3, task.preprocessing.image_size, task.preprocessing.image_size)
     one = task.normalizer(pictures[:1].to(task.device)).contiguous()
     array, where = one.cpu().numpy(), f"torch on {task.device.type}"
-    calls: dict[str, Callable[[], object]] = {f"float, {where}": lambda: task.teacher(one)}
+    calls: dict[str, Callable[[], object]] = {f"teacher, {where}": lambda: task.teacher(one)}
     with tempfile.TemporaryDirectory() as temporary:
         float_onnx = _exported(task.teacher, Path(temporary) / "teacher.onnx", shape, {})
         if not float_onnx.reason:
             session = _session(Path(temporary) / float_onnx.name)
-            calls["float, ONNX Runtime on cpu"] = lambda: session.run(None, {"images": array})
+            calls["teacher, ONNX Runtime on cpu"] = lambda: session.run(None, {"images": array})
     students = []
     for learner in learners:
         say(f"measuring {learner.config.bits} on {len(pictures):,} held-out pictures")
@@ -159,12 +176,15 @@ def examine(
         if call is not None:
             calls[f"{made.bits}, ONNX Runtime on cpu"] = lambda call=call: call(array)
         say(f"{made.bits} agrees with the teacher on {made.agreement}; after rounding alone on {made.before}")
-    state = [value for value in task.teacher.state_dict().values() if isinstance(value, torch.Tensor)]
+    own = None
+    if task.digests["student"] != task.digests["teacher"]:
+        own = FloatStudent(type(task.initial).__name__, parameter_count(task.initial), _float_bytes(task.initial))
     return Card(
         teacher=str(about.get("teacher", type(task.teacher).__name__)),
         parameters=parameter_count(task.teacher),
-        float_bytes=sum(value.numel() * value.element_size() for value in state),
+        float_bytes=_float_bytes(task.teacher),
         float_onnx=File(size=float_onnx.size, reason=float_onnx.reason),
+        student=own,
         training_pictures=len(task.pictures.train),
         held_out_pictures=len(task.pictures.held_out),
         unreadable=len(task.pictures.unreadable),
@@ -180,6 +200,12 @@ def examine(
         machine=environment(task.device),
         written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def _float_bytes(model: nn.Module) -> int:
+    """Bytes of a network's weights and buffers."""
+    state = (value for value in model.state_dict().values() if isinstance(value, torch.Tensor))
+    return sum(value.numel() * value.element_size() for value in state)
 
 
 def _student(

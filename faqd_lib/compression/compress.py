@@ -45,6 +45,7 @@ from .task import WATCHED, CompressionError, Task
 
 MARKER, PLAN = "faqd-compression.json", "plan.json"
 FORMAT = "faqd-compression-1"
+HELD_OUT = 0.1  # share of the pictures
 FEWEST_FOR_SEARCH = 20  # training pictures
 CHECKPOINT_SECONDS = 120.0
 TIMED_STEPS = (2, 3)  # steps that warm up, steps that are timed; more where batches are prepared ahead
@@ -79,7 +80,7 @@ def compress(
     affinity_weight: float | None = None,
     batch_size: int | None = None,
     flip: bool = True,
-    held_out: float = 0.1,
+    held_out: float | None = None,
     max_unreadable: float = 0.05,
     cache: str | os.PathLike | None = None,
     classes: Sequence[str] = (),
@@ -111,7 +112,8 @@ def compress(
             candidate was trained on.
         batch_size: None for 128 pictures of less than 64 pixels, and 32 of larger ones.
         flip: whether pictures may be mirrored. Text, digits and signs may not.
-        held_out: share or number of pictures that are measured on and never trained on.
+        held_out: share or number of pictures that are measured on and never trained on; None for a tenth. Pictures
+            that are open already are split already, and refuse it.
         max_unreadable: largest share of damaged files that are left out.
         cache: folder for decoded pictures; None for ``<out>/cache``.
         classes: names of the classes, for files and card.
@@ -209,7 +211,7 @@ def _widths(bits: Sequence[str], options: Mapping[str, Any]) -> dict[str, Quanti
 
 
 def _check_budget(
-    epochs: float | None, hours: float | None, rate: float | None, weight: float | None, held_out: float
+    epochs: float | None, hours: float | None, rate: float | None, weight: float | None, held_out: float | None
 ) -> None:
     values = {"epochs": epochs, "hours": hours, "learning_rate": rate, "held_out": held_out}
     for name, value in values.items():
@@ -223,11 +225,12 @@ def _pictures(
     images: str | os.PathLike | torch.Tensor | Pictures,
     preprocessing: Preprocessing,
     cache: str | os.PathLike,
-    held_out: float,
+    held_out: float | None,
     seed: int,
     max_unreadable: float,
     say: Callable[[str], None],
 ) -> Pictures:
+    share = HELD_OUT if held_out is None else held_out
     if isinstance(images, str | os.PathLike):
         due = due_every(10.0)
 
@@ -236,12 +239,16 @@ def _pictures(
                 say(f"decoded {done:,} of {count:,} pictures")
 
         found = open_pictures(
-            images, preprocessing, cache, held_out=held_out, seed=seed, max_unreadable=max_unreadable,
+            images, preprocessing, cache, held_out=share, seed=seed, max_unreadable=max_unreadable,
             progress=progress,
         )  # fmt: skip
     elif isinstance(images, torch.Tensor):
-        found = split_pictures(images, held_out=held_out, seed=seed)
+        found = split_pictures(images, held_out=share, seed=seed)
     elif isinstance(images, Pictures):
+        if held_out is not None:
+            raise CompressionError(
+                f"the pictures are open, with {len(images.held_out)} held out: give held_out where you open them"
+            )
         found = images
     else:
         raise TypeError(f"images must be a folder, a uint8 tensor or Pictures, got {kind_of(images)}")
@@ -436,7 +443,7 @@ def _tried(
     with Progress(updates, "search", len(cohort)) as progress:
         result = train(
             list(cohort.values()), batches, task.teacher, task.taps, {"test": judged}, cuda_graphs=False,
-            evaluate_every=10**9, on_batch=_steps_shown(progress, len(batches), f"{len(cohort)} candidates"),
+            evaluate_every=10**9, on_batch=_steps_shown(progress, len(batches), updates, f"{len(cohort)} candidates"),
         )  # fmt: skip
     trials = []
     for candidate, learner in cohort.items():
@@ -462,13 +469,16 @@ def trial_lines(trials: Sequence[Trial]) -> list[str]:
     return lines
 
 
-def _steps_shown(progress: Progress, steps_per_epoch: int, text: str) -> Callable[[int, int], None]:
+def _steps_shown(
+    progress: Progress, steps_per_epoch: int, total: int, text: str, begun: int = 0
+) -> Callable[[int, int], None]:
+    """Shows the update of ``total``; ``begun`` of them were done by an earlier call."""
     due = due_every(2.0)
 
     def shown(epoch: int, done: int) -> None:
         if due():
             steps = epoch * steps_per_epoch + done
-            progress.within("all", steps, f"{text}, update {steps} of {progress.total:g}")
+            progress.within("all", max(0, steps - begun - progress.done), f"{text}, update {steps} of {total}")
 
     return shown
 
@@ -488,7 +498,7 @@ def _trained(folder: Path, task: Task, plan: Plan, say: Callable[[str], None]) -
             resume(place, learner, machine, _Told(say))
         begun = min(learner.steps for learner in learners)
         progress.skip(begun)
-        shown = _steps_shown(progress, len(batches), ", ".join(plan.chosen))
+        shown = _steps_shown(progress, len(batches), plan.updates, ", ".join(plan.chosen), begun)
 
         def epoch_done(epoch: int, finished: list[Learner]) -> None:
             steps = min(learner.steps for learner in finished)

@@ -152,7 +152,7 @@ def open_pictures(
     lines = summary(Counter({note: int((rows["notes"] >> bit & 1).sum()) for bit, note in enumerate(NOTES)}).elements())
     if others:
         kinds = ", ".join(f"{count} of {suffix}" for suffix, count in others.most_common())
-        lines.append(f"files that are no pictures, left out: {kinds}; read are {', '.join(EXTENSIONS)}")
+        lines.append(f"other files, left out: {kinds}; read are {', '.join(EXTENSIONS)}")
     if unreadable:
         lines.append(f"{len(unreadable):,} of {len(names):,} pictures cannot be decoded and are left out")
     readable = np.flatnonzero(rows["content"])

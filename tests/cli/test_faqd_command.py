@@ -72,13 +72,22 @@ def test_classify_says_the_same_from_both_files(made, capsys):
     assert {word.split()[0] for line in lines for word in line.rpartition(": ")[2].split(", ")} <= {"ant", "bee", "cat"}
 
 
+def test_classify_takes_folders_and_goes_on_after_a_damaged_picture(made, tmp_path, capsys):
+    save_pictures(tmp_path / "some")
+    (tmp_path / "some" / "1.jpg").write_bytes(b"not a picture")
+    assert main(["classify", str(made / "out" / "student-1w32a.onnx"), str(tmp_path / "some")]) == 1
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 19
+    assert f"{tmp_path / 'some' / '1.jpg'} is not a picture" in said.err
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         (["inspect", "{}/nothing.onnx"], "there is no file"),
         (["inspect", "{}/classes.txt"], "damaged or not a safetensors file"),
         (["inspect", "{}/teacher.safetensors"], "must be a packed network"),
-        (["classify", "{}/out/student-1w32a.safetensors", "x.jpg"], "--network SPEC; it was made from faqd_lib.models"),
+        (["classify", "{}/out/student-1w32a.safetensors", "x.jpg"], "from faqd_lib.models:build_model name=resnet8"),
         (["classify", "{}/out/student-1w32a.onnx", "{}/classes.txt"], "not a picture"),
         (["classify", "{}/out/student-1w32a.onnx", "x.jpg", "--top", "0"], "--top must be"),
         (["compress", "--teacher", "nothing", "--images", "{}", "--out", "{}/o"], "a teacher must be timm:NAME"),

@@ -16,7 +16,9 @@ from faqd_lib.compression.planning import Candidate, Plan, Trial, best, candidat
 from faqd_lib.compression.task import CompressionError
 from faqd_lib.compression.teachers import TeacherError
 from faqd_lib.data.images import DatasetError
+from faqd_lib.data.pictures import split_pictures
 from faqd_lib.data.preprocessing import Preprocessing
+from faqd_lib.utils.progress import Progress
 
 SIZE = 16
 PREPROCESSING = Preprocessing(SIZE, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -130,6 +132,10 @@ def test_a_student_of_its_own_architecture(tmp_path):
     student = build_model("resnet8", 3)
     result = run(tmp_path / "out", student=student, student_taps=["layer1", "layer2"])
     assert type(result.students["1W32A"]).__name__ == "CifarResNet"
+    own = sum(value.numel() * value.element_size() for value in student.state_dict().values())
+    assert (result.card.student.name, result.card.student.size) == ("CifarResNet", own)
+    text = (tmp_path / "out" / "card.md").read_text()
+    assert f"| student, float | {own / 1e3:.1f} kB |  | {100 * own / result.card.float_bytes:.1f} % |" in text
     with pytest.raises(CompressionError, match=r"2 maps of the teacher .* cannot be compared with 3"):
         run(tmp_path / "other", student=student)
 
@@ -268,6 +274,13 @@ def test_pictures_of_another_size_and_kind(tmp_path):
         run(tmp_path / "out", images=[1, 2])
 
 
+def test_pictures_that_are_open_are_split_already(tmp_path):
+    pictures = split_pictures(PIXELS, held_out=7)
+    with pytest.raises(CompressionError, match="the pictures are open, with 7 held out: give held_out where"):
+        run(tmp_path / "out", images=pictures, held_out=5)
+    assert run(tmp_path / "out", images=pictures).card.held_out_pictures == 7
+
+
 def test_a_student_that_does_not_stay_finite(tmp_path):
     with pytest.raises(CompressionError, match="no student stayed finite"):
         run(tmp_path / "out", learning_rate=1e30, epochs=3)
@@ -365,6 +378,16 @@ def test_the_budget():
     assert plan.epochs == 3
 
 
+def test_progress_counts_each_update_once(monkeypatch):
+    """Of 24 updates, 4 are an earlier call's and an epoch of 10 is counted: at update 17 of all, 13 of 20 are done."""
+    monkeypatch.setattr(module, "due_every", lambda seconds: lambda: True)
+    progress = Progress(24, "compress", bar=False)
+    progress.skip(4)
+    progress.advance(6, "epoch 1")
+    module._steps_shown(progress, 10, 24, "1W4A", begun=4)(1, 7)
+    assert (progress.done + sum(progress._begun.values()), progress.total) == (13, 20)
+
+
 def test_candidates_and_the_best():
     first, second = candidates(["1W4A"], None, None)
     assert [one.learning_rate for one in first] == [0.001, 0.005, 0.02, 0.08]
@@ -391,6 +414,15 @@ def test_hours_set_the_number_of_updates(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_seconds_of_an_update", lambda task, batches: 2.0)
     run(tmp_path / "out", epochs=None, hours=8 / 3600)
     assert json.loads((tmp_path / "out" / PLAN).read_text())["updates"] == 4
+
+
+def test_a_teacher_that_names_one_class_is_told(tmp_path):
+    teacher = network()
+    teacher[-1].bias.data[1] = 100
+    result = run(tmp_path / "out", teacher=teacher)
+    assert result.card.students[0].agreement.percent == 100
+    wanted = "The teacher names 1 of 3 classes on the held-out pictures, so that agreement says nothing"
+    assert all(wanted in (tmp_path / "out" / name).read_text() for name in ("card.md", "index.html"))
 
 
 def test_pictures_that_differ_are_shown(tmp_path):

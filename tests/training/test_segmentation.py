@@ -16,6 +16,7 @@ from faqd_lib.training.loop import evaluate
 from faqd_lib.training.objective import DistillationObjective
 from faqd_lib.training.segmentation import (
     class_iou,
+    constant_iou,
     dense_cross_entropy,
     iou_by_image,
     mean_iou,
@@ -37,6 +38,14 @@ def test_counts_and_iou_by_hand():
     assert mean_iou(counts) == pytest.approx(100 * (1 / 2 + 2 / 3 + 1 / 2) / 3)
     # A class that nobody has or names is left out.
     assert mean_iou(pixel_counts(PREDICTED, LABELS, 4)) == mean_iou(counts)
+
+
+def test_the_best_constant_prediction_by_hand():
+    """Of seven labelled pixels three are of class 0: its IoU is 3/7, that of the two other classes 0."""
+    assert constant_iou(pixel_counts(PREDICTED, LABELS, 3)) == pytest.approx(100 * 3 / 7 / 3)
+    constant = [mean_iou(pixel_counts(torch.full_like(LABELS, index), LABELS, 4)) for index in range(3)]
+    assert constant_iou(pixel_counts(PREDICTED, LABELS, 4)) == pytest.approx(max(constant))
+    assert constant_iou(torch.zeros(2, 3, 4, dtype=torch.int32)) == 0
 
 
 def test_shares_of_images_average_to_the_mean_iou_and_are_its_derivative():

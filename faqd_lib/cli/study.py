@@ -138,7 +138,7 @@ def report_study(suite: Suite) -> list[Table]:
         if len(gain):
             arms = study_curves.arms_frame(suite)
             own = [name for name, cells in suite.profile.study.cells.items() if cells.has_own(set())]
-            figures["over_updates"] = study_charts.over_updates(arms[arms["cells"].isin(own)], gain)
+            figures["over_updates"] = study_charts.over_updates(arms[arms["cells"].isin(own)], gain, suite.metric)
         if not all(cells.has_own(set()) for cells in suite.profile.study.cells.values()):
             made.append(where.table(suite))
         begun = judged.frame[judged.frame["difference"] != NOT_RUN]

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from faqd_lib.data.batches import stream
-from faqd_lib.reporting import claims, grids, study_claims, study_curves, tables
+from faqd_lib.reporting import charts, claims, grids, study_charts, study_claims, study_curves, tables
+from faqd_lib.reporting.report import write_report
 from faqd_lib.reporting.segmentation import RESAMPLES, answers, gains
 from faqd_lib.runs.profile import Profile
 from faqd_lib.runs.suite import Suite
@@ -133,6 +134,14 @@ def test_claims_of_a_study_are_judged_by_mean_iou(study):
     frame = tables.segmentation(study).frame.set_index("arm")
     assert frame.loc["fa-encoder", "n of the gain"].iloc[0] == "5"
     assert float(frame.loc["fa-encoder", "gain over KD (95 % interval)"].iloc[0].split()[0]) == float(row["difference"])
+    forest = charts.forest(study_claims.forest_frame(found), study.metric).axes[0]
+    assert forest.get_xlabel() == "difference of mean IoU (percentage points)"
+    reached = study_curves.arms_frame(study)
+    curves = study_charts.over_updates(reached, reached.rename(columns={"accuracy": "gain"}), study.metric)
+    assert curves.axes[0].get_ylabel() == "test mean IoU (%)"
+    page = write_report(study, []).read_text(encoding="utf-8")
+    assert "Differences of test mean IoU" in page
+    assert "test accuracy" not in page
     arms = study_curves.arms_table(study)
     assert "mean IoU (%)" in arms.frame
     assert "accuracy" not in arms.markdown()

@@ -329,8 +329,8 @@ def begin_or_continue(folder: Path, state: SuiteState, asked_seeds: int) -> Suit
         if state.profile.precision == "auto":
             # The folder keeps its precision, even where another one is faster on this machine.
             state = state.model_copy(update={"precision": begun.precision})
-        # The grid may change too: it only chooses runs.
-        changeable = {"reason": True, "sources": True, "profile": FREE_SETTINGS | {"grid"}}
+        # The grid may change too: it only chooses runs. A note is a remark on images that the fingerprint names.
+        changeable = {"reason": True, "note": True, "sources": True, "profile": FREE_SETTINGS | {"grid"}}
         was, now = (one.model_dump(mode="json", exclude=changeable) for one in (begun, state))
         if differences := list(_differences(was, now)):
             raise ResultsError(

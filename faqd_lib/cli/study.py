@@ -9,6 +9,7 @@ seeds. A call goes on where an earlier one stopped.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import filelock
@@ -92,10 +93,11 @@ def seed_runs(suite: Suite, seed: int) -> list[RunConfig]:
 
 
 def hours_left(suite: Suite) -> float | None:
-    """Hours of training, teachers included, that the design still wants at most; None before this machine's first run.
+    """About how many hours of training the design still wants, with teachers; None before this machine's first run.
 
-    From the seconds that the finished runs of this machine took for an epoch of all images. Until the first look is
-    complete, all groups of cells may need the second look's seeds.
+    From the seconds that finished runs of this machine took for an epoch of all images: those of the same network, with
+    a teacher or without one, or all runs where none of these is finished. Until the first look is complete, all groups
+    of cells are counted with the second look's seeds.
     """
     here, study = environment(suite.device), suite.profile.study
     first = study.seeds[: study.looks[0]]
@@ -105,11 +107,24 @@ def hours_left(suite: Suite) -> float | None:
     asked = {run for cells, seed in left for run in suite.study_runs(cells, seed).values()}
     needed = {each for run in asked for each in (run, run.teacher, run.initial) if each is not None}
     finished = [record for record in suite.store.records() if _is_of(record.environment, here)]
-    done = sum(_epochs(suite, record.configuration) for record in finished)
-    if not done:
+    done, seconds = Counter(), Counter()  # by kind of run, and of all runs
+    for record in finished:
+        for kind in (_kind(record.configuration), "all"):
+            done[kind] += _epochs(suite, record.configuration)
+            seconds[kind] += record.cost["training_seconds"]
+    if not done["all"]:
         return None
-    epochs = sum(_epochs(suite, run) for run in needed if suite.store.record(run) is None)
-    return epochs * sum(record.cost["training_seconds"] for record in finished) / done / 3600
+    total = 0.0
+    for run in needed:
+        if suite.store.record(run) is None:
+            kind = _kind(run) if done[_kind(run)] else "all"
+            total += _epochs(suite, run) * seconds[kind] / done[kind]
+    return total / 3600
+
+
+def _kind(run: RunConfig) -> tuple[str, bool]:
+    """What the time of an epoch depends on most: the network, and whether it has a teacher."""
+    return run.model, run.teacher is not None
 
 
 def _is_of(one: Mapping[str, str | int], other: Mapping[str, str | int]) -> bool:
@@ -138,7 +153,7 @@ def report_study(suite: Suite) -> list[Table]:
         if len(gain):
             arms = study_curves.arms_frame(suite)
             own = [name for name, cells in suite.profile.study.cells.items() if cells.has_own(set())]
-            figures["over_updates"] = study_charts.over_updates(arms[arms["cells"].isin(own)], gain)
+            figures["over_updates"] = study_charts.over_updates(arms[arms["cells"].isin(own)], gain, suite.metric)
         if not all(cells.has_own(set()) for cells in suite.profile.study.cells.values()):
             made.append(where.table(suite))
         begun = judged.frame[judged.frame["difference"] != NOT_RUN]
@@ -160,6 +175,6 @@ def report_study(suite: Suite) -> list[Table]:
         table.write(require_writable(suite.folder / "tables"))
     report = write_report(suite, [table for table in made if table.name != "claims"])
     left = hours_left(suite)
-    rest = "unknown before the first finished run" if left is None else f"at most {clock(3600 * left)} on this machine"
+    rest = "unknown before the first finished run" if left is None else f"about {clock(3600 * left)} on this machine"
     print(f"training left: {rest}; results are in {suite.folder}, the report in {report}", flush=True)
     return made

@@ -159,7 +159,7 @@ def load(
             f"{path} is not {name}: its classes are {', '.join(decoded.classes[:4])}…, not {source.classes[0]}, "
             f"{source.classes[1]}…. Give the folder another name, and ask for that name"
         )
-    return _assemble(name, source, decoded, path.name)
+    return _assemble(name, source, decoded, path.name, source.remark(path))
 
 
 def _cached(name: str, source: Source, path: Path, image_size: int | None) -> Decoded:
@@ -183,7 +183,7 @@ def _cached(name: str, source: Source, path: Path, image_size: int | None) -> De
     return decoded
 
 
-def _assemble(name: str, source: Source, decoded: Decoded, origin: str) -> ImageData:
+def _assemble(name: str, source: Source, decoded: Decoded, origin: str, remark: str = "") -> ImageData:
     pixels = decoded.train.pixels
     # Counts are integers, hence exact: mean and deviation do not depend on the order of summation.
     levels = torch.stack([torch.bincount(pixels[:, c].flatten(), minlength=256) for c in range(3)]).double()
@@ -193,5 +193,5 @@ def _assemble(name: str, source: Source, decoded: Decoded, origin: str) -> Image
     std = ((share * values**2).sum(1) - mean**2).clamp_min(1e-12).sqrt()
     return ImageData(
         name, decoded.classes, decoded.train, decoded.test, tuple(mean.tolist()), tuple(std.tolist()),
-        decoded.fingerprint, source.flip, source.note, origin,
+        decoded.fingerprint, source.flip, "; ".join(filter(None, (source.note, remark))), origin,
     )  # fmt: skip

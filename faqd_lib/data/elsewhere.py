@@ -7,6 +7,8 @@
 another name                      the training split of a dataset, in the size of the own images
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -20,19 +22,26 @@ _COARSER = 4  # pixels of smooth noise between two independent values
 
 
 def half(images: Images, classes: int, which: str) -> Images:
-    """The images of the first ``classes // 2`` classes, or of the others; with their labels."""
+    """The images of the first ``classes // 2`` classes, or of the others; with their labels.
+
+    Raises DatasetError for label maps: an image has no class of its own.
+    """
+    if images.is_dense:
+        raise DatasetError(
+            f"{which} is chosen by the class of each image, and these have one for each pixel: use noise"
+        )
     first = images.labels < classes // 2
     return images.take(first if which == "first-half" else ~first)
 
 
-def noise(name: str, count: int, size: int, seed: int) -> Images:
-    """``count`` images of ``size`` × ``size`` pixels, ``"noise"`` or ``"smooth-noise"``; the seed gives every bit."""
+def noise(name: str, count: int, size: Sequence[int], seed: int) -> Images:
+    """``count`` images of ``size`` (height, width), ``"noise"`` or ``"smooth-noise"``; the seed gives every bit."""
     generator = stream(seed, name)
     if name == "noise":
-        return Images(torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8))
-    coarse = max(1, size // _COARSER)
-    values = 255 * torch.rand((count, 3, coarse, coarse), generator=generator)
-    return Images(F.interpolate(values, size=(size, size), mode="bilinear").round().to(torch.uint8))
+        return Images(torch.randint(0, 256, (count, 3, *size), generator=generator, dtype=torch.uint8))
+    coarse = (max(1, side // _COARSER) for side in size)
+    values = 255 * torch.rand((count, 3, *coarse), generator=generator)
+    return Images(F.interpolate(values, size=tuple(size), mode="bilinear").round().to(torch.uint8))
 
 
 def unlabelled(name: str, count: int, seed: int, own: Images, classes: int, other: Images | None = None) -> Images:
@@ -47,14 +56,16 @@ def unlabelled(name: str, count: int, seed: int, own: Images, classes: int, othe
         other: the labelled images of another dataset.
 
     Raises:
-        DatasetError: there are fewer images, or those of the other dataset have another size.
+        DatasetError: there are fewer images, those of the other dataset have another size, or halves are asked for
+            where each pixel has a class.
     """
-    size = own.pixels.shape[-1]
+    size = own.pixels.shape[2:]
     if name in NOISE:
         return noise(name, count, size, seed)
     source = half(own, classes, name) if name in HALVES else other
     if count > len(source):
         raise DatasetError(f"{count} images were asked for, and {name} has {len(source)}: ask for fewer")
-    if source.pixels.shape[-1] != size:
-        raise DatasetError(f"{name} has {source.pixels.shape[-1]} pixels a side, and the own images have {size}")
+    if source.pixels.shape[2:] != size:
+        shown = " and the own images of ".join(f"{width}x{height}" for height, width in (source.pixels.shape[2:], size))
+        raise DatasetError(f"{name} has images of {shown}: both must have the same size")
     return subset(source, count, seed).unlabelled()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from .decoding import decode_rgb, picture_files
+from .decoding import TURNED, decode_rgb, picture_files
 from .images import IGNORED, DatasetError, Images
 
 
@@ -33,8 +33,9 @@ def read_split(path: Path, split: str, height: int | None, classes: Sequence[str
         unlabelled: the value of pixels without a label in the files.
 
     Raises:
-        DatasetError: no pictures, a missing or damaged label map, one of another size than its picture, a value that
-            is no class, or pictures of different sizes. An image without a labelled pixel is allowed.
+        DatasetError: no pictures, two pictures of one label map, a picture that its EXIF turns, a missing or damaged
+            label map, one of another size than its picture, a value that is no class, or pictures of different sizes.
+            An image without a labelled pixel is allowed.
     """
     folder, annotations = path / split, path / f"{split}annot"
     for needed in (folder, annotations):
@@ -43,9 +44,18 @@ def read_split(path: Path, split: str, height: int | None, classes: Sequence[str
     files, _ = picture_files(folder)
     if not files:
         raise DatasetError(f"{folder} holds no picture")
+    of_map: dict[str, Path] = {}
+    for file in files:
+        if (first := of_map.setdefault(file.stem, file)) is not file:
+            raise DatasetError(f"{first} and {file} have one label map, {file.stem}.png: rename one, and give it a map")
     pixels, maps = [], []
     for file in files:
-        picture, _ = decode_rgb(str(file), file.read_bytes)
+        picture, notes = decode_rgb(str(file), file.read_bytes)
+        if TURNED in notes:
+            raise DatasetError(
+                f"{file} is turned by its EXIF orientation, and its label map is not: save the picture as it is to be "
+                "seen, without EXIF, and check its map"
+            )
         labels = _label_map(annotations / f"{file.stem}.png", picture.size)
         if height is not None and height != picture.height:
             size = round(picture.width * height / picture.height), height

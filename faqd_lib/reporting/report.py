@@ -146,12 +146,12 @@ def _seeds(suite: Suite) -> str:
 
 
 def _forest(suite: Suite, verdicts: tables.Table, records: Sequence[RunRecord]) -> Picture | None:
-    """The claims as intervals, drawn from their table; None where no claim on accuracy has an interval."""
+    """The claims as intervals, drawn from their table; None where no claim in percentage points has an interval."""
     frame = study_claims.forest_frame(verdicts)
     if frame.empty:
         return None
     behind = [record for record in records if record.run_id in verdicts.runs]
-    png, _ = charts.save(charts.forest(frame), require_writable(suite.folder / "figures"), FOREST, behind)
+    png, _ = charts.save(charts.forest(frame, suite.metric), require_writable(suite.folder / "figures"), FOREST, behind)
     return Picture.read(png)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..data.batches import stream
-from ..training.segmentation import class_iou, iou_by_image
+from ..training.segmentation import class_iou, constant_iou, iou_by_image
 
 RESAMPLES = 2000
 
@@ -23,6 +23,17 @@ def answers(kept: Mapping[str, Tensor]) -> np.ndarray:
     if "pixel_counts" in kept:
         return iou_by_image(kept["pixel_counts"]).float().numpy()
     return (kept["predicted"] == kept["label"]).numpy().astype(np.float32)
+
+
+def chance(kept: Mapping[str, Tensor]) -> float:
+    """The score in percent of a prediction that ignores the images; ``kept`` as in :func:`answers`.
+
+    Of classes: 100 / their number. Of pixels: the mean IoU of the best constant prediction,
+    :func:`~faqd_lib.training.segmentation.constant_iou`.
+    """
+    if "pixel_counts" in kept:
+        return constant_iou(kept["pixel_counts"])
+    return 100 / (int(kept["label"].max()) + 1)
 
 
 class Gain(NamedTuple):

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 ARMS = {"kd": "KD", "fa": "FAQD", "ffa": "FFAQD, k = 6"}
 
 
-def over_updates(arms: pd.DataFrame, gain: pd.DataFrame) -> Figure:
-    """Test accuracy over updates, and what FAQD gains over KD, with 95 % intervals.
+def over_updates(arms: pd.DataFrame, gain: pd.DataFrame, metric: str = "accuracy") -> Figure:
+    """Test accuracy or mean IoU over updates, and what FAQD gains over KD, with 95 % intervals.
 
     Args:
         arms: of :func:`faqd_lib.reporting.study_curves.arms_frame`. The chart draws KD, FAQD and FFAQD on all images at
             the fewest bits.
         gain: of :func:`faqd_lib.reporting.study_curves.gain_frame`; one line for each number of images and bits.
+        metric: what ``accuracy`` is, in words (``suite.metric``).
     """
     _require(arms, "weight_bits", "images", "updates", "arm", "accuracy", "low", "high")
     _require(gain, "weight_bits", "images", "updates", "gain", "low", "high")
@@ -32,7 +33,7 @@ def over_updates(arms: pd.DataFrame, gain: pd.DataFrame) -> Figure:
     with new_figure(1, 2, height=3.6) as (figure, axes):
         lines = {name: shown[shown["arm"] == arm] for arm, name in ARMS.items()}
         _lines(axes[0], lines, "accuracy")
-        axes[0].set(ylabel="test accuracy (%)", title=f"{fewest}-bit students")
+        axes[0].set(ylabel=f"test {metric} (%)", title=f"{fewest}-bit students")
         groups = {
             f"{bits} bit{'s' * (bits != '1')}, {images:,} images": group
             for (bits, images), group in gain.groupby(["weight_bits", "images"], sort=False)

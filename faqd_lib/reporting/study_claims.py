@@ -16,7 +16,7 @@ from ..runs.store import RunRecord
 from ..runs.study import PlannedClaim
 from ..runs.suite import Suite
 from . import verdicts
-from .segmentation import answers
+from .segmentation import answers, chance
 from .tables import NOT_A_RESULT, NOT_RUN, RUNS, Table, with_origin
 from .verdicts import Estimate, Hypothesis, Ruling
 
@@ -33,7 +33,7 @@ class Measured:
     record: RunRecord
     right: np.ndarray  # (N,), shares of images in the accuracy or mean IoU; see segmentation.answers
     surprise: np.ndarray  # (N,), −log of the true class's probability, in nats; of pixels, their mean
-    classes: int
+    chance: float  # percent, without a look at the images; see segmentation.chance
 
     def endpoint(self, name: str) -> float:
         """``accuracy`` or mean IoU: percent after the last epoch. ``affinity``: natural log of the exact test loss."""
@@ -87,7 +87,7 @@ def contrast(suite: Suite, claim: PlannedClaim, weights: Mapping[str, float]) ->
         everything = [run for measured in found.values() for run in measured]
         most = max(run.record.last_accuracy for run in everything)
         records += [run.record for run in everything]
-        least = max(200 / everything[0].classes, most / 2)  # twice chance, half of the best partner
+        least = max(2 * everything[0].chance, most / 2)  # twice chance, half of the best partner
         dead.append([run.record.run_id for run in everything if run.record.last_accuracy < least])
         share = {arm: weight / len(found[arm]) for arm, weight in weights.items()}
         values.append(sum(share[arm] * run.endpoint(claim.endpoint) for arm in weights for run in found[arm]))
@@ -108,9 +108,7 @@ def _measured(suite: Suite, config: RunConfig) -> Measured | None:
     if record is None:
         return None
     kept = suite.store.predictions(record)
-    dense = kept.get("pixel_counts")
-    classes = int(kept["label"].max()) + 1 if dense is None else dense.shape[2]
-    return Measured(record, answers(kept), -kept["log_probability"].float().numpy(), classes)
+    return Measured(record, answers(kept), -kept["log_probability"].float().numpy(), chance(kept))
 
 
 def all_contrasts(suite: Suite) -> dict[str, tuple[Contrast | None, Contrast | None]]:

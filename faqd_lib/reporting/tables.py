@@ -439,7 +439,10 @@ def _pairs_with_kd(suite: Suite, records: Iterable[RunRecord]) -> tuple[list[tor
     for record in records:
         config = record.configuration
         if config.objective.affinity != "none" and config.objective.logit_loss != "none":
-            plain = {"affinity": "none", "affinity_weight": 0.0, "stages": (), "affinity_recipe": None}
+            plain = {
+                "affinity": "none", "affinity_weight": 0.0, "stages": (), "taps": "output", "adapters": False,
+                "affinity_recipe": None,
+            }  # fmt: skip
             objective = config.objective.model_copy(update=plain)
             if partner := suite.store.record(config.model_copy(update={"objective": objective})):
                 pairs.append(_pixel_counts(suite, (record, partner)))

@@ -15,6 +15,7 @@ from ..runs.suite import Suite
 from . import grids
 from .claims import interval_text
 from .grids import Cell
+from .segmentation import answers
 from .tables import NOT_A_RESULT, NOT_RUN, RUNS, Table, with_origin
 from .verdicts import Estimate
 
@@ -64,9 +65,8 @@ def _measured(suite: Suite, pairs: list[tuple[RunRecord, RunRecord]]) -> dict[st
 
 
 def _right(suite: Suite, record: RunRecord) -> torch.Tensor:
-    """Which test images a run classifies correctly: (N,), 0 or 1, float64."""
-    kept = suite.store.predictions(record)
-    return (kept["predicted"] == kept["label"]).double()
+    """The share of each test image in a run's accuracy or mean IoU: (N,), float64."""
+    return torch.from_numpy(answers(suite.store.predictions(record))).double()
 
 
 def forest_frame(frame: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -98,9 +98,9 @@ def table(suite: Suite) -> Table:
     ]  # fmt: skip
     caption = (
         "What feature affinity gains over KD, by the student's unlabelled pictures, its network, and the maps that are "
-        f"compared; teacher and test images are those of {suite.caption}. Last-epoch test accuracy in percent; gain in "
-        "percentage points over pairs of runs with one seed, with the 95 % interval for other seeds and other test "
-        "images. Affinity loss: exact, on test images, of the student with FA over that of its KD partner. "
+        f"compared; teacher and test images are those of {suite.caption}. Last-epoch test {suite.metric} in percent; "
+        "gain in percentage points over pairs of runs with one seed, with the 95 % interval for other seeds and other "
+        "test images. Affinity loss: exact, on test images, of the student with FA over that of its KD partner. "
         f"{'' if shows else 'This profile tests the machinery: no results.'}"
     ).rstrip()
     title = f"T6 Where it helps, {suite.dataset}"

@@ -20,10 +20,10 @@ from ..config import (
     Schedule,
 )
 from ..data.elsewhere import HALVES, MADE_HERE
-from ..models import MODEL_NAMES, stage_names
+from ..models import MODEL_NAMES, ends_with_relus, is_dense, stage_names
 from ..quantization.weights import FLOAT_BITS
 from ..utils.messages import check_choice
-from .profile import Losses, Profile, SuiteState
+from .profile import Losses, Profile, SuiteState, check_fits
 from .study import Arm, Cells
 
 # Unlabelled batches for the batch normalisation of a network that is quantized after training.
@@ -62,16 +62,21 @@ class Configurations:
         than its teacher.
 
         Raises:
-            ConfigurationError: there is no such model.
+            ConfigurationError: there is no such model, or it does not predict what the dataset has labels for.
         """
         model = model or self.profile.teachers[0]
-        check_choice("teacher", model, MODEL_NAMES, ConfigurationError)
+        self._check_model("teacher", model)
         own = self.profile.teacher_per_seed and student_seed is not None
         return self._on_labels(model, self.profile.teacher_schedule, TEACHER_SEEDS + student_seed if own else 0)
 
     def float_student(self, seed: int = 1, model: str | None = None) -> RunConfig:
-        """The float student, trained on labels: a reference row, and where fine-tuning starts."""
-        return self._on_labels(model or self.profile.student, self.profile.student_schedule, seed)
+        """The float student, trained on labels: a reference row, and where fine-tuning starts.
+
+        Raises ConfigurationError as :meth:`teacher` does.
+        """
+        model = model or self.profile.student
+        self._check_model("model", model)
+        return self._on_labels(model, self.profile.student_schedule, seed)
 
     def student(
         self,
@@ -121,14 +126,15 @@ class Configurations:
             seed: at least 1.
 
         Raises:
-            ConfigurationError: an argument is unknown or out of range, student and teacher have other numbers of
-                stages, or the folder does not know the ``source``.
+            ConfigurationError: an argument is unknown or out of range; student and teacher have other numbers of
+                stages, do not fit the dataset, or lack ReLUs to tap; the folder does not know the ``source``, or the
+                images have a class for each pixel.
         """
         if seed < 1:
             raise ConfigurationError(f"students have seeds from 1 on (seed 0 is the teachers'), got {seed}")
         check_choice("method", method, get_args(Method), ConfigurationError)
         model = model or self.profile.student
-        check_choice("model", model, MODEL_NAMES, ConfigurationError)
+        self._check_model("model", model)
         check_choice("regime", regime, ("end-to-end", "fine-tuning"), ConfigurationError)
         fine_tuning, taught = regime == "fine-tuning", method != "labels"
         changes = {**(losses or {}), **({} if affinity_weight is None else {"affinity_weight": affinity_weight})}
@@ -145,6 +151,7 @@ class Configurations:
         teacher_run = self.teacher(teacher, seed) if taught else None
         if AFFINITY_OF_METHOD[method] != "none":
             _check_stages(model, teacher_run.model, stages)
+            _check_relus(method, taps, model, teacher_run.model)
         settings = dict(
             data=data,
             images=elsewhere,
@@ -162,8 +169,17 @@ class Configurations:
         )
         return RunConfig.parse(settings, "student")
 
+    def _check_model(self, setting: str, model: str) -> None:
+        check_choice(setting, model, MODEL_NAMES, ConfigurationError)
+        check_fits(setting, model, self.state.dataset, is_dense(self.profile.student))
+
     def _source(self, name: str, count: int | None) -> ImageSource:
         """The images of a source; ConfigurationError if there is no count, or the folder does not know the dataset."""
+        if is_dense(self.profile.student):
+            raise ConfigurationError(
+                f"source = {name!r}: images of {self.state.dataset} have a class for each pixel, and their students "
+                "train on the training split: leave out source"
+            )
         if count is None:
             raise ConfigurationError(f"source = {name!r}: set images to the number of images from there")
         known = self.state.sources | dict.fromkeys(MADE_HERE, "") | dict.fromkeys(HALVES, self.state.data.fingerprint)
@@ -299,6 +315,19 @@ def _check_stages(student: str, teacher: str, stages: Sequence[int]) -> None:
         )
     if (last := max(stages, default=0)) > count:
         raise ConfigurationError(f"stages: {student} has the stages 1 to {count}, there is no stage {last}")
+
+
+def _check_relus(method: str, taps: str, student: str, teacher: str) -> None:
+    """Raise ConfigurationError where the maps before a stage's last ReLU, or the ReLU's levels, are not there."""
+    settings = {f"taps = {taps!r}": (student, teacher)} if taps == "before ReLU" else {}
+    settings |= {f"method = {method!r}": (student,)} if AFFINITY_OF_METHOD[method] == "squat" else {}
+    for setting, models in settings.items():
+        for model in models:
+            if not ends_with_relus(model):
+                fitting = ", ".join(name for name in MODEL_NAMES if ends_with_relus(name))
+                raise ConfigurationError(
+                    f"{setting}: no ReLU ends the stages of {model}: choose another setting, or one of {fitting}"
+                )
 
 
 def _of_updates(schedule: Schedule, updates: int, images: int) -> Schedule:

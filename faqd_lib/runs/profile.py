@@ -228,12 +228,7 @@ class SuiteState(StrictModel):
                 what the images have labels for.
         """
         for model in (*profile.teachers, profile.student):
-            if is_dense(model) != images.train.is_dense:
-                labels = "a class for each pixel" if images.train.is_dense else "one class for each image"
-                fitting = ", ".join(name for name in MODEL_NAMES if is_dense(name) == images.train.is_dense)
-                raise ConfigurationError(
-                    f"profile {profile.name}: {model} does not fit {dataset}, which has {labels}: choose {fitting}"
-                )
+            check_fits(f"profile {profile.name}", model, dataset, images.train.is_dense)
         rest = len(images.train) - profile.validation_images - profile.held_out_images
         if rest < 1:
             raise ConfigurationError(
@@ -276,6 +271,14 @@ class SuiteState(StrictModel):
         compiled = ", compiled" if self.profile.compile else ""
         text = f"{self.dataset}{note}, {images}, profile {self.profile.name}{compiled}"
         return text if ": found on disk" in self.reason or ": asked for" in self.reason else f"{text}; {self.reason}"
+
+
+def check_fits(setting: str, model: str, dataset: str, dense: bool) -> None:
+    """Raise ConfigurationError unless a network predicts what a dataset has labels for: ``dense``, those of pixels."""
+    if is_dense(model) != dense:
+        labels = "a class for each pixel" if dense else "one class for each image"
+        fitting = ", ".join(name for name in MODEL_NAMES if is_dense(name) == dense)
+        raise ConfigurationError(f"{setting}: {model} does not fit {dataset}, which has {labels}: choose {fitting}")
 
 
 def _limit(count: int | None, available: int) -> int | None:
@@ -329,8 +332,8 @@ def begin_or_continue(folder: Path, state: SuiteState, asked_seeds: int) -> Suit
         if state.profile.precision == "auto":
             # The folder keeps its precision, even where another one is faster on this machine.
             state = state.model_copy(update={"precision": begun.precision})
-        # The grid may change too: it only chooses runs.
-        changeable = {"reason": True, "sources": True, "profile": FREE_SETTINGS | {"grid"}}
+        # The grid may change too: it only chooses runs. A note is a remark on images that the fingerprint names.
+        changeable = {"reason": True, "note": True, "sources": True, "profile": FREE_SETTINGS | {"grid"}}
         was, now = (one.model_dump(mode="json", exclude=changeable) for one in (begun, state))
         if differences := list(_differences(was, now)):
             raise ResultsError(

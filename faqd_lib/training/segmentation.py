@@ -77,6 +77,15 @@ def mean_iou(counts: Tensor) -> float:
     return 100 * float(class_iou(counts.sum(0)).nanmean())
 
 
+def constant_iou(counts: Tensor) -> float:
+    """Mean IoU in percent of the best constant prediction: all pixels named as the class with most pixels.
+
+    max_c true_c / Σ true / number of classes with pixels, from counts (images, 3, C); 0 without a labelled pixel.
+    """
+    true = counts[:, 2].double().sum(0)
+    return 100 * float(true.max() / true.sum().clamp_min(1) / (true > 0).sum().clamp_min(1))
+
+
 def iou_by_image(counts: Tensor) -> Tensor:
     """The share of each image in the mean IoU, (images, 3, C) → (images,), float64; their mean is the mean IoU / 100.
 

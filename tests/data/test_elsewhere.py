@@ -27,15 +27,15 @@ def test_halves_are_by_class_and_share_no_image(own):
 def test_noise_has_the_size_of_the_images_and_the_bits_of_its_seed(own, name):
     images = unlabelled(name, 20, 1, own, 5)
     assert images.pixels.shape == (20, 3, 8, 8)
-    assert torch.equal(images.pixels, noise(name, 20, 8, 1).pixels)
-    assert not torch.equal(images.pixels, noise(name, 20, 8, 2).pixels)
+    assert torch.equal(images.pixels, noise(name, 20, (8, 8), 1).pixels)
+    assert not torch.equal(images.pixels, noise(name, 20, (8, 8), 2).pixels)
     assert images.pixels.float().mean() == pytest.approx(127.5, abs=10)
 
 
 def test_smooth_noise_is_smooth():
     """Neighbours of noise differ by 85 on average, as two independent uniform values; those of smooth noise by less."""
     rough, smooth = (
-        noise(name, 50, 32, 0).pixels.float().diff(dim=3).abs().mean() for name in ("noise", "smooth-noise")
+        noise(name, 50, (32, 32), 0).pixels.float().diff(dim=3).abs().mean() for name in ("noise", "smooth-noise")
     )
     assert rough == pytest.approx(255 / 3, rel=0.02)
     assert smooth < rough / 3
@@ -48,5 +48,17 @@ def test_another_dataset_gives_its_images_without_labels(own):
     with pytest.raises(DatasetError, match="5 images were asked for, and other has 4"):
         unlabelled("other", 5, 0, own, 5, other)
     larger = Images(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), other.labels)
-    with pytest.raises(DatasetError, match="other has 16 pixels a side, and the own images have 8"):
+    with pytest.raises(DatasetError, match="other has images of 16x16 and the own images of 8x8"):
         unlabelled("other", 2, 0, own, 5, larger)
+
+
+def test_label_maps_have_no_halves_and_noise_their_size():
+    own = Images(torch.zeros(3, 3, 8, 12, dtype=torch.uint8), torch.zeros(3, 8, 12, dtype=torch.uint8))
+    for name in ("first-half", "second-half"):
+        with pytest.raises(DatasetError, match=f"{name} is chosen by the class of each image"):
+            unlabelled(name, 1, 0, own, 5)
+    for name in ("noise", "smooth-noise"):
+        assert unlabelled(name, 2, 0, own, 5).pixels.shape == (2, 3, 8, 12)
+    square = Images(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(DatasetError, match="images of 8x8 and the own images of 12x8"):
+        unlabelled("other", 2, 0, own, 5, square)

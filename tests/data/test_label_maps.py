@@ -63,6 +63,21 @@ def test_validation_images_stand_in_for_test_images(root):
     assert "validation" in data.note
 
 
+def test_pictures_unlike_those_of_the_authors_are_named_in_the_note(root):
+    assert datasets.load("camvid", root).note == "pictures are PNG of 8×6, those of the SegNet authors PNG of 480×360"
+    train = root / "camvid" / "train"
+    Image.open(train / "a.png").save(train / "a.jpg")
+    (train / "a.png").unlink()
+    for note in (datasets.load("camvid", root).note, datasets.load("camvid-val", root).note):
+        assert "pictures are JPEG of 8×6 and PNG of 8×6" in note
+    for split in ("train", "test"):
+        for file in (root / "camvid" / split).iterdir():
+            file.unlink()
+            (root / "camvid" / f"{split}annot" / f"{file.stem}.png").unlink()
+        write(root, split, "a", np.zeros((360, 480), np.uint8))
+    assert datasets.load("camvid", root).note == ""
+
+
 def test_image_size_is_the_height_and_maps_take_the_nearest_pixel(root):
     data = datasets.load("camvid", root, image_size=3)
     assert data.train.pixels.shape == (3, 3, 3, 4)
@@ -110,6 +125,23 @@ def test_colour_maps_damaged_maps_and_mixed_sizes_are_refused(root):
     for name in "fg":
         write(root, "test", name, np.zeros((4, 8), np.uint8))
     assert "train and test are 8x6 and 8x4" in refused(root)
+
+
+def test_pictures_of_one_map_and_turned_pictures_are_refused(root):
+    train = root / "camvid" / "train"
+    Image.open(train / "b.png").save(train / "b.jpg")
+    told = refused(root)
+    assert "train/b.jpg and" in told
+    assert "train/b.png have one label map, b.png" in told
+    (train / "b.jpg").rename(train / "far.jpg")
+    (train / "more").mkdir()
+    (train / "far.jpg").rename(train / "more" / "a.jpg")
+    assert "have one label map, a.png" in refused(root)
+    (train / "more" / "a.jpg").unlink()
+    exif = Image.Exif()
+    exif[0x0112] = 3  # half a turn: the size stays
+    Image.open(train / "c.png").save(train / "c.png", exif=exif)
+    assert "train/c.png is turned by its EXIF orientation" in refused(root)
 
 
 def test_a_missing_dataset_says_where_to_get_it(tmp_path):

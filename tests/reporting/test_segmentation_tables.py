@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from faqd_lib.data.batches import stream
-from faqd_lib.reporting import claims, grids, study_claims, study_curves, tables
+from faqd_lib.reporting import charts, claims, grids, study_charts, study_claims, study_curves, tables
+from faqd_lib.reporting.report import write_report
 from faqd_lib.reporting.segmentation import RESAMPLES, answers, gains
 from faqd_lib.runs.profile import Profile
 from faqd_lib.runs.suite import Suite
@@ -24,8 +25,8 @@ def counts(share: float, seed: int) -> torch.Tensor:
     return pixel_counts(torch.where(wrong, guesses, labels), labels, CLASSES)
 
 
-def save(suite: Suite, config, share: float) -> torch.Tensor:
-    found = counts(share, config.seed)
+def save(suite: Suite, config, share: float, found: torch.Tensor | None = None) -> torch.Tensor:
+    found = counts(share, config.seed) if found is None else found
     score = mean_iou(found)
     suite.store.save(
         config, nn.Linear(2, 2), history=[{"epoch": 1, "loss": 1.0, "test_mean_iou": score}], metric="mean_iou",
@@ -90,6 +91,16 @@ def test_the_table_shows_mean_iou_gains_and_classes(suite):
     assert set(suite.store.record(config) is not None for config in grids.everything(suite)) == {True, False}
 
 
+@pytest.mark.parametrize("settings", [{"taps": "before ReLU"}, {"losses": {"adapters": True}}, {"stages": (1,)}])
+def test_the_partner_of_other_maps_and_adapters_is_the_same_kd(suite, settings):
+    plain = save(suite, suite.student("KD", weight_bits=1), 0.4)
+    config = suite.student("FAQD", weight_bits=1, **settings)
+    taught = save(suite, config, 0.3)
+    ours, others = tables._pairs_with_kd(suite, [suite.store.record(config)])
+    assert torch.equal(torch.stack(ours), taught[None])
+    assert torch.equal(torch.stack(others), plain[None])
+
+
 def test_profiles_that_show_nothing_show_no_mean_iou(tmp_path):
     suite = Suite.open("smoke", "digit-strokes", results=tmp_path)
     for config in grids.segmentation(suite):
@@ -99,25 +110,50 @@ def test_profiles_that_show_nothing_show_no_mean_iou(tmp_path):
     assert not any("." in cell for cell in shown["gain over KD (95 % interval)"])
 
 
-def test_claims_of_a_study_are_judged_by_mean_iou(tmp_path):
+@pytest.fixture
+def study(tmp_path):
     """The design on CamVid, with the strokes of the digits in the place of CamVid."""
     design = Profile.load("segmentation").model_copy(update={"image_size": None, "dataset": "digit-strokes"})
-    suite = Suite.open(design, results=tmp_path)
-    for seed in suite.profile.study.seeds[:5]:
-        for (arm, _), config in suite.study_runs("four-bits", seed).items():
-            save(suite, config, 0.4 if arm == "kd" else 0.3)
+    return Suite.open(design, results=tmp_path)
+
+
+def test_runs_that_beat_no_constant_prediction_learned_nothing(study):
+    """The classes have as many pixels: a constant prediction has 100 / 11 / 11 %, far below an accuracy of chance."""
+    labels = torch.randint(0, CLASSES, (IMAGES, 6, 6), generator=stream(1, "labels"))
+    constant = pixel_counts(torch.zeros_like(labels), labels, CLASSES)
+    claim, first, second = study.profile.study.claims["fa-helps-4"], *study.profile.study.seeds[:2]
+    for seed, found in ((first, None), (second, constant)):
+        for config in study.study_runs("four-bits", seed).values():
+            save(study, config, 0.95, found)
+    measured = study_claims.contrast(study, claim, claim.contrast)
+    assert all(1.8 < record.last_accuracy < 200 / CLASSES for record in measured.records[:2])
+    assert [len(dead) for dead in measured.dead] == [0, 2]
+
+
+def test_claims_of_a_study_are_judged_by_mean_iou(study):
+    for seed in study.profile.study.seeds[:5]:
+        for (arm, _), config in study.study_runs("four-bits", seed).items():
+            save(study, config, 0.4 if arm == "kd" else 0.3)
             if arm == "kd":
-                save(suite, config.teacher, 0.1)
-    found = study_claims.table(suite)
+                save(study, config.teacher, 0.1)
+    found = study_claims.table(study)
     row = found.frame.iloc[0]
     assert "mean IoU" in found.caption
     assert row["n (seeds)"] == "5 of 8"
     assert row["verdict"] == "reproduced"
-    frame = tables.segmentation(suite).frame.set_index("arm")
+    frame = tables.segmentation(study).frame.set_index("arm")
     assert frame.loc["fa-encoder", "n of the gain"].iloc[0] == "5"
     assert float(frame.loc["fa-encoder", "gain over KD (95 % interval)"].iloc[0].split()[0]) == float(row["difference"])
-    arms = study_curves.arms_table(suite)
+    forest = charts.forest(study_claims.forest_frame(found), study.metric).axes[0]
+    assert forest.get_xlabel() == "difference of mean IoU (percentage points)"
+    reached = study_curves.arms_frame(study)
+    curves = study_charts.over_updates(reached, reached.rename(columns={"accuracy": "gain"}), study.metric)
+    assert curves.axes[0].get_ylabel() == "test mean IoU (%)"
+    page = write_report(study, []).read_text(encoding="utf-8")
+    assert "Differences of test mean IoU" in page
+    assert "test accuracy" not in page
+    arms = study_curves.arms_table(study)
     assert "mean IoU (%)" in arms.frame
     assert "accuracy" not in arms.markdown()
-    record = json.loads(next((suite.folder / "runs").glob("*/record.json")).read_text())
+    record = json.loads(next((study.folder / "runs").glob("*/record.json")).read_text())
     assert record["metric"] == "mean_iou"

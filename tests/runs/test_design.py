@@ -417,6 +417,19 @@ def test_a_teacher_with_other_stages_is_refused_before_training(tiny_suite, stud
     assert record.test_affinity is None
 
 
+def test_stages_without_a_last_relu_are_named(tiny_suite):
+    suite = tiny_suite(teachers=["resnet8", "mixer"])
+    squat = {"activation_bits": 4}
+    for method, settings, setting in (
+        ("FAQD", {"taps": "before ReLU"}, "taps = 'before ReLU'"), ("KD+SQuaT", squat, "method = 'KD\\+SQuaT'"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigurationError, match=f"{setting}: no ReLU ends the stages of mixer: .* resnet8"):
+            suite.student(method, weight_bits=1, model="mixer", **settings)
+    with pytest.raises(ConfigurationError, match="no ReLU ends the stages of mixer"):
+        suite.student("FAQD", weight_bits=1, teacher="mixer", taps="before ReLU")
+    assert suite.student("KD+SQuaT", weight_bits=1, teacher="mixer", **squat).teacher.model == "mixer"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -147,6 +147,15 @@ def test_more_seeds_or_smaller_cohorts_are_the_same_suite(profile, tmp_path):
     assert Suite.open(profile("cohort = 2"), results=results, seeds=3).profile.seeds == 3
 
 
+def test_another_note_on_the_same_images_is_the_same_suite(profile, tmp_path):
+    """A remark on how the images were made may come later; the fingerprint says which they are."""
+    first = Suite.open(profile(), results=tmp_path / "results")
+    path = first.folder / "suite.json"
+    path.write_text(path.read_text(encoding="utf-8").replace(first.state.note, "an older note"), encoding="utf-8")
+    assert "an older note" in Suite.read(first.folder).caption
+    assert Suite.open(profile(), results=tmp_path / "results").state == Suite.read(first.folder).state == first.state
+
+
 def test_the_precision_that_a_folder_was_begun_with_stays(profile, tmp_path, monkeypatch):
     results = tmp_path / "results"
     monkeypatch.setattr("faqd_lib.runs.suite.precision_that_pays", lambda device: "float32")

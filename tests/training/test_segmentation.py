@@ -16,6 +16,7 @@ from faqd_lib.training.loop import evaluate
 from faqd_lib.training.objective import DistillationObjective
 from faqd_lib.training.segmentation import (
     class_iou,
+    constant_iou,
     dense_cross_entropy,
     iou_by_image,
     mean_iou,
@@ -37,6 +38,14 @@ def test_counts_and_iou_by_hand():
     assert mean_iou(counts) == pytest.approx(100 * (1 / 2 + 2 / 3 + 1 / 2) / 3)
     # A class that nobody has or names is left out.
     assert mean_iou(pixel_counts(PREDICTED, LABELS, 4)) == mean_iou(counts)
+
+
+def test_the_best_constant_prediction_by_hand():
+    """Of seven labelled pixels three are of class 0: its IoU is 3/7, that of the two other classes 0."""
+    assert constant_iou(pixel_counts(PREDICTED, LABELS, 3)) == pytest.approx(100 * 3 / 7 / 3)
+    constant = [mean_iou(pixel_counts(torch.full_like(LABELS, index), LABELS, 4)) for index in range(3)]
+    assert constant_iou(pixel_counts(PREDICTED, LABELS, 4)) == pytest.approx(max(constant))
+    assert constant_iou(torch.zeros(2, 3, 4, dtype=torch.int32)) == 0
 
 
 def test_shares_of_images_average_to_the_mean_iou_and_are_its_derivative():
@@ -187,10 +196,15 @@ def test_networks_and_images_must_fit(dense_data, tiny_suite, tiny_data):
         SuiteState.describe(dense, "x", "", tiny_data, "float32")
 
 
-def test_a_student_needs_a_teacher_with_its_stages(tiny_suite, dense_data):
-    suite = tiny_suite(data=dense_data, teachers=["resnet20", "linknet8"], student="linknet8")
-    with pytest.raises(ConfigurationError, match="resnet20 has 3 stages and linknet8 has 6"):
-        suite.student("FAQD")
+def test_students_and_teachers_must_fit_the_images(tiny_suite, dense_data):
+    classifier, dense = tiny_suite("a"), tiny_suite("b", data=dense_data, **NETWORKS)
+    for setting in ("model", "teacher"):
+        with pytest.raises(ConfigurationError, match=f"{setting}: linknet8 does not fit tiny, .*: choose resnet8"):
+            classifier.student("KD", **{setting: "linknet8"})
+        with pytest.raises(ConfigurationError, match=f"{setting}: resnet8 does not fit tiny, .*: choose linknet8"):
+            dense.student("KD", **{setting: "resnet8"})
+    with pytest.raises(ConfigurationError, match=r"source = 'noise': .* leave out source"):
+        dense.student("KD", source="noise", images=5)
 
 
 def test_images_of_any_size(dense_data):

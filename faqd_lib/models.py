@@ -343,7 +343,8 @@ class FeatureTap:
     Raises:
         ValueError: the network has no module of that name, a name is given twice, or a module with ``@input``
             overwrites its input.
-        TypeError: in a forward pass, a tapped output or item is no tensor, or one with ``@bhwc`` has no 4 dimensions.
+        TypeError: in a forward pass, a tapped output or item is no tensor, one with ``@bhwc`` has no 4 dimensions, or a
+            module with ``@input`` gets no input by position and not one by keyword.
         RuntimeError: ``features`` was read before every tapped module had run, or a later in-place module such as
             ``nn.ReLU(inplace=True)`` overwrote a tapped output.
     """
@@ -368,20 +369,21 @@ class FeatureTap:
         self._copies = any(getattr(module, "inplace", False) for module in model.modules())
         self._handles = [
             modules[tapped[name]].register_forward_hook(
-                self._catcher(name, modules[tapped[name]], parts[name]["item"], parts[name]["mark"])
+                self._catcher(name, modules[tapped[name]], parts[name]["item"], parts[name]["mark"]), with_kwargs=True
             )
             for name in self.names
         ]
 
     def _catcher(self, name: str, tapped: nn.Module, item: str | None, mark: str | None):
-        def catch(module: nn.Module, inputs: tuple, output: object) -> None:
+        def catch(module: nn.Module, inputs: tuple, named: dict, output: object) -> None:
             if module is not tapped:  # a copy of the network took the hook along
                 # A shallow copy, such as a replica of DataParallel, has the same dictionary of hooks.
                 if not torch.compiler.is_compiling() and module._forward_hooks is not tapped._forward_hooks:
                     for key in [key for key, hook in module._forward_hooks.items() if hook is catch]:
                         module._forward_hooks.pop(key, None)
+                        module._forward_hooks_with_kwargs.pop(key, None)
                 return
-            output = _tensor_of(name, inputs[0] if mark == "@input" else output, item)
+            output = _tensor_of(name, _input_of(name, inputs, named) if mark == "@input" else output, item)
             if mark == "@bhwc":
                 if output.ndim != 4:
                     raise TypeError(f"{name!r} must be a map (batch, height, width, channels), got {kind_of(output)}")
@@ -424,6 +426,17 @@ class FeatureTap:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _input_of(name: str, inputs: tuple, named: dict) -> object:
+    """The first input of a tapped module, or its only one by keyword; TypeError if there is neither."""
+    if not inputs and len(named) != 1:
+        given = f"several by keyword, {', '.join(named)}" if named else "none"
+        raise TypeError(
+            f"{name!r} is to be tapped, which needs one input, and the module got {given}: give it by position, or tap "
+            "the module that returns it"
+        )
+    return inputs[0] if inputs else next(iter(named.values()))
 
 
 def _tensor_of(name: str, output: object, item: str | None) -> Tensor:

@@ -96,6 +96,21 @@ def test_taps_before_a_relu_that_is_not_there_are_refused():
         FeatureTap(nn.Sequential(nn.ReLU(inplace=True)), ["0@input"])
 
 
+def test_an_input_is_tapped_by_position_and_by_keyword():
+    network = nn.Module()
+    network.add_module("relu", nn.ReLU())
+    network.add_module("attention", nn.MultiheadAttention(4, 1))
+    x = -torch.ones(1, 2, 4)
+    with FeatureTap(network, ["relu@input"]) as tap:
+        for given, named in (((x,), {}), ((), {"input": x})):
+            tap.clear()
+            network.relu(*given, **named)
+            assert tap.features[0] is x
+    message = "'attention@input' is to be tapped, .* several by keyword, query, key, value"
+    with FeatureTap(network, ["attention@input"]), pytest.raises(TypeError, match=message):
+        network.attention(query=x, key=x, value=x)
+
+
 def test_option_a_shortcut_subsamples_and_pads_with_zeros():
     x = torch.arange(2 * 2 * 4 * 4.0).reshape(2, 2, 4, 4)
     out = models.SubsampleAndPad(2, 2)(x)

@@ -80,8 +80,8 @@ def feature_affinity_loss(
         teacher: (batch, C_t, H_t, W_t), or tokens (batch, N_t, C_t); detached. C_t may differ from C_s. A map of
             another height or width is resized to the student's (bilinear, antialiased), as in the paper. Tokens are not
             resized to tokens: N_t must be N. Tokens beside a map must be the pixels of a grid, row by row. If N is not
-            H·W, it must be a square h², and the teacher is resized to the student's grid. A class token is one too
-            many: give ``tokens[:, 1:]``.
+            H·W, the grid h×w must have the map's proportions, h/w = H/W, and the teacher is resized to the student's
+            grid. A class token is one too many: give ``tokens[:, 1:]``.
         method: ``"gram"``: exact, from (C_s+C_t)² products, linear in N. ``"pairwise"``: exact, from the N×N matrix in
             blocks of rows. ``"auto"``: the cheaper of these two, see :func:`cheaper_exact`. ``"projection"``: the
             paper's fast estimate (FFA).
@@ -277,8 +277,8 @@ def pixel_count(features: Tensor) -> int:
 def _as_maps(**named: Tensor) -> list[Tensor]:
     """Views (batch, C, N, 1) of tokens (batch, N, C). A map beside tokens becomes (batch, C, H·W, 1).
 
-    N = h² tokens beside a map of another size become (batch, C, h, h). Raises ValueError for other unequal numbers of
-    tokens, or of tokens and pixels. Anything else is returned unchanged.
+    N = h·w tokens beside a map of another size but the same proportions, h/w = H/W, become (batch, C, h, w). Raises
+    ValueError for other unequal numbers of tokens, or of tokens and pixels. Anything else is returned unchanged.
     """
     features = list(named.values())
     if not any(isinstance(one, Tensor) and one.ndim == 3 for one in features):
@@ -286,25 +286,27 @@ def _as_maps(**named: Tensor) -> list[Tensor]:
     if not all(isinstance(one, Tensor) and one.ndim in (3, 4) for one in features):
         return features  # _check_map raises
     if len(counts := {name: pixel_count(one) for name, one in named.items()}) == 2 and len(set(counts.values())) == 2:
-        grids = [_grid(one) for one in features]
-        if {one.ndim for one in features} == {3, 4} and None not in grids:
+        maps = [one for one in features if one.ndim == 4]
+        grids = [one if one.ndim == 4 else _grid(one, maps[0]) for one in features] if len(maps) == 1 else [None]
+        if None not in grids:
             return grids
         (first, n), (second, m) = counts.items()
         shapes = " and ".join(f"{name} {tuple(one.shape)}" for name, one in named.items())
         raise ValueError(
             f"{first} and {second} must have the same number of tokens, got {n} and {m} (from {shapes}): tap layers "
-            "with the same tokens, and leave class tokens out where the other network has none; only a square grid of "
-            "tokens beside a map is resized"
+            "with the same tokens, and leave class tokens out where the other network has none; beside a map, only a "
+            "grid of tokens with the map's proportions is resized"
         )
     return [one.mT.unsqueeze(3) if one.ndim == 3 else one.flatten(2).unsqueeze(3) for one in features]
 
 
-def _grid(features: Tensor) -> Tensor | None:
-    """A map unchanged; tokens (batch, h², C) as the map (batch, C, h, h); None for tokens that form no square."""
-    if features.ndim == 4:
-        return features
-    side = math.isqrt(features.shape[1])
-    return features.mT.unflatten(2, (side, side)) if side**2 == features.shape[1] else None
+def _grid(tokens: Tensor, beside: Tensor) -> Tensor | None:
+    """Tokens (batch, h·w, C) as the map (batch, C, h, w) with h/w = H/W of the map beside them; None if none has it."""
+    count, (height, width) = tokens.shape[1], beside.shape[2:]
+    rows = math.isqrt(count * height // max(width, 1))
+    if rows == 0 or rows * rows * width != count * height or count % rows:
+        return None
+    return tokens.mT.unflatten(2, (rows, count // rows))
 
 
 def check_count(k: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from IPython import get_ipython
@@ -46,7 +47,8 @@ def start(
     Args:
         profile, dataset, data_root, seeds: see :meth:`faqd_lib.runs.suite.Suite.open`; empty or 0 for the default.
         dense: whether the notebook is about a class for each pixel. Another dataset then gives way to CamVid if it is
-            on disk and the profile shows results, else to the strokes of the digits.
+            on disk and the profile shows results, else to the strokes of the digits. A profile without networks for it
+            borrows those of ``quick`` or ``smoke``. Both are printed; see :func:`dense_choice`.
         results_dir: where suite folders live; empty for ``$FAQD_RESULTS``, then ``results/`` in the project.
         extra: further parameters of the notebook, named here so that they count as known.
 
@@ -62,7 +64,11 @@ def start(
     results = results_dir or environment.results()
     engine, bar = environment.engine(), environment.progress_bar()
     chosen = Profile.load(profile or "quick")
-    dataset = _dataset_for(dense, chosen, dataset, data_root)
+    if dense:
+        chosen, dataset, lines = dense_choice(chosen, dataset, data_root)
+        print("".join(f"{line}\n" for line in lines), end="")
+    else:
+        _refuse_dense(chosen, dataset)
     suite = Suite.open(chosen, dataset, data_root, results, seeds, engine=engine, bar=bar)
     chosen = suite.profile
     # On few images, too few updates leave a network untrained.
@@ -80,17 +86,39 @@ def start(
     return suite
 
 
-def _dataset_for(dense: bool, profile: Profile, dataset: str, data_root: str) -> str:
-    """The dataset of a notebook, by what the notebook is about."""
-    known = SOURCES.get(dataset or profile.dataset)
-    if known is not None and known.dense and not dense:
+def _refuse_dense(profile: Profile, dataset: str) -> None:
+    """ConfigurationError if the dataset is not for a notebook about one class an image."""
+    name = dataset or profile.dataset
+    if name in SOURCES and SOURCES[name].dense:
         raise ConfigurationError(
-            f"dataset {dataset or profile.dataset} has a class for each pixel, and this notebook is about one class an "
-            "image: choose another dataset, or notebook 14"
+            f"dataset {name} has a class for each pixel, and this notebook is about one class an image: choose another "
+            "dataset, or notebook 14"
         )
-    if not dense or (known is not None and known.dense):
-        return dataset
-    return "camvid" if profile.shows_results and datasets.on_disk("camvid", data_root or None) else "digit-strokes"
+
+
+def dense_choice(profile: Profile, dataset: str, data_root: str | Path | None) -> tuple[Profile, str, list[str]]:
+    """What a notebook about a class for each pixel works on, where ``dataset`` is asked for; empty for the profile's.
+
+    Returns:
+        The profile with networks for the dataset, the dataset's name, and lines that say what was replaced and why.
+    """
+    asked, lines = dataset or profile.dataset, []
+    name = asked
+    if asked not in SOURCES or not SOURCES[asked].dense:
+        there = datasets.on_disk("camvid", data_root or None)
+        name = "camvid" if profile.shows_results and there else "digit-strokes"
+        rejected = "this profile shows no results" if there else "camvid is not on disk"
+        reason = "found on disk" if name == "camvid" else f"made from scikit-learn's digits, because {rejected}"
+        replaced = "no dataset was named" if asked == "auto" else f"{asked} has no label maps that this project reads"
+        lines.append(f"dataset: {name} ({reason}), because {replaced}")
+    fitted, lender = profile.with_dense_networks(name)
+    if lender:
+        chosen = fitted.for_dataset(name)
+        lines.append(
+            f"networks: teacher {chosen.teachers[0]}, student {chosen.student}, with the settings of the profile "
+            f"{lender} for {name}, because {profile.name} has no networks with a class for each pixel"
+        )
+    return fitted, name, lines
 
 
 def injected_names(cells: list[str]) -> list[str]:

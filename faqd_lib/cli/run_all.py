@@ -5,11 +5,12 @@ one stopped. Executed copies go to ``results/<profile>-<dataset>/notebooks/``.
 """
 
 import argparse
+import contextlib
 import datetime
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import filelock
@@ -31,12 +32,14 @@ from ..utils.files import project_root, require_writable
 from ..utils.progress import clock
 from . import environment
 from .kernels import ForkingKernelManager
+from .notebook import dense_choice
 from .study import report_study, run_study
 
 # The notebook of tables and claims reads the runs of others: checked before `--only` runs it.
 READER, READ = "09", ("04", "05", "06", "07", "08")
 # Notebooks from this number on are the second part: `--all` or `--only` runs them.
 SECOND_PART = 11
+DENSE = "14"  # the notebook about a class for each pixel, which has a results folder of its own
 LOCK_NAME = ".series.lock"
 
 
@@ -134,6 +137,21 @@ def execute(notebook: Path, copy: Path, parameters: dict[str, object], manager: 
     return time.monotonic() - started
 
 
+@contextlib.contextmanager
+def locked(folders: Iterable[Path]) -> Iterator[None]:
+    """Hold the locks of results folders; SeriesError if another process works in one of them."""
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            lock = filelock.FileLock(require_writable(folder.parent) / f".{folder.name}{LOCK_NAME}")
+            try:
+                stack.enter_context(lock.acquire(timeout=0))
+            except filelock.Timeout:
+                raise SeriesError(
+                    f"another run_all.sh is working in {folder}: wait for it, or give --results"
+                ) from None
+        yield
+
+
 def move_old_results(folder: Path) -> None:
     """Rename an old results folder (``--fresh``); nothing is deleted."""
     if folder.exists():
@@ -141,9 +159,12 @@ def move_old_results(folder: Path) -> None:
         print(f"moved the old results to {folder.rename(target)}")
 
 
-def run_series(arguments: argparse.Namespace, profile: Profile, dataset: str, only: Sequence[str]) -> None:
+def run_series(
+    arguments: argparse.Namespace, profile: Profile, dataset: str, only: Sequence[str], fresh: set[Path]
+) -> None:
     """Run the selected notebooks on one dataset: a name, ``"auto"``, or nothing for the profile's own choice.
 
+    With ``--fresh``, the old results of folders that are not in ``fresh`` are moved aside, and the folders are added.
     Raises SeriesError if a notebook fails, or if another process works in the folder. Errors of
     :meth:`~faqd_lib.runs.suite.Suite.open` pass through.
     """
@@ -154,14 +175,16 @@ def run_series(arguments: argparse.Namespace, profile: Profile, dataset: str, on
     if arguments.seeds is not None and arguments.seeds < 1:
         raise ConfigurationError(f"seeds must be a whole number of at least 1, got {arguments.seeds}")
     seeds = arguments.seeds or 0  # 0: the profile's own number
-    lock = filelock.FileLock(require_writable(folder.parent) / f".{folder.name}{LOCK_NAME}")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise SeriesError(f"another run_all.sh is working in {folder}: wait for it, or give --results") from None
-    with lock:
-        if arguments.fresh:
-            move_old_results(folder)
+    folders = [folder]
+    if any(notebook.name.startswith(DENSE) for notebook in selected):
+        fitted, dense, _ = dense_choice(profile, dataset, arguments.data_root)
+        profile = fitted if dense == name else profile
+        folders = list(dict.fromkeys([folder, suite_folder(profile, dense, arguments.results)]))
+    with locked(folders):
+        for place in folders if arguments.fresh else ():
+            if place not in fresh:
+                move_old_results(place)
+        fresh.update(folders)
         suite = Suite.open(profile, dataset, arguments.data_root, arguments.results, seeds)
         check_needs(selected, suite)
         parameters = {
@@ -247,7 +270,7 @@ def parser() -> argparse.ArgumentParser:
     add("--cpus-per-run", type=int, metavar="N", help=f"{on_ray}: threads of a worker (1)")
     add("--gpus-per-run", type=float, metavar="X", help=f"{on_ray}: the part of a GPU it has (0.25 if there is one)")
     add("--hours", type=float, metavar="H", help="for a study: hours to train; 0 only writes its tables")
-    add("--fresh", action="store_true", help="begin again; the old results are moved aside")
+    add("--fresh", action="store_true", help="begin again; the old results, and those of notebook 14, are moved aside")
     return parser
 
 
@@ -297,12 +320,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.hours is not None:
             raise ConfigurationError(f"--hours is for a study, and the profile {profile.name} has none: leave it out")
         datasets = [arguments.dataset] if arguments.dataset else profile.series_datasets
+        fresh: set[Path] = set()
         for dataset in datasets:
-            run_series(arguments, profile, dataset, arguments.only)
+            run_series(arguments, profile, dataset, arguments.only, fresh)
         if len(datasets) > 1 and (not arguments.only or READER in arguments.only):
-            arguments.fresh = False
             for dataset in datasets:  # once more: now the tables can show all datasets
-                run_series(arguments, profile, dataset, [READER])
+                run_series(arguments, profile, dataset, [READER], fresh)
     except (SeriesError, ConfigurationError, DatasetError, EngineError, ResultsError, PermissionError) as error:
         print(f"\nstopped: {error}", file=sys.stderr)
         return 1

@@ -4,12 +4,13 @@ A handler gets the writer, a node of the traced graph, and the module that the n
 ONNX nodes and returns the name of the value. ``MODULES`` lists handlers by class, ``FUNCTIONS`` by name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.utils import _pair
 
@@ -441,11 +442,33 @@ def _interpolate(w: Writer, node: fx.Node, _: None) -> str:
         )
     if size is None and tuple(after) != tuple(factors * before):
         raise OnnxExportError(f"{node.name}: scale_factor {factors.tolist()} gives no whole pixels: give it a size")
-    how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-    if mode == "bilinear":
-        how = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
+    source, how = w.name_of(node.args[0]), {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
+    if mode == "nearest":
+        how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        scale = None if size is not None else tuple(map(float, factors))
+        taken = _nearest_pixels(before, None if size is None else tuple(after), scale)
+        if any(map(_resize_differs, before, taken)):
+            for axis, pixels in enumerate(taken, start=2):
+                source = w.add("Gather", [source, w.constant(pixels)], axis=axis)
+            return source
     sizes = w.constant(np.array(after, np.int64))
-    return w.add("Resize", [w.name_of(node.args[0]), "", "", sizes], axes=[2, 3], **how)
+    return w.add("Resize", [source, "", "", sizes], axes=[2, 3], **how)
+
+
+def _nearest_pixels(before: Sequence[int], size: tuple | None, scale: tuple | None) -> list[np.ndarray]:
+    """The rows and the columns that torch's nearest interpolation takes, int64: found by resizing their numbers."""
+    numbers = torch.stack(torch.meshgrid(*map(torch.arange, before), indexing="ij")).float()
+    rows, columns = F.interpolate(numbers.unsqueeze(0), size, scale)[0].long().numpy()
+    return [rows[:, 0], columns[0]]
+
+
+def _resize_differs(before: int, taken: np.ndarray) -> bool:
+    """Whether Resize takes other pixels than ``taken``.
+
+    ONNX Runtime takes ⌊i / (out/in)⌋ and torch ⌊i · (in/out)⌋, both rounded to float32: 14 to 2 gives 6 and 7.
+    """
+    scale = np.float32(len(taken)) / np.float32(before)
+    return not np.array_equal(np.floor(np.arange(len(taken), dtype=np.float32) / scale), taken)
 
 
 def _subsample(w: Writer, node: fx.Node, module: SubsampleAndPad) -> str:

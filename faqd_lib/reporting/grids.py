@@ -9,8 +9,8 @@ from itertools import chain, product
 from typing import NamedTuple
 
 from ..config import RunConfig
-from ..data.elsewhere import MADE_HERE
-from ..models import is_dense
+from ..data.elsewhere import HALVES, MADE_HERE, half
+from ..models import PatchMixer, is_dense, stage_names
 from ..quantization.relu import STEP_GRADIENTS
 from ..quantization.weights import FLOAT_BITS
 from ..runs.suite import Suite
@@ -203,8 +203,9 @@ def where_cells(suite: Suite) -> list[Cell]:
     """T6: KD and FA by the student's pictures, network and layers; of the study, if the profile has one.
 
     Without a study all students have the fewest bits of T4 and its number of updates. Pictures are two fifths as many
-    as the profile's, from the training split, halves of it, noise, and the datasets that the folder knows.
-    A profile that shows no results has a few of these cells.
+    as the profile's, or fewer if the smaller half has fewer, from the training split, halves of it, noise, and the
+    datasets that the folder knows. A dataset that is not on disk any more is left out if it has no finished run.
+    Networks are those of :func:`where_networks`. A profile that shows no results has a few of these cells.
     """
     study = suite.profile.study
     if study is not None:
@@ -217,21 +218,35 @@ def where_cells(suite: Suite) -> list[Cell]:
         ]
     schedule, count = suite.profile.student_schedule, suite.state.training_count
     common = {"weight_bits": min(suite.profile.grid.affinity_bits)}
+    training, classes = suite.splits.training, len(suite.data.classes)
+    images = min(2 * count // 5, *(len(half(training, classes, which)) for which in HALVES))
     few = {
-        "images": 2 * count // 5,
+        "images": images,
         "updates": schedule.epochs * (count // schedule.batch_size),
-        "schedule": {"batch_size": min(schedule.batch_size, count // 5)},
+        "schedule": {"batch_size": min(schedule.batch_size, images // 2)},
     }
-    sources, networks, layers = (None, *suite.state.sources, *MADE_HERE), WHERE_NETWORKS, WHERE_LAYERS
+    sources, networks, layers = (None, *suite.state.sources, *MADE_HERE), where_networks(suite), WHERE_LAYERS
     if not suite.profile.shows_results:
         sources, networks, layers = (None, "first-half", "noise"), networks[:1], layers[-2:]
     chosen = [{"source": source, **few} for source in sources]
     chosen += [{}, *({"model": name} for name in networks)]
     kinds = [(method, settings) for settings in chosen for method in (KD, FA)] + [(FA, settings) for settings in layers]
-    return [
+    cells = [
         _where_cell(suite, [suite.student(method, seed=seed, **common, **settings) for seed in seeds(suite)])
         for method, settings in kinds
     ]
+    there = {name for name in suite.state.sources if suite.has_images(name)}
+    there |= {cell.row["pictures"] for cell in cells if any(map(suite.store.record, cell.runs))}
+    return [cell for cell in cells if cell.row["pictures"] in {suite.dataset, *MADE_HERE, *there}]
+
+
+def where_networks(suite: Suite) -> tuple[str, ...]:
+    """The other networks of T6: those with as many stages as the teacher that fit the images.
+
+    The mixer's patches fill only images whose height and width are multiples of 4 pixels.
+    """
+    stages, patches = len(stage_names(suite.profile.teachers[0])), suite.data.image_size % PatchMixer.patch == 0
+    return tuple(name for name in WHERE_NETWORKS if len(stage_names(name)) == stages and (patches or name != "mixer"))
 
 
 def _where_cell(suite: Suite, runs: list[RunConfig]) -> Cell:

@@ -190,6 +190,25 @@ class Profile(StrictModel):
         settings = _merged(self.model_dump(), self.dataset_settings.get(dataset, {})) | {"dataset_settings": {}}
         return type(self).parse(settings, where=f"profile {self.name}, dataset_settings.{dataset}")
 
+    def with_dense_networks(self, dataset: str) -> tuple[Self, str]:
+        """This profile for a dataset with a class for each pixel, and the name of the profile it borrows from or "".
+
+        A profile whose networks there predict one class an image borrows the ``dataset_settings`` of ``smoke``, if it
+        shows no results, or else of ``quick``. Its own ``dataset_settings`` for the dataset come on top of them.
+        """
+        own = self.for_dataset(dataset)
+        if any(map(is_dense, (*own.teachers, own.student))):
+            return self, ""
+        lenders = ("quick",) if self.shows_results else ("smoke", "quick")
+        for lender in map(type(self).load, lenders):
+            if borrowed := lender.dataset_settings.get(dataset):
+                # The profile's own choice of T1's teachers names networks with one class an image.
+                settings = _merged({"grid": {"weight_teachers": []}}, borrowed)
+                settings = _merged(settings, self.dataset_settings.get(dataset, {}))
+                all_settings = {**self.dataset_settings, dataset: settings}
+                return self.model_copy(update={"dataset_settings": all_settings}), lender.name
+        return self, ""
+
 
 def _merged(settings: dict, changes: dict) -> dict:
     """``settings`` with ``changes``, table by table."""

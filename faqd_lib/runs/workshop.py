@@ -123,6 +123,13 @@ class Workshop:
         seed, classes = self.state.data.subset_seed, len(self.data.classes)
         return elsewhere.unlabelled(name, count, seed, self.splits.training, classes, other)
 
+    def has_images(self, name: str) -> bool:
+        """Whether the images of a source of :mod:`faqd_lib.data.elsewhere` are made here or on disk."""
+        try:
+            return name in elsewhere.MADE_HERE or datasets.on_disk(name, self.data_root)
+        except datasets.DatasetError:  # a folder of images that is gone is an unknown name
+            return False
+
     def other_dataset(self, name: str) -> ImageData:
         """Another dataset, its images resized to the size of the own ones."""
         download = self.state.profile.download

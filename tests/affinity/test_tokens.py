@@ -56,16 +56,19 @@ def test_the_definition_holds_for_tokens():
 @pytest.mark.parametrize(
     ("student", "teacher", "counts"),
     [((2, 12, 5), (2, 13, 5), "12 and 13"), ((2, 13, 5), (2, 5, 3, 4), "13 and 12"),
-     ((2, 5, 3, 4), (2, 17, 8), "12 and 17")],
+     ((2, 5, 3, 4), (2, 17, 8), "12 and 17"), ((2, 65, 5), (2, 5, 8, 8), "65 and 64"),
+     ((2, 9, 5), (2, 5, 2, 4), "9 and 8"), ((2, 5, 9, 15), (2, 36, 8), "135 and 36")],
 )  # fmt: skip
 def test_other_numbers_of_tokens_are_refused(student, teacher, counts):
     with pytest.raises(ValueError, match=f"same number of tokens, got {counts}.*class tokens"):
         feature_affinity_loss(torch.ones(student), torch.ones(teacher))
 
 
-def test_a_square_of_tokens_beside_a_map_is_that_map():
+@pytest.mark.parametrize(("height", "width"), [(3, 3), (9, 16)])  # 144 tokens are a square as well
+def test_a_grid_of_tokens_beside_a_map_of_its_proportions_is_that_map(height, width):
     """Its loss is that of the grid: the teacher is resized to the student's, whichever of them has tokens."""
-    large, small = maps(height=6, width=6), maps(channels=7, height=3, width=3, seed=1)
+    large = maps(height=2 * height, width=2 * width)
+    small = maps(channels=7, height=height, width=width, seed=1)
     for student, teacher in ((small, large), (large, small)):
         expected, gradient = with_gradient(student, teacher)
         of_teacher, _ = with_gradient(student, tokens(teacher))

@@ -12,6 +12,7 @@ from faqd_lib.cli import notebook
 from faqd_lib.cli.notebook import check_injected, injected_names, start
 from faqd_lib.config import ConfigurationError
 from faqd_lib.runs.profile import Profile
+from faqd_lib.utils.files import project_root
 
 INJECTED = '# Parameters\nprofile = "smoke"\nseeds = 2\n'
 KNOWN = {"profile", "dataset", "data_root", "results_dir", "seeds"}
@@ -91,9 +92,31 @@ def test_camvid_is_taken_where_it_is_on_disk_and_results_are_shown(tmp_path, pro
     for folder in ("train", "trainannot"):
         (tmp_path / "camvid" / folder).mkdir(parents=True)
     chosen = Profile.load(profile)
-    assert notebook._dataset_for(True, chosen, "cifar10", str(tmp_path)) == expected
-    assert notebook._dataset_for(True, chosen, "camvid-val", str(tmp_path)) == "camvid-val"
-    assert notebook._dataset_for(False, chosen, "cifar10", str(tmp_path)) == "cifar10"
+    fitted, name, lines = notebook.dense_choice(chosen, "cifar10", str(tmp_path))
+    assert (fitted, name) == (chosen, expected)
+    (line,) = lines
+    assert line.startswith(f"dataset: {expected} (")
+    assert line.endswith("because cifar10 has no label maps that this project reads")
+    assert notebook.dense_choice(chosen, "camvid-val", str(tmp_path))[1:] == ("camvid-val", [])
+
+
+@pytest.mark.parametrize(("shows", "lender", "bits"), [("true", "quick", [1, 4]), ("false", "smoke", [4])])
+def test_a_profile_without_dense_networks_borrows_them(shell, tmp_path, capsys, shows, lender, bits):
+    shell()
+    shipped = (project_root() / "docs" / "profile.toml").read_text()
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        shipped.replace("shows_results = true", f"shows_results = {shows}").replace(
+            "weight_teachers = []", 'weight_teachers = ["resnet20"]'
+        )
+    )
+    suite = start(**arguments(tmp_path, profile=str(path)), dense=True)
+    profile = suite.profile
+    assert (profile.teachers, profile.student, profile.grid.weight_bits) == (["linknet8"], "linknet8", bits)
+    assert profile.student_schedule.epochs == 8  # the user's own
+    out = capsys.readouterr().out
+    assert "dataset: digit-strokes (made from scikit-learn's digits, because camvid is not on disk)" in out
+    assert f"networks: teacher linknet8, student linknet8, with the settings of the profile {lender} for" in out
 
 
 def test_start_takes_the_results_folder_from_the_environment(shell, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from papermill.exceptions import PapermillExecutionError
 from series_runs import NOTEBOOKS, environment, run
 
 from faqd_lib.cli import run_all
+from faqd_lib.runs.profile import Profile
 from faqd_lib.runs.store import ResultsError
 from faqd_lib.runs.suite import Suite
 from faqd_lib.utils.files import project_root
@@ -129,6 +130,29 @@ def test_fresh_moves_the_old_results_aside(tmp_path, capsys):
     assert len(aside) == 1
     assert (aside[0] / "suite.json").read_text() == "damaged"
     assert "the runs of" in capsys.readouterr().err  # the new folder is good, and has no runs yet
+
+
+def test_notebook_14_has_a_folder_of_its_own(tmp_path, monkeypatch, capsys):
+    """With two datasets the folder is moved once: the second series goes on with the runs of the first one."""
+    monkeypatch.setattr("faqd_lib.reporting.report.write_report", lambda suite: "")
+
+    def execute(notebook, *arguments) -> float:
+        (tmp_path / "smoke-digit-strokes").mkdir(exist_ok=True)
+        return 0.0
+
+    monkeypatch.setattr(run_all, "execute", execute)
+    for name in ("digits", "digit-strokes"):
+        (tmp_path / f"smoke-{name}").mkdir()
+    arguments = ["smoke", "--results", str(tmp_path), "--only", "14", "--fresh", "--dataset", "digits"]
+    options = run_all.parser().parse_args(arguments)
+    options.results, fresh = tmp_path, set()
+    for _ in range(2):
+        run_all.run_series(options, Profile.load("smoke"), "digits", ["14"], fresh)
+    for name in ("digits", "digit-strokes"):
+        assert len(list(tmp_path.glob(f"smoke-{name}.old-*"))) == 1
+    with filelock.FileLock(tmp_path / f".smoke-digit-strokes{run_all.LOCK_NAME}"):
+        assert run_all.main(arguments) == 1
+    assert f"another run_all.sh is working in {tmp_path / 'smoke-digit-strokes'}" in capsys.readouterr().err
 
 
 def test_two_series_do_not_share_a_folder(tmp_path, capsys):

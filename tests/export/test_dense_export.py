@@ -1,5 +1,6 @@
 """Networks with one prediction a pixel: packed files give the same bits, ONNX Runtime the same logits."""
 
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -68,6 +69,22 @@ def test_resized_maps(tmp_path, how):
     found = outputs(export_onnx(Resized(**how), tmp_path / "net.onnx", (3, 12, 15)), images)
     exact = how.get("mode", "nearest") == "nearest"
     torch.testing.assert_close(found, F.interpolate(images, **how), rtol=0, atol=0 if exact else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("before", "how", "operators"),
+    [
+        ((14, 14), {"size": (2, 2)}, ["Gather", "Gather"]), ((20, 14), {"size": (12, 2)}, ["Gather", "Gather"]),
+        ((10, 20), {"scale_factor": (1, 0.6)}, ["Gather", "Gather"]), ((12, 15), {"size": (23, 30)}, ["Resize"]),
+    ],
+)  # fmt: skip
+def test_nearest_pixels_are_torchs(tmp_path, before, how, operators):
+    """The pixels are numbered. From 14 to 2, ONNX Runtime's Resize takes pixel 6 where torch takes pixel 7."""
+    images = torch.arange(1.0 * before[0] * before[1]).view(1, 1, *before)
+    path = export_onnx(Resized(**how), tmp_path / "net.onnx", (1, *before))
+    written = [node.op_type for node in onnx.load(path).graph.node]
+    assert [kind for kind in written if kind != "Identity"] == operators
+    assert torch.equal(outputs(path, images), F.interpolate(images, **how))
 
 
 @pytest.mark.parametrize(

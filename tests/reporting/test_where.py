@@ -3,8 +3,15 @@
 import pandas as pd
 import pytest
 import torch
+from conftest import random_images
 
+from faqd_lib.data.datasets import ImageData
+from faqd_lib.data.elsewhere import MADE_HERE
+from faqd_lib.models import build_model
 from faqd_lib.reporting import charts, grids, where
+from faqd_lib.runs.profile import Profile, SuiteState
+from faqd_lib.runs.store import RunStore
+from faqd_lib.runs.suite import Suite
 
 IMAGES = 200
 STUDY = {
@@ -70,7 +77,7 @@ def test_layers_are_compared_with_kd_of_another_group(suite):
 def test_cells_without_a_study(tiny_suite):
     shown, smoke = (tiny_suite(shows_results=shows) for shows in (True, False))
     rows = pd.DataFrame([cell.row | {"maps": cell.column} for cell in grids.where_cells(shown)])
-    few = rows[rows["images"] == "19"]  # two fifths of 48
+    few = rows[rows["images"] == "16"]  # the first half of 48 images in three classes
     assert few["pictures"].unique().tolist() == ["tiny", "first-half", "second-half", "noise", "smooth-noise"]
     assert set(rows["updates"]) == {"6"}  # 2 epochs of 3 batches, whatever the pictures
     assert rows["student"].unique().tolist() == ["resnet8", *grids.WHERE_NETWORKS]
@@ -82,3 +89,49 @@ def test_cells_without_a_study(tiny_suite):
     assert len({run.digest for run in runs}) == 12
     assert smoke.student("FAQD", weight_bits=1, updates=6) not in runs  # the profile's own epochs, as in T4
     assert smoke.student("FAQD", weight_bits=1) in runs
+
+
+def open_suite(folder, profile: str, classes: int, size: int, count: int = 400, sources: dict | None = None) -> Suite:
+    """The suite of a shipped profile on images of noise, named Tiny ImageNet."""
+    train, test = (random_images(count, classes, size, split) for split in ("train", "test"))
+    names = tuple(map(str, range(classes)))
+    images = ImageData("tiny-imagenet", names, train, test, (0.5,) * 3, (0.25,) * 3, "0" * 64)
+    chosen = Profile.load(profile).for_dataset("tiny-imagenet")
+    state = SuiteState.describe(chosen, "tiny-imagenet", "tiny-imagenet: asked for", images, "float32")
+    state = state.model_copy(update={"sources": sources or {}})
+    return Suite(state, RunStore(folder), torch.device("cpu"), images=images)
+
+
+@pytest.mark.parametrize(
+    ("profile", "size", "networks"),
+    [("smoke", 64, {"resnet8", "mixer"}), ("quick", 64, {"resnet8", *grids.WHERE_NETWORKS}),
+     ("cpu", 64, {"resnet20", *grids.WHERE_NETWORKS}), ("paper", 64, {"resnet18"}),
+     ("quick", 50, {"resnet8", "mobilenet", "plain20"})],
+)  # fmt: skip
+def test_networks_have_the_teachers_stages_and_fit_the_images(tmp_path, profile, size, networks):
+    """The teacher of ``paper`` has four stages there; a mixer's patches do not fill 50 pixels."""
+    suite = open_suite(tmp_path, profile, 10, size)
+    assert {run.model for run in grids.where(suite)} == networks
+    for name in grids.where_networks(suite):
+        build_model(name, 10, image_size=size)
+
+
+def test_a_small_half_bounds_the_number_of_pictures(tmp_path):
+    """Of 400 images in three classes the first half has 134: two fifths would be 160."""
+    suite = open_suite(tmp_path, "quick", 3, 8)
+    counts = {run.images.train_images for run in grids.where(suite) if run.images is not None}
+    assert counts == {134}
+    (batch,) = {run.optimization.batch_size for run in grids.where(suite) if run.images is not None}
+    assert batch == 50
+    assert len(suite.images_from("first-half", 134, "0" * 64)) == 134
+
+
+def test_a_dataset_that_is_gone_stays_only_with_finished_runs(tmp_path):
+    suite = open_suite(tmp_path, "quick", 10, 8, sources={"pets": "1" * 64, "digits": "2" * 64})
+
+    def pictures() -> set[str]:
+        return {cell.row["pictures"] for cell in grids.where_cells(suite)} - {"tiny-imagenet", *MADE_HERE}
+
+    assert pictures() == {"digits"}
+    save(suite, suite.student("KD", weight_bits=1, source="pets", images=160, updates=24), 50.0, 0.1)
+    assert pictures() == {"pets", "digits"}

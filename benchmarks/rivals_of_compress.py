@@ -3,21 +3,26 @@
     python benchmarks/rivals_of_compress.py results/reference/cpu-cifar10-jpeg
     pip install brevitas onnxoptimizer torchao     # what is not installed is left out, with the reason
 
-Each student begins as a copy of the folder's ResNet-20 teacher and learns from its answers alone:
+Each student begins with the weights of the folder's ResNet-20 teacher and learns from its answers alone:
 
 - *rounded*: quantized after training, steps calibrated, batch normalisation estimated again;
 - *compress*: logits and feature affinity, by :func:`faqd_lib.compress`, without search;
-- *Brevitas*: its quantizers of learned scales, one scale per output channel for 4-bit weights; logits alone;
+- *Brevitas*: logits alone; all scales are learned. Weights have one scale per output channel, which begins at the least
+  squared error (4 bits) or at the mean absolute weight (1 bit). Scales of activations begin at the least squared error
+  on the first batches;
 - *torchao*: PT2E quantization-aware training at 8 bits, with its x86 quantizer; logits alone. It has no 4-bit or 1-bit
   convolutions that train.
 
-All train with the same batches, learning rate, schedule and clipping. Agreement is measured on pictures held out from
-training. The file is what each tool deploys: packed (ours), ONNX with integers (Brevitas), exported program (torchao).
-Minutes are not compared. Prints a table; writes ``rivals_of_compress.json`` to ``--out``.
+All train with the same batches, learning rate, schedule and clipping. Scales of quantizers have no weight decay.
+Agreement is measured on pictures held out from training. The file is what each tool deploys: packed (ours), ONNX with
+integers (Brevitas), exported program (torchao). Minutes are not compared. Prints a table; writes
+``rivals_of_compress.json`` to ``--out``. With ``--only``, rows of other students stay as the file holds them. Each row
+names the commit that made it.
 """
 
 import copy
 import importlib.util
+import json
 import math
 import tempfile
 from collections.abc import Callable
@@ -42,9 +47,11 @@ from faqd_lib.data.pictures import PictureBatches, Pictures, split_pictures
 from faqd_lib.data.preprocessing import Preprocessing
 from faqd_lib.quantization.network import replace_modules
 from faqd_lib.runs.suite import Suite
-from faqd_lib.utils.measure import environment
+from faqd_lib.utils.measure import commit, environment
 
 RATE, CLIP, SEED = 0.02, 20.0, 0
+DECAY = 5e-4  # weight decay, not of quantizers' scales
+COLLECTED = 10  # batches that Brevitas takes scales of activations from, before the first update; its default is 300
 
 
 class Made(NamedTuple):
@@ -68,7 +75,10 @@ class Given(NamedTuple):
 
 def distilled(model: nn.Module, given: Given) -> None:
     """Train on the teacher's logits: the schedule of :mod:`faqd_lib.compression.planning`, and its optimizer."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    scales = [value for name, value in model.named_parameters() if "scaling_impl" in name]  # Brevitas' name for them
+    weights = [value for name, value in model.named_parameters() if "scaling_impl" not in name]
+    groups = [{"params": weights, "weight_decay": DECAY}, {"params": scales, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=RATE, momentum=0.9, nesterov=True)
     warm_up, done, epoch = max(1.0, planning.WARMUP_SHARE * given.updates), 0, 0
     while done < given.updates:
         for batch in islice(given.batches.epoch(epoch), given.updates - done):
@@ -108,32 +118,45 @@ def compressed(given: Given, weight_bits: int, activation_bits: int) -> Made:
     return Made(load_packed(path, copy.deepcopy(given.teacher)).eval(), path.stat().st_size)
 
 
-def by_brevitas(given: Given, weight_bits: int, activation_bits: int) -> Made:
-    """Brevitas' layers where :func:`quantize` puts quantizers: every convolution and ReLU; the classifier is float."""
-    import brevitas.nn as qnn
-    from brevitas.quant import Int8WeightPerChannelFloat, SignedBinaryWeightPerTensorConst, Uint8ActPerTensorFloat
+def brevitas_network(teacher: nn.Module, weight_bits: int, activation_bits: int) -> nn.Module:
+    """Brevitas' layers where :func:`quantize` puts quantizers: every convolution and ReLU; the classifier is float.
 
-    binary = weight_bits == 1
-    model, made = copy.deepcopy(given.teacher).requires_grad_(True), {}
+    All scales are parameters. Brevitas' own binary quantizer has the constant scale 0.1 and clips the weights to it;
+    this one keeps the teacher's weights, and its scales begin at the mean absolute weight of an output channel.
+    """
+    import brevitas.nn as qnn
+    from brevitas.quant import Int8WeightPerChannelFloat, Int8WeightPerChannelFloatMSE, Uint8ActPerTensorFloatMSE
+
+    quantizer = {"weight_quant": Int8WeightPerChannelFloatMSE, "weight_bit_width": weight_bits}
+    if weight_bits == 1:
+        quantizer = {
+            "weight_quant": Int8WeightPerChannelFloat, "weight_quant_type": "binary", "weight_bit_width": 1,
+            "weight_scaling_impl_type": "parameter_from_stats", "weight_scaling_stats_op": "ave",
+        }  # fmt: skip
+    model, made = copy.deepcopy(teacher).requires_grad_(True), {}
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
-            quantizer = {"weight_quant": SignedBinaryWeightPerTensorConst} if binary else {
-                "weight_quant": Int8WeightPerChannelFloat, "weight_bit_width": weight_bits
-            }  # fmt: skip
             made[layer] = qnn.QuantConv2d(
                 layer.in_channels, layer.out_channels, layer.kernel_size, stride=layer.stride, padding=layer.padding,
                 bias=layer.bias is not None, **quantizer,
             )  # fmt: skip
             made[layer].load_state_dict(layer.state_dict(), strict=False)
         elif isinstance(layer, nn.ReLU) and activation_bits < 32:
-            made[layer] = qnn.QuantReLU(act_quant=Uint8ActPerTensorFloat, bit_width=activation_bits)
+            made[layer] = qnn.QuantReLU(
+                act_quant=Uint8ActPerTensorFloatMSE, bit_width=activation_bits, collect_stats_steps=COLLECTED
+            )
     replace_modules(model, made)
-    model.train()
-    with torch.no_grad():  # scales of activations are taken from the first batches
-        model(next(given.batches.epoch(0)).images)
+    return model
+
+
+def by_brevitas(given: Given, weight_bits: int, activation_bits: int) -> Made:
+    model = brevitas_network(given.teacher, weight_bits, activation_bits).train()
+    with torch.no_grad():  # begins the scales; those of weights in the first pass
+        for batch in islice(given.batches.epoch(0), COLLECTED):
+            model(batch.images)
     distilled(model, given)
     model.eval()
-    if binary:
+    if weight_bits == 1:
         return Made(model, None, "no export of binary weights to ONNX integers")
     from brevitas.export import export_onnx_qcdq
 
@@ -189,7 +212,15 @@ def row(name: str, bits: str, made: Made, given: Given, taught: torch.Tensor, te
         "bytes of the file": made.size, "agreement (%)": share.percent,
         "95 % interval": f"{low:.1f} to {high:.1f}", "held out": share.total,
         "test images": len(test), "test accuracy (%)": 100 * float(right.double().mean()), "note": made.note,
+        "commit": f"{commit():.8}",
     }  # fmt: skip
+
+
+def joined(rows: list[dict], file: Path) -> list[dict]:
+    """The rows, and those of other students that the file holds, in the order of ``STUDENTS``."""
+    new, order = {row["student"] for row in rows}, ["teacher", *STUDENTS]
+    old = json.loads(file.read_text())["rows"] if file.is_file() else []
+    return sorted([row for row in old if row["student"] not in new] + rows, key=lambda row: order.index(row["student"]))
 
 
 def main() -> None:
@@ -199,7 +230,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128, help="pictures an update (128)")
     parser.add_argument("--held-out", type=int, default=5000, help="pictures that agreement is measured on (5,000)")
     parser.add_argument("--test-images", type=int, default=0, help="a class-balanced part of the test images (0: all)")
-    parser.add_argument("--only", nargs="+", choices=STUDENTS, default=list(STUDENTS), help="some students")
+    parser.add_argument(
+        "--only", nargs="+", choices=STUDENTS, default=list(STUDENTS), help="some students; other rows of the file stay"
+    )
     arguments = parse(parser)
     suite = Suite.read(arguments.folder)
     teacher = suite.model(suite.teacher()).cpu().eval().requires_grad_(False)
@@ -231,6 +264,8 @@ def main() -> None:
                 bits = f"{weight_bits}W{activation_bits}A"
                 rows.append(row(name, bits, made, given, taught, test, trained=make is not rounded))
                 print(rows[-1], flush=True)
+    if arguments.only != list(STUDENTS):
+        rows = joined(rows, arguments.out / "rivals_of_compress.json")
     result = {"environment": machine, "rows": show("rivals of compress", pd.DataFrame(rows)), "left_out": left_out}
     write(arguments.out, "rivals_of_compress", result)
 

@@ -28,7 +28,9 @@ LOGITS = (
     "student|T|n (seeds)|agreement %|rho|near %|fewest KL steps|cosine"
     "|MSE gradient² on missed %|KL gradient² on missed %"
 )
-RIVALS = "student|bits|updates|pictures seen|bytes of the file|agreement (%)|95 % interval|test accuracy (%)|note"
+RIVALS = (
+    "student|bits|updates|pictures seen|bytes of the file|agreement (%)|95 % interval|test accuracy (%)|note|commit"
+)
 # By name of a table: file, part of it, columns.
 MEASURED = {
     "affinity_targets": ("affinity", "targets", "batch|C|H|loss|n|median_ms|iqr_ms|peak_MiB|times faster than direct"),

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..reporting import claims, loss_claims, study_claims, study_curves, tables
+from ..reporting import claims, loss_claims, study_claims, study_curves, tables, where
 from ..runs.store import ResultsError
 from ..runs.suite import Suite
 from ..utils.files import atomic_write_text, project_root
 
 SUITE = Path("results/reference/cpu-cifar10-jpeg")
 STUDY = Path("results/reference/short-cifar10-jpeg")
+WHERE = Path("results/reference/where-cifar10-jpeg")
 BENCHMARKS = Path("results/reference/benchmarks")
 STEPS = "step|how|teacher|batch|n|median_ms|iqr_ms|time / float"
 COHORTS = "teacher|students|batch|n|median_ms|iqr_ms|time / separate runs"
@@ -62,8 +63,9 @@ def generated(root: Path) -> dict[str, str]:
 
     ``claims``: one row a claim. ``loss_claims``: claims about the losses. ``accuracies``: table T1, without rows that
     were not run. ``study``, ``study_arms`` and ``study_reach``: claims of the study with a complete seed, accuracies
-    behind them, and the updates and time that FAQD needs for KD's accuracy. Tables of ``MEASURED``: a part of a
-    benchmark's JSON, in four significant digits, under a line with machine and versions.
+    behind them, and the updates and time that FAQD needs for KD's accuracy. ``where``: rows of table T6 with a pair of
+    runs. Tables of ``MEASURED``: a part of a benchmark's JSON, in four significant digits, under a line with machine
+    and versions.
     """
     suite = Suite.read(root / SUITE)
     verdicts = claims.table(suite).readable.rename(columns={"n (seeds)": "seeds"})
@@ -81,6 +83,8 @@ def generated(root: Path) -> dict[str, str]:
     judged = study_claims.table(study).frame.rename(columns={"contrast": "compared", "n (seeds)": "seeds"})
     parts["study"] = _markdown(judged.loc[judged["difference"] != tables.NOT_RUN, columns])
     parts["study_arms"] = _markdown(study_curves.arms_table(study).frame.drop(columns=[tables.RUNS, "cells"]))
+    gains = where.table(Suite.read(root / WHERE)).frame
+    parts["where"] = _markdown(gains.loc[gains["n (seeds)"] > 0].drop(columns=tables.RUNS))
     steps = {(row["precision"], row["loss"]): row["time / logits"] for row in affinity["step"]}
     parts["study_reach"] = _markdown(study_curves.reach_table(study, steps["float32", "logits + FA"]).frame)
     return parts | {

@@ -139,42 +139,49 @@ def _epochs(suite: Suite, run: RunConfig) -> float:
     return steps * run.optimization.batch_size / suite.state.training_count
 
 
-def report_study(suite: Suite) -> list[Table]:
-    """Write the tables, figures and report of a study; print the verdicts and the hours that are left.
+def study_tables(suite: Suite) -> list[Table]:
+    """The tables of a study that have rows.
 
-    A study with claims has the claims table, accuracies, and gains over updates. Tuning has a table of validation
-    accuracies. Both have the failure signs.
+    A study with claims has their verdicts and accuracies, and the updates to an accuracy where budgets differ. Tuning
+    has validation accuracies. All have the failure signs.
     """
     made = [tuning_table(suite)] if suite.profile.validation_images else []
-    figures = {}
     if suite.profile.study.claims:
-        judged, gain = study_claims.table(suite), study_curves.gain_frame(suite)
-        made += [judged, study_curves.arms_table(suite), study_curves.reach_table(suite)]
-        if len(gain):
-            arms = study_curves.arms_frame(suite)
-            own = [name for name, cells in suite.profile.study.cells.items() if cells.has_own(set())]
-            figures["over_updates"] = study_charts.over_updates(arms[arms["cells"].isin(own)], gain, suite.metric)
+        made += [study_claims.table(suite), study_curves.arms_table(suite), study_curves.reach_table(suite)]
         if not all(cells.has_own(set()) for cells in suite.profile.study.cells.values()):
             made.append(where.table(suite))
-        begun = judged.frame[judged.frame["difference"] != NOT_RUN]
-        for row in begun.to_dict("records"):
-            print(f"  {row['claim']}: {row['difference']} ({row['n (seeds)']} seeds): {row['verdict']}")
-        if len(begun) < len(judged.frame):
-            print(f"  {len(judged.frame) - len(begun)} of {len(judged.frame)} claims have no complete seed yet")
     if is_dense(suite.profile.student):
         made += [segmentation(suite), segmentation_classes(suite)]
-    records = suite.store.records()
-    made.append(signs.table(suite))
+    return [table for table in [*made, signs.table(suite)] if len(table.frame)]
+
+
+def report_study(suite: Suite) -> list[Table]:
+    """Write the tables, figures and report of a study; print the verdicts and the hours that are left."""
+    made, records = study_tables(suite), suite.store.records()
+    figures = {}
+    if len(gain := study_curves.gain_frame(suite)) and suite.profile.study.claims:
+        arms = study_curves.arms_frame(suite)
+        own = [name for name, cells in suite.profile.study.cells.items() if cells.has_own(set())]
+        figures["over_updates"] = study_charts.over_updates(arms[arms["cells"].isin(own)], gain, suite.metric)
     frames = [make(records) for make in (signs.gap_frame, signs.estimate_frame, signs.stability_frame)]
     if len(frames[0]):
         figures["failure_signs"] = study_charts.failure_signs(*frames)
     for name, figure in figures.items():
         charts.save(figure, require_writable(suite.folder / "figures"), name)
-    made = [table for table in made if len(table.frame)]  # updates to an accuracy need two budgets
     for table in made:
         table.write(require_writable(suite.folder / "tables"))
+        if table.name == "claims":
+            _print_verdicts(table)
     report = write_report(suite, [table for table in made if table.name != "claims"])
     left = hours_left(suite)
     rest = "unknown before the first finished run" if left is None else f"about {clock(3600 * left)} on this machine"
     print(f"training left: {rest}; results are in {suite.folder}, the report in {report}", flush=True)
     return made
+
+
+def _print_verdicts(judged: Table) -> None:
+    begun = judged.frame[judged.frame["difference"] != NOT_RUN]
+    for row in begun.to_dict("records"):
+        print(f"  {row['claim']}: {row['difference']} ({row['n (seeds)']} seeds): {row['verdict']}")
+    if len(begun) < len(judged.frame):
+        print(f"  {len(judged.frame) - len(begun)} of {len(judged.frame)} claims have no complete seed yet")

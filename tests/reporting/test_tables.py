@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch import nn
 
-from faqd_lib.reporting import claims, grids, signs, study_claims, study_curves, tables
+from faqd_lib.cli.study import study_tables
+from faqd_lib.reporting import claims, grids, tables
 from faqd_lib.reporting.verdicts import Estimate
 from faqd_lib.runs.profile import Profile
 from faqd_lib.runs.store import ResultsError
@@ -119,10 +120,9 @@ def test_committed_tables_are_those_of_the_committed_records():
     for folder in {path.parents[1] for path in COMMITTED}:
         suite = Suite.read(folder)
         if suite.profile.study is None:
-            again = (claims.table(suite), *tables.all_tables(suite, EMPTY))
+            again = [claims.table(suite), *tables.all_tables(suite, EMPTY)]
         else:
-            again = (study_claims.table(suite), study_curves.arms_table(suite), signs.table(suite))
-            again += tuple(tables.all_tables(suite, EMPTY)) if suite.metric == "mean IoU" else ()
+            again = study_tables(suite)
         made = {table.name: table for table in again}
         for path in COMMITTED:
             if path.parents[1] == folder:

@@ -4,7 +4,7 @@
                                   has one more); labels choose the images and are then dropped
 ``noise``                         every value of every pixel uniform from 0 to 255, independent
 ``smooth-noise``                  the same at a quarter of the height and width, enlarged bilinearly
-another name                      the training split of a dataset, in the size of the own images
+the name of a dataset             its training split, in the size of the own images
 """
 
 import torch
@@ -26,7 +26,7 @@ def half(images: Images, classes: int, which: str) -> Images:
 
 
 def noise(name: str, count: int, size: int, seed: int) -> Images:
-    """``count`` images of ``size`` × ``size`` pixels, ``"noise"`` or ``"smooth-noise"``; the seed gives every bit."""
+    """``count`` images of ``size`` × ``size`` pixels, ``"noise"`` or ``"smooth-noise"``; the seed fixes every bit."""
     generator = stream(seed, name)
     if name == "noise":
         return Images(torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8))
@@ -47,7 +47,7 @@ def unlabelled(name: str, count: int, seed: int, own: Images, classes: int, othe
         other: the labelled images of another dataset.
 
     Raises:
-        DatasetError: there are fewer images, or those of the other dataset have another size.
+        DatasetError: the source has fewer images, or ``other`` has images of another size than ``own``.
     """
     size = own.pixels.shape[-1]
     if name in NOISE:

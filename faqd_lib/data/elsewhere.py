@@ -4,7 +4,7 @@
                                   has one more); labels choose the images and are then dropped
 ``noise``                         every value of every pixel uniform from 0 to 255, independent
 ``smooth-noise``                  the same at a quarter of the height and width, enlarged bilinearly
-another name                      the training split of a dataset, in the size of the own images
+the name of a dataset             its training split, in the size of the own images
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def half(images: Images, classes: int, which: str) -> Images:
 
 
 def noise(name: str, count: int, size: Sequence[int], seed: int) -> Images:
-    """``count`` images of ``size`` (height, width), ``"noise"`` or ``"smooth-noise"``; the seed gives every bit."""
+    """``count`` images of ``size`` (height, width), ``"noise"`` or ``"smooth-noise"``; the seed fixes every bit."""
     generator = stream(seed, name)
     if name == "noise":
         return Images(torch.randint(0, 256, (count, 3, *size), generator=generator, dtype=torch.uint8))

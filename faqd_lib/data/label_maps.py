@@ -1,4 +1,4 @@
-"""Read pictures with a class for every pixel: two folders a split, ``<split>`` and ``<split>annot``.
+"""Read pictures with a class for every pixel, from two folders a split: ``<split>`` and ``<split>annot``.
 
 A picture ``train/<stem>.png`` (or jpg) has its label map in ``trainannot/<stem>.png``, whose grey or palette values are
 the indices of classes. In memory a label map is uint8 (height, width), and :data:`~faqd_lib.data.images.IGNORED` marks

@@ -14,7 +14,7 @@ NOT_MEASURED = "not measured"
 
 
 def read_costs(file: Path) -> dict[str, dict]:
-    """Rows of the part ``rivals`` of ``benchmarks/affinity.py``, by the name of the loss; empty if there is none."""
+    """Rows of the part ``rivals`` of ``benchmarks/affinity.py``, by the name of the loss; empty without such rows."""
     if not file.is_file():
         return {}
     return {row["loss"]: row for row in json.loads(file.read_text(encoding="utf-8")).get("rivals", ())}
@@ -59,7 +59,7 @@ def table(suite: Suite, costs: Path) -> Table:
 
 
 def gains(suite: Suite) -> pd.DataFrame:
-    """The columns of :func:`faqd_lib.reporting.where.gain_frame`, with ``weight``, that of the loss between maps."""
+    """The columns of :func:`faqd_lib.reporting.where.gain_frame`, and ``weight``, the weight of the map loss."""
     cells = grids.rival_cells(suite)
     weights = {(cell.row["bits"], cell.column): cell.runs[0].objective.affinity_weight for cell in cells}
     frame = where.gain_frame(suite, cells)

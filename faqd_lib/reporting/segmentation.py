@@ -16,8 +16,8 @@ RESAMPLES = 2000
 def answers(kept: Mapping[str, Tensor]) -> np.ndarray:
     """The share of each test image in a run's score, (N,) float32; their mean is the score / 100.
 
-    Of classes: 1 where the predicted class is the true one, else 0. Of pixels: the linear terms of the mean IoU,
-    :func:`~faqd_lib.training.segmentation.iou_by_image`. ``kept`` is of
+    For classifiers: 1 where the predicted class is the true one, else 0. For segmentation: the linear terms of the
+    mean IoU, :func:`~faqd_lib.training.segmentation.iou_by_image`. ``kept`` comes from
     :meth:`~faqd_lib.runs.store.RunStore.predictions`.
     """
     if "pixel_counts" in kept:
@@ -48,10 +48,11 @@ class Gain(NamedTuple):
 
 
 def gains(ours: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Gain, list[Gain]]:
-    """Mean IoU and IoU of each class, ours − others, mean over pairs of runs, by a paired bootstrap over images.
+    """Differences ours − others in mean IoU and in each class's IoU, by a paired bootstrap over images.
 
-    Images are drawn with replacement, :data:`RESAMPLES` times, the same for all runs; the interval has the percentiles
-    2.5 and 97.5. It does not cover other seeds. A class that no pixel has and none was named has NaN.
+    A difference is the mean over pairs of runs. Images are drawn with replacement, :data:`RESAMPLES` times, the same
+    for all runs. The interval has the percentiles 2.5 and 97.5. It does not cover other seeds. A class that no pixel
+    has, true or predicted, has NaN.
 
     Args:
         ours, others: pixel counts (N, 3, C) of runs on the same images, pair by pair.

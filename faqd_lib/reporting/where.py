@@ -29,8 +29,8 @@ def gain_frame(suite: Suite, cells: Sequence[Cell] | None = None) -> pd.DataFram
     Returns:
         The headings of the cells (``HEADINGS`` of T6) and ``affinity`` (which maps, compared how); ``n``, seeds with
         both runs; ``KD`` and ``with FA``, mean last-epoch test accuracy in percent; ``gain`` in percentage points with
-        ``low`` and ``high``, its 95 % interval (with one seed: for other test images only); ``interval`` in words;
-        ``maps``, the geometric mean over seeds of the exact affinity loss on test images with FA over that with KD;
+        ``low`` and ``high``, its 95 % interval (one seed: other test images only); ``interval`` in words;
+        ``maps``, geometric mean over seeds of a ratio: the exact affinity loss on test images, with FA over with KD;
         ``runs``. NaN and empty without a pair.
     """
     cells = grids.where_cells(suite) if cells is None else cells
@@ -70,7 +70,7 @@ def _right(suite: Suite, record: RunRecord) -> torch.Tensor:
 
 
 def forest_frame(frame: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The gains of a frame of :func:`gain_frame` for :func:`faqd_lib.reporting.charts.forest`, named by a column."""
+    """The gains of a :func:`gain_frame` for :func:`faqd_lib.reporting.charts.forest`, named by the column ``name``."""
     shown = frame[frame["n"] > 0]
     return pd.DataFrame(
         {

@@ -40,7 +40,7 @@ class LogitGeometry:
         spread: max d − min d.
         margin: the teacher's largest logit less its second largest.
         mse_gradient, kl_gradient: norms of the gradients of MSE and of T²·KL.
-        kl_cosine: cosine between the gradient of T²·KL and d̃; MSE's with d is 1. 0 where the gradient vanishes.
+        kl_cosine: cosine between the gradient of T²·KL and d̃, 0 where the gradient vanishes. MSE's with d is 1.
         smallest, largest: extreme eigenvalues of F(p) on centred logits, p the teacher's softened distribution.
         agrees: whether student and teacher have the same top class, boolean.
     """
@@ -59,7 +59,7 @@ class LogitGeometry:
 
     @property
     def rho(self) -> Tensor:
-        """(max d − min d)/T: below 1 the image is near, and T²·KL about quadratic."""
+        """(max d − min d)/T: up to 1 the image is near, and T²·KL nearly quadratic."""
         return self.spread / self.temperature
 
     @property
@@ -74,9 +74,10 @@ class LogitGeometry:
 
     @property
     def fewest_kl_steps(self) -> Tensor:
-        """Gradient steps of size 2 (one over KL's largest curvature) that the way to the teacher takes at least.
+        """A lower bound on the gradient steps of T²·KL from student to teacher.
 
-        A step moves the logits by at most 2√2·T. MSE's step of size C/2 arrives at once.
+        The step size is 2, one over KL's largest curvature. A step moves the logits by at most 2√2·T. MSE's step
+        of size C/2 arrives at once.
         """
         return self.centred / (2 * math.sqrt(2) * self.temperature)
 

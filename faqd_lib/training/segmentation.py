@@ -37,9 +37,9 @@ def dense_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | 
 def root_median_frequency(labels: Tensor, classes: int) -> Tensor:
     """Weights of classes (C,) for the label loss: the square root of median-frequency balancing.
 
-    The frequency of a class is its share of the labelled pixels in images that have it, and its weight √(median of the
-    frequencies / frequency); 1 for a class without pixels. Without the root, the weights are those of Eigen and Fergus
-    (2015) and of SegNet. ``labels`` is uint8 (images, height, width).
+    The frequency of a class is its share of the labelled pixels in images that have the class. Its weight is √(median
+    of the frequencies / frequency), and 1 for a class without pixels. Without the root, the weights are those of Eigen
+    and Fergus (2015) and of SegNet. ``labels`` is uint8 (images, height, width).
     """
     _, _, pixels = pixel_counts(labels, labels, classes).double().unbind(1)
     of_images = pixels.sum(1, keepdim=True) * (pixels > 0)
@@ -49,7 +49,7 @@ def root_median_frequency(labels: Tensor, classes: int) -> Tensor:
 
 
 def pixel_counts(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Counts of labelled pixels, int64 (images, 3, C): rightly named a class, named it, and of the class.
+    """Counts of labelled pixels of each class, int64 (images, 3, C): rightly predicted, predicted, true.
 
     ``predicted`` and ``labels`` are (images, height, width).
     """
@@ -66,7 +66,7 @@ def pixel_counts(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
 def class_iou(counts: Tensor) -> Tensor:
     """Intersection over union of each class, (…, 3, C) → (…, C), from 0 to 1, from the counts of a set of images.
 
-    NaN for a class that no pixel has and none was named.
+    NaN for a class that no pixel has, true or predicted.
     """
     right, named, true = counts.double().unbind(-2)
     return right / (named + true - right)
@@ -90,7 +90,7 @@ def iou_by_image(counts: Tensor) -> Tensor:
     """The share of each image in the mean IoU, (images, 3, C) → (images,), float64; their mean is the mean IoU / 100.
 
     The linear terms of the ratio (delta method): the mean over classes of IoU + (I − IoU · U) / mean U, where I and U
-    are the image's intersection and union. They may lie outside [0, 1].
+    are the image's intersection and union. Shares may lie outside [0, 1].
     """
     right, named, true = counts.double().unbind(1)
     union = named + true - right
@@ -124,7 +124,7 @@ def dense_evaluation(measured: list[tuple[Tensor, Tensor]]) -> DenseEvaluation:
 
 
 def measure(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a batch: its pixel counts, and the sum over pixels of the cross-entropy of each image (batch,), float64."""
+    """Pixel counts of a batch, and the cross-entropy of each image summed over its pixels, (batch,), float64."""
     check_classes(logits.shape[1])
     surprise = F.cross_entropy(logits, labels.long(), ignore_index=IGNORED, reduction="none").double().sum((1, 2))
     return pixel_counts(logits.argmax(1), labels, logits.shape[1]), surprise

@@ -130,6 +130,7 @@ def test_what_is_drawn_where_numbers_count(whole_series, tmp_path):
     drawn = {path.stem for path in (there / "figures").glob("*.png")}
     assert drawn == {
         "05_accuracy_by_bits", "05_confusion", "05_curves_fewest_bits", "09_accuracy_and_size", "09_failure_signs",
+        "claims",
     }  # fmt: skip
     assert "seeds 1, 2 (n = 2), trained" in (there / "report" / "index.html").read_text()
 

@@ -4,7 +4,10 @@ import ipaddress
 import os
 import shutil
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -146,9 +149,10 @@ class Killed(BaseException):
     """Not an Exception: the code under test cannot mistake it for an ordinary error."""
 
 
-def run_until_killed(monkeypatch, suite: Suite, configs: list[RunConfig], checkpoints: int) -> None:
-    """Train until ``checkpoints`` checkpoints are written, and stop there as a killed process does."""
-    original, left = local.save_checkpoint, [checkpoints]
+@contextmanager
+def killed_after(monkeypatch, module: ModuleType, checkpoints: int) -> Iterator[None]:
+    """End what is called within after so many of the module's checkpoints, as a killed process ends."""
+    original, left = module.save_checkpoint, [checkpoints]
 
     def checkpoint(*arguments):
         original(*arguments)
@@ -156,10 +160,16 @@ def run_until_killed(monkeypatch, suite: Suite, configs: list[RunConfig], checkp
         if left[0] == 0:
             raise Killed
 
-    monkeypatch.setattr(local, "save_checkpoint", checkpoint)
+    monkeypatch.setattr(module, "save_checkpoint", checkpoint)
     with pytest.raises(Killed):
+        yield
+    monkeypatch.setattr(module, "save_checkpoint", original)
+
+
+def run_until_killed(monkeypatch, suite: Suite, configs: list[RunConfig], checkpoints: int) -> None:
+    """Train until ``checkpoints`` checkpoints are written, and stop there as a killed process does."""
+    with killed_after(monkeypatch, local, checkpoints):
         suite.run(configs)
-    monkeypatch.setattr(local, "save_checkpoint", original)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import torch
 
 from faqd_lib.cli.pages import pages
 from faqd_lib.cli.run_all import parser
+from faqd_lib.reporting import study_claims, study_curves
 from faqd_lib.runs.profile import PROFILES
 from faqd_lib.runs.suite import Suite
 from faqd_lib.utils.files import project_root
@@ -45,6 +46,16 @@ def test_a_network_is_loaded_by_hand_as_the_results_page_says(tmp_path):
         exec(compile(ours, "results/README.md", "exec"), scope)
         images = torch.randn(2, 3, 32, 32)
         torch.testing.assert_close(scope["model"](images), suite.model(run)(images))
+
+
+def test_the_typed_numbers_of_the_study_are_those_of_its_records():
+    suite = Suite.read(project_root() / "results" / "reference" / "short-cifar10-jpeg")
+    reach, judged = study_curves.reach_frame(suite).set_index("updates"), study_claims.table(suite).frame
+    family = judged[judged["family"] == "when"]
+    assert f"KD's accuracy after 400 updates, FAQD needs [{reach.loc[400, 'share']:.2f} times as many]" in TEXT
+    without = int((family["difference"] == "not run").sum())
+    assert f"{len(family)} claims share an error rate" in TEXT
+    assert f"while {without} of them have no runs" in TEXT
 
 
 def test_the_readme_is_short_and_shows_both_commands():

@@ -39,7 +39,7 @@ from .study import report_study, run_study
 READER, READ = "09", ("04", "05", "06", "07", "08")
 # Notebooks from this number on are the second part: `--all` or `--only` runs them.
 SECOND_PART = 11
-DENSE = "14"  # the notebook about a class for each pixel, which has a results folder of its own
+DENSE = "14"  # the notebook about a class for each pixel; its results go to another folder
 LOCK_NAME = ".series.lock"
 
 

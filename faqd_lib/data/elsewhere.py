@@ -24,7 +24,7 @@ _COARSER = 4  # pixels of smooth noise between two independent values
 def half(images: Images, classes: int, which: str) -> Images:
     """The images of the first ``classes // 2`` classes, or of the others; with their labels.
 
-    Raises DatasetError for label maps: an image has no class of its own.
+    Raises DatasetError for label maps, which have no class of a whole image.
     """
     if images.is_dense:
         raise DatasetError(

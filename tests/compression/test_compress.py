@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_images
+from conftest import Killed, killed_after, random_images
 from PIL import Image
 from torch import nn
 
@@ -92,26 +92,12 @@ def test_several_bits_are_trained_to_the_same_bits_as_each_alone(tmp_path):
     assert_same_bits(together, alone)
 
 
-class Killed(BaseException):
-    """Not an Exception, as the death of a process is none."""
-
-
 def test_a_killed_call_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     options = {"epochs": 2, "learning_rate": None}
     whole = run(tmp_path / "whole", **options)
-    original, calls = module.save_checkpoint, []
-
-    def killed(*arguments):
-        original(*arguments)
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise Killed
-
     monkeypatch.setattr(module, "due_every", lambda seconds: lambda: True)
-    monkeypatch.setattr(module, "save_checkpoint", killed)
-    with pytest.raises(Killed):
+    with killed_after(monkeypatch, module, 3):
         run(tmp_path / "killed", **options)
-    monkeypatch.setattr(module, "save_checkpoint", original)
     assert not (tmp_path / "killed" / "card.md").exists()
     said = []
     again = run(tmp_path / "killed", say=said.append, **options)
@@ -341,17 +327,9 @@ def test_dropout_draws_the_same_after_a_kill_and_beside_others(tmp_path, monkeyp
     torch.manual_seed(123)
     beside = run(tmp_path / "beside", **options, bits=("2W32A", "1W32A"))
     assert_same_bits(weights(whole), {name: value for name, value in weights(beside).items() if name[0] == "1"})
-    original = module.save_checkpoint
-
-    def killed(*arguments):
-        original(*arguments)
-        raise Killed
-
     monkeypatch.setattr(module, "due_every", lambda seconds: lambda: True)
-    monkeypatch.setattr(module, "save_checkpoint", killed)
-    with pytest.raises(Killed):
+    with killed_after(monkeypatch, module, 1):
         run(tmp_path / "killed", **options)
-    monkeypatch.setattr(module, "save_checkpoint", original)
     assert_same_bits(weights(whole), weights(run(tmp_path / "killed", **options)))
 
 

@@ -9,9 +9,9 @@ Every call computes value and gradient in float32, channels-last. The parts are
 - ``targets``: shapes of a ResNet's maps, against "direct" and "plain FFA"; 5 minutes on two slow cores.
 - ``ffa``: forward and backward of FFA apart; seconds.
 - ``memory``: extra memory at 224×224; seconds.
-- ``step``: a training step of a ResNet-20 with and without FA; minutes.
+- ``step``: a training step of a ResNet-20 with and without FA, also in bf16 where the hardware computes in it; minutes.
 - ``rivals``: the same step with every rival of FA, for table T7; minutes.
-- ``sweep``: all sizes; 10 minutes.
+- ``sweep``: all sizes, half as many calls; 10 minutes.
 
 "direct" is the N×N loss and "plain FFA" the paper's fast loss, both written with autograd. The floor is the time to
 read both maps and write one gradient at the measured copy bandwidth of this machine. Prints tables; writes
@@ -23,11 +23,12 @@ from collections.abc import Mapping
 
 import pandas as pd
 import torch
-from reporting import announce, options, parse, show, spread, write
+from reporting import announce, options, paired_ratio, parse, show, spread, write
 
 from faqd_lib import DistillationObjective, FeatureTap, build_model, feature_affinity_loss, quantize
 from faqd_lib.affinity.loss import draw_projections
 from faqd_lib.reporting import charts
+from faqd_lib.training.learner import precision_that_pays
 from faqd_lib.utils.measure import copy_bandwidth, environment, peak_bytes, take_turns
 
 MiB = 2**20
@@ -80,12 +81,19 @@ def candidates(student: torch.Tensor, teacher: torch.Tensor) -> dict:
     }
 
 
-def measure(calls: dict, rounds: int, device: str, **labels) -> list[dict]:
-    """One row a candidate: median and interquartile range of its times, its peak memory."""
+def measure(calls: dict, rounds: int, device: str, against: str | None = None, **labels) -> list[dict]:
+    """One row a candidate: median and interquartile range of its times, its peak memory.
+
+    ``against`` names a candidate: ``time / `` it is then the median ratio of the same turns, with a 95 % interval.
+    """
     times = take_turns(calls, rounds, device)
     rows = []
     for name, call in calls.items():
-        rows.append({**labels, "loss": name, **spread(times[name]), "peak_MiB": peak_bytes(call, device) / MiB})
+        row = {**labels, "loss": name, **spread(times[name]), "peak_MiB": peak_bytes(call, device) / MiB}
+        if against is not None:
+            ratio, low, high = paired_ratio(times[name], times[against])
+            row |= {f"time / {against}": ratio, "ratio low": low, "ratio high": high}
+        rows.append(row)
     return rows
 
 
@@ -227,9 +235,10 @@ def step_overhead(
             optimizer.step()
 
         calls[name] = step
-    rows = measure(calls, rounds, device, batch=batch, precision=precision)
+    first = next(iter(calls))
+    rows = measure(calls, rounds, device, first, batch=batch, precision=precision)
     for row in rows:
-        row["time / logits"] = row["median_ms"] / rows[0]["median_ms"]
+        row["time / logits"] = row.pop(f"time / {first}")
         row["extra_MiB"] = row["peak_MiB"] - rows[0]["peak_MiB"]
     rows[1] |= {"wanted": "≤ 1.2", "met": rows[1]["time / logits"] <= 1.2}
     return pd.DataFrame(rows)
@@ -250,7 +259,7 @@ PARTS = ("targets", "ffa", "memory", "step", "rivals", "sweep")
 
 
 def main() -> None:
-    parser = options(__doc__, rounds=15)
+    parser = options(__doc__, rounds=30)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which parts (all)")
     parser.add_argument("--batch", type=int, default=128, help="images of a training step, part step (128)")
     arguments = parse(parser)
@@ -263,10 +272,13 @@ def main() -> None:
         "ffa": lambda: ffa_backward(device, rounds),
         "memory": lambda: large_map(device),
         "step": lambda: pd.concat(
-            [step_overhead(device, arguments.batch, max(5, rounds * 2 // 3), p) for p in ("float32", "bf16")]
+            [
+                step_overhead(device, arguments.batch, rounds, p)
+                for p in dict.fromkeys(("float32", precision_that_pays(device)))
+            ]
         ),
         "rivals": lambda: step_overhead(device, arguments.batch, rounds, "float32", RIVAL_STEPS),
-        "sweep": lambda: sweep(device, rounds, bandwidth),
+        "sweep": lambda: sweep(device, max(2, rounds // 2), bandwidth),
     }
     result = {"environment": machine, "copy_bandwidth": bandwidth}
     for name in arguments.parts:

@@ -1,6 +1,7 @@
 """Time and peak memory of calls, and the machine and software they were measured on."""
 
 import contextlib
+import gc
 import itertools
 import math
 import os
@@ -24,6 +25,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
     The figure comes from the allocator's statistics on CUDA, and from the profiler's allocation events on the CPU.
     """
     device = torch.device(device)
+    gc.collect()  # what an earlier call left in reference cycles must not be freed within this one
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -19,14 +19,14 @@ from jupyter_client.provisioning import LocalProvisioner
 
 LAUNCHER = "ipykernel_launcher"
 # None of these modules touches a GPU. The only threads that they start are those of OpenBLAS, which starts them again
-# after a fork. The second line is what torch imports for a check of two tensors, a count of operations or a compiled
-# kernel, ten seconds in all. The third is what run_all.py imports: multiprocessing runs the main module again in each
-# process.
+# after a fork. The second line is what run_all.py imports: multiprocessing runs the main module again in each process.
 PRELOADED = (
     "ipykernel.kernelapp", "matplotlib.pyplot", "matplotlib.backends.backend_pdf", "seaborn", "scipy.stats",
-    "torch._dynamo", "torch._inductor.compile_fx", "torch.distributed.tensor",
     "papermill", "faqd_lib.cli.notebook", "faqd_lib.cli.study", "faqd_lib.reporting.pictures",
 )  # fmt: skip
+# What torch imports when it first compares two tensors, counts operations or compiles: ten seconds on a slow core. Most
+# notebooks do one of these.
+COMPILER = ("torch._dynamo", "torch._inductor.compile_fx", "torch.distributed.tensor")
 
 
 def run_kernel(arguments: Sequence[str], environment: Mapping[str, str], folder: str) -> None:
@@ -53,9 +53,11 @@ class ForkedKernel:
 
     stdin = stdout = stderr = None
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], folder: str) -> None:
+    def __init__(
+        self, arguments: Sequence[str], environment: Mapping[str, str], folder: str, preloaded: Sequence[str]
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOADED))
+        context.set_forkserver_preload(list(preloaded))
         self._process = context.Process(target=run_kernel, args=(arguments, dict(environment), folder))
         self._process.start()
         self.pid = self._process.pid
@@ -85,14 +87,26 @@ class ForkingProvisioner(LocalProvisioner):
         if sys.platform != "linux" or cmd[0] != sys.executable or LAUNCHER not in cmd:
             return await super().launch_kernel(cmd, **kwargs)
         self.cwd = kwargs.get("cwd") or os.getcwd()
-        self.process = ForkedKernel(cmd[cmd.index(LAUNCHER) + 1 :], kwargs["env"], str(self.cwd))
+        arguments, preloaded = cmd[cmd.index(LAUNCHER) + 1 :], self.parent.preloaded
+        self.process = ForkedKernel(arguments, kwargs["env"], str(self.cwd), preloaded)
         self.pid = self.pgid = self.process.pid
         return self.connection_info
 
 
 class ForkingKernelManager(AsyncKernelManager):
-    """A manager whose kernel is forked; NoSuchKernel if the kernel's specification is not installed."""
+    """A manager whose kernel is forked; NoSuchKernel if the kernel's specification is not installed.
+
+    ``preloaded`` names the modules that are imported before the first fork.
+    """
+
+    preloaded = PRELOADED
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.provisioner = ForkingProvisioner(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
+
+
+class SeriesKernelManager(ForkingKernelManager):
+    """A manager for many kernels: torch's compiler is imported before the first fork, too."""
+
+    preloaded = PRELOADED + COMPILER

@@ -31,7 +31,7 @@ from ..runs.suite import Suite
 from ..utils.files import project_root, require_writable
 from ..utils.progress import clock
 from . import environment
-from .kernels import ForkingKernelManager
+from .kernels import ForkingKernelManager, SeriesKernelManager
 from .notebook import dense_choice
 from .study import report_study, run_study
 
@@ -41,6 +41,7 @@ READER, READ = "09", ("04", "05", "06", "07", "08")
 SECOND_PART = 11
 DENSE = "14"  # the notebook about a class for each pixel; its results go to another folder
 LOCK_NAME = ".series.lock"
+FEW = 4  # notebooks
 
 
 class SeriesError(RuntimeError):
@@ -137,6 +138,13 @@ def execute(notebook: Path, copy: Path, parameters: dict[str, object], manager: 
     return time.monotonic() - started
 
 
+def kernel_manager(notebooks: int) -> type[AsyncKernelManager]:
+    """The manager for so many notebooks: for few, importing what all may need would cost more than it saves."""
+    if notebooks == 1:
+        return AsyncKernelManager
+    return ForkingKernelManager if notebooks <= FEW else SeriesKernelManager
+
+
 @contextlib.contextmanager
 def locked(folders: Iterable[Path]) -> Iterator[None]:
     """Hold the locks of results folders; SeriesError if another process works in one of them."""
@@ -195,8 +203,7 @@ def run_series(
             "seeds": seeds,
         }
         copies = require_writable(folder / "notebooks")
-        # For one notebook, what all import would cost more than it saves.
-        manager = ForkingKernelManager if len(selected) > 1 else AsyncKernelManager
+        manager = kernel_manager(len(selected))
         seconds: dict[str, float] = {}
         for index, notebook in enumerate(selected, start=1):
             gone = clock(sum(seconds.values()))

@@ -9,7 +9,6 @@ import sys
 import pytest
 from jupyter_client.kernelspec import NoSuchKernel
 
-from faqd_lib.cli import kernels
 from faqd_lib.cli.kernels import ForkedKernel, ForkingKernelManager
 
 pytestmark = [
@@ -29,7 +28,7 @@ def shown(reply: dict) -> object:
 
 
 def test_a_forked_kernel_lives_as_any_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "PRELOADED", ("faqd_lib.cli.kernels", "ipykernel.kernelapp"))
+    monkeypatch.setattr(ForkingKernelManager, "preloaded", ("faqd_lib.cli.kernels", "ipykernel.kernelapp"))
 
     async def life() -> None:
         manager = ForkingKernelManager(kernel_name="python3")

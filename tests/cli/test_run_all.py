@@ -7,7 +7,7 @@ import nbformat
 import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
-from series_runs import NOTEBOOKS, environment, run
+from series_runs import NOTEBOOKS, environment
 
 from faqd_lib.cli import run_all
 from faqd_lib.runs.profile import Profile
@@ -16,14 +16,6 @@ from faqd_lib.runs.suite import Suite
 from faqd_lib.utils.files import project_root
 
 pytestmark = pytest.mark.series
-
-
-def test_a_profile_of_ones_own_is_found_from_any_folder(tmp_path):
-    shipped = (project_root() / "faqd_lib" / "runs" / "profiles" / "smoke.toml").read_text()
-    (tmp_path / "mine.toml").write_text(shipped)
-    done = run(["mine.toml", "--dataset", "digits", "--results", "results", "--only", "00"], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "results" / "mine-digits" / "notebooks" / "00_start_here.ipynb").is_file()
 
 
 def test_a_misspelled_parameter_stops_the_notebook(tmp_path, monkeypatch):

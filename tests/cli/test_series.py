@@ -1,6 +1,7 @@
 """The real thing: notebooks through papermill at smoke scale, from another folder than the project's."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,14 @@ def whole_series(tmp_path_factory):
     done = run(["smoke", "--all", "--dataset", "digits", "--results", str(results)], cwd=folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder, results / "smoke-digits", done
+
+
+def leads_a_session(process: int) -> bool:
+    """Among the processes of a series, only its kernels do."""
+    try:
+        return os.getsid(process) == process
+    except ProcessLookupError:  # it has ended
+        return False
 
 
 def test_every_notebook_is_executed_without_an_error(whole_series):
@@ -68,34 +77,53 @@ def test_a_second_call_trains_nothing_and_says_why_it_took_which_images(whole_se
         assert reason in (copy / "tables" / name).read_text(), name
 
 
-def test_killed_in_the_middle_it_continues_to_the_same_weights_and_tables(whole_series, tmp_path):
+def test_interrupted_and_killed_it_continues_to_the_same_weights_and_tables(whole_series, tmp_path):
+    """An interrupted kernel is reported, a killed series is not; each time the next call goes on."""
     _, suite, _ = whole_series
     # The smoke profile under another name that shows its numbers, or the tables would hold none to compare.
     shipped = (project_root() / "faqd_lib" / "runs" / "profiles" / "smoke.toml").read_text()
     (tmp_path / "tiny.toml").write_text(shipped.replace("shows_results = false", "shows_results = true"))
+    results = tmp_path / "results"
     command = [sys.executable, "-m", "faqd_lib.cli.run_all", "tiny.toml", "--dataset", "digits", "--only", "04", "08"]
-    command += ["--results", str(tmp_path / "results")]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment(tmp_path / "cache"), stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 900
-    while len(digests(tmp_path / "results")) < 2 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    command += ["--results", str(results)]
+    settings = {"cwd": tmp_path, "env": environment(tmp_path / "cache"), "text": True}
+
+    def begun(runs: int) -> tuple[subprocess.Popen, list[psutil.Process]]:
+        """The series and its kernel, once so many runs are finished."""
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, **settings
+        )
+        deadline = time.monotonic() + 900
+        while process.poll() is None and time.monotonic() < deadline:
+            children = psutil.Process(process.pid).children(recursive=True)
+            kernel = [child for child in children if leads_a_session(child.pid)]
+            if kernel and len(digests(results)) >= runs:
+                return process, kernel
+            time.sleep(0.05)
+        raise AssertionError(process.communicate(timeout=1))
+
+    process, (kernel,) = begun(1)
+    kernel.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode == 1
+    assert re.search(r"0[48]_\w+\.ipynb, cell", errors)
+    assert "KeyboardInterrupt" in errors
+    first = digests(results)
+
+    process, _ = begun(2)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    kept = digests(tmp_path / "results")
-    assert kept, "nothing was finished before the kill: the test does not test what it should"
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment(tmp_path / "cache"), capture_output=True, text=True, check=False
-    )
+    process.communicate()
+    kept = digests(results)
+    assert len(kept) > 1
+    assert first.items() <= kept.items()
+
+    done = subprocess.run(command, capture_output=True, check=False, **settings)
     assert done.returncode == 0, done.stderr
-    finished = digests(tmp_path / "results")
-    assert kept.items() <= finished.items()
-    assert finished.items() <= digests(suite.parent).items()
+    finished = digests(results)
     assert len(finished) > len(kept)
+    assert kept.items() <= finished.items() <= digests(suite.parent).items()
     # The same runs, trained without interruption, in a folder of their own: the same tables, times apart.
-    folders = [tmp_path / "results" / "tiny-digits", tmp_path / "whole" / "tiny-digits"]
+    folders = [results / "tiny-digits", tmp_path / "whole" / "tiny-digits"]
     for name in finished:
         shutil.copytree(suite / "runs" / name, folders[1] / "runs" / name)
     shutil.copy(folders[0] / "suite.json", folders[1])
@@ -117,7 +145,7 @@ def test_what_is_drawn_where_numbers_count(whole_series, tmp_path):
     changes = {
         "shows_results = false": "shows_results = true\nseeds = 2",
         'teachers = ["resnet8"]': 'teachers = ["resnet8", "resnet20"]',
-        "[grid]": '[grid]\nweight_teachers = ["resnet8"]\nweight_bits = [1]\nweight_regimes = ["end-to-end"]',
+        "weight_bits = [1, 4]": 'weight_teachers = ["resnet8"]\nweight_bits = [1]\nweight_regimes = ["end-to-end"]',
     }
     for old, new in changes.items():
         assert old in shipped
@@ -133,35 +161,3 @@ def test_what_is_drawn_where_numbers_count(whole_series, tmp_path):
         "claims",
     }  # fmt: skip
     assert "seeds 1, 2 (n = 2), trained" in (there / "report" / "index.html").read_text()
-
-
-def test_an_interrupted_kernel_is_reported_and_the_next_call_completes(whole_series, tmp_path):
-    _, suite, _ = whole_series
-    command = [sys.executable, "-m", "faqd_lib.cli.run_all", "smoke", "--dataset", "digits", "--only", "08"]
-    command += ["--results", str(tmp_path / "results")]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment(tmp_path / "cache"), stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 900
-    while not digests(tmp_path / "results") and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    kernels = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "ipykernel_launcher" in child.cmdline()
-    ]
-    assert len(kernels) == 1
-    kernels[0].send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == 1
-    assert "08_fa_against_ffa.ipynb, cell" in errors
-    assert "KeyboardInterrupt" in errors
-    kept = digests(tmp_path / "results")
-    assert kept
-    done = run(command[3:], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    finished = digests(tmp_path / "results")
-    assert len(finished) > len(kept)
-    assert kept.items() <= finished.items()
-    assert finished.items() <= digests(suite.parent).items()

@@ -2,12 +2,11 @@
 
 import copy
 import json
-import subprocess
-import sys
 from collections import OrderedDict
 
 import pytest
 import torch
+from fresh_process import run_fresh
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -17,7 +16,6 @@ from faqd_lib.export.packed import PackedFileError, load_packed, pack_bits, read
 from faqd_lib.models import build_model
 from faqd_lib.quantization.description import describe, weight_bytes
 from faqd_lib.quantization.network import calibrate, dequantize, low_bit_weights, quantize
-from faqd_lib.utils.files import project_root
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -142,7 +140,7 @@ saved = load_file({str(tmp_path / "expected.safetensors")!r})
 with torch.no_grad():
     assert torch.equal(load_packed({str(path)!r})(saved["images"]), saved["logits"])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=project_root())
+    done = run_fresh(code)
     assert done.returncode == 0, done.stderr
 
 

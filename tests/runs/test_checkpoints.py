@@ -365,27 +365,18 @@ def test_a_dead_process_holds_no_lock(tiny_suite):
         assert ours == [config]
 
 
-FULL = """
-import resource, sys
-from pathlib import Path
-import torch
-from faqd_lib.runs.checkpoints import CheckpointInfo, write_checkpoint
-resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-write_checkpoint(Path(sys.argv[1]), {"x": torch.zeros(2**20)}, CheckpointInfo.model_validate_json(sys.argv[2]))
-"""
-
-
 def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path):
     """No file may grow beyond 1 MiB, and the checkpoint takes four."""
-    pytest.importorskip("resource", reason="file-size limits are of Unix")
+    resource = pytest.importorskip("resource", reason="file-size limits are of Unix")
     write_checkpoint(tmp_path, TENSORS, FACTS)
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path), FACTS.model_dump_json()],
-        capture_output=True, text=True, check=False, cwd=project_root(),
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "If the disk is full, make room and call again" in done.stderr
-    assert str(tmp_path / NAMES[0]) in done.stderr
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        with pytest.raises(OSError, match="If the disk is full, make room and call again") as caught:
+            write_checkpoint(tmp_path, {"x": torch.zeros(2**20)}, FACTS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(tmp_path / NAMES[0]) in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == [NAMES[0]]
     assert equal(read_checkpoint(tmp_path, FACTS.digest))
 

@@ -1,12 +1,9 @@
 """Passes by ``torch.compile``: repeatable, the same network, and a clear word where there is no compiler."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import run_until_killed
+from fresh_process import run_fresh
 from torch import nn
 from torch._inductor.exc import TritonMissing
 from torch.nn.utils import parametrize
@@ -17,7 +14,6 @@ from faqd_lib.quantization.network import quantize
 from faqd_lib.quantization.weights import WeightQuantizer
 from faqd_lib.runs.suite import Suite
 from faqd_lib.training.compile import CompilationError, compile_network
-from faqd_lib.utils.files import project_root
 
 with_compiler = pytest.mark.usefixtures("compiler")
 
@@ -182,10 +178,7 @@ from faqd_lib.training.compile import compile_network
 compile_network(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), training=True)(torch.ones(2, 3, 8, 8))
 """
     missing = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(project_root()), "TORCH_COMPILE_DISABLE": "", **missing},
-    )  # fmt: skip
+    done = run_fresh(code, TORCH_COMPILE_DISABLE="", **missing)
     assert done.returncode == 1
     assert "CompilationError: Sequential cannot be compiled (" in done.stderr
     assert "or set compile = false" in done.stderr

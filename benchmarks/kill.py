@@ -25,15 +25,15 @@ from faqd_lib.runs.profile import Profile
 from faqd_lib.runs.suite import Suite
 
 RESUMED = "goes on from its checkpoint"
-PRELOADED = ["faqd_lib.runs.local", "sklearn.datasets", "torch._inductor.compile_fx"]
+PRELOADED = ["faqd_lib.runs.local", "torch._dynamo", "torch._inductor.compile_fx"]
 SCHEDULE = {"epochs": 2, "batch_size": 16, "warmup_epochs": 0.5}
 
 
 def suite_in(folder: Path) -> Suite:
     profile = Profile.parse(
-        {"name": "kill", "shows_results": False, "train_images": 96, "test_images": 50, "teachers": ["resnet8"],
-         "student": "resnet8", "checkpoint_seconds": 0.0, "teacher_schedule": SCHEDULE, "student_schedule": SCHEDULE,
-         "fine_tuning_schedule": SCHEDULE},
+        {"name": "kill", "shows_results": False, "train_images": 96, "test_images": 50, "image_size": 8,
+         "teachers": ["resnet8"], "student": "resnet8", "checkpoint_seconds": 0.0, "teacher_schedule": SCHEDULE,
+         "student_schedule": SCHEDULE, "fine_tuning_schedule": SCHEDULE},
         "kill",
     )  # fmt: skip
     return Suite.open(profile, "digits", results=folder)

@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from faqd_lib.export.onnx import OnnxExportError, export_onnx
 from faqd_lib.export.packed import load_packed, save_packed
@@ -29,7 +30,7 @@ def own_random_state():
 
 def with_statistics(model: nn.Module, images: torch.Tensor = IMAGES) -> nn.Module:
     """Give each batch normalisation its own statistics and factors, so that folding changes the weights."""
-    with torch.no_grad():
+    with torch.no_grad(), parametrize.cached():  # each weight is quantized once
         for _ in range(3):
             model.train()(images * 2 + 1)
         for module in model.modules():

@@ -26,7 +26,6 @@ from faqd_lib.runs.checkpoints import (
 )
 from faqd_lib.runs.store import RunStore
 from faqd_lib.runs.suite import Suite
-from faqd_lib.utils.files import project_root
 from faqd_lib.utils.progress import Progress
 
 FINISHED = {"record.json", "weights.safetensors", "predictions.safetensors"}
@@ -398,14 +397,3 @@ def test_a_disk_that_fills_up_in_training_costs_nothing_that_was_written(monkeyp
     begun.run(wanted(begun))
     assert outcome(begun) == expected
     assert begun.store.record(wanted(begun)[0]) == kept
-
-
-def test_killed_for_real_at_random_moments():
-    """The stress test of ``benchmarks/kill.py``, a few kills of it."""
-    done = subprocess.run(
-        [sys.executable, str(project_root() / "benchmarks" / "kill.py"), "--kills", "2"],
-        capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(project_root()), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "all the same bits" in done.stdout

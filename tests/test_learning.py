@@ -11,7 +11,7 @@ def test_a_one_bit_student_learns_digits_without_labels(tmp_path):
     schedule = {"batch_size": 32, "warmup_epochs": 0.5}
     profile = Profile.parse(
         {
-            "name": "learning", "shows_results": False, "teachers": ["resnet8"], "student": "resnet8", "image_size": 8,
+            "name": "learning", "shows_results": False, "teachers": ["resnet8"], "student": "resnet8", "image_size": 16,
             "teacher_schedule": {**schedule, "epochs": 3}, "student_schedule": {**schedule, "epochs": 4},
             "fine_tuning_schedule": {**schedule, "epochs": 1},
         },

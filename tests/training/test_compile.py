@@ -76,7 +76,7 @@ def test_alone_interrupted_and_in_a_cohort_are_the_same_bits_and_runs_of_their_o
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 3
     alone = tiny_suite("alone", compile=True, cohort=1, checkpoint_seconds=0.0)
     teacher = together.teacher().run_id
-    (alone.folder / "runs").mkdir()
+    (alone.folder / "runs").mkdir(parents=True)
     (alone.folder / "runs" / teacher).symlink_to(together.folder / "runs" / teacher)
     run_until_killed(monkeypatch, alone, runs(alone), 1)
     assert [(record.weights_digest, record.history) for record in alone.run(runs(alone))] == expected

@@ -15,7 +15,7 @@ Every call computes value and gradient in float32, channels-last. The parts are
 
 "direct" is the N×N loss and "plain FFA" the paper's fast loss, both written with autograd. The floor is the time to
 read both maps and write one gradient at the measured copy bandwidth of this machine. Prints tables; writes
-``affinity.json`` and ``affinity.png`` to ``--out``, by default ``results/benchmarks``.
+``affinity.json``, ``affinity-sweep.json`` and ``affinity-sweep.png`` to ``--out``, by default ``results/benchmarks``.
 """
 
 import statistics
@@ -221,7 +221,8 @@ def step_overhead(
         model = quantize(model.to(device, memory_format=torch.channels_last), weight_bits=1).train()
         weight = 0 if affinity == "none" else 30
         objective = DistillationObjective("mse", affinity, affinity_weight=weight, k=k).to(device)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        # So slow that no loss diverges, however often the step is repeated on these images of noise.
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
 
         def step(model=model, objective=objective, optimizer=optimizer):
             with (
@@ -283,10 +284,12 @@ def main() -> None:
     result = {"environment": machine, "copy_bandwidth": bandwidth}
     for name in arguments.parts:
         frame = parts[name]()
-        result[name] = show(name, frame)
         if name == "sweep":
-            print(*charts.save(figure_of(frame), arguments.out, "affinity"))
-        write(arguments.out, "affinity", result)
+            print(*charts.save(figure_of(frame), arguments.out, "affinity-sweep"))
+            write(arguments.out, "affinity-sweep", {"environment": machine, name: show(name, frame)})
+        else:
+            result[name] = show(name, frame)
+            write(arguments.out, "affinity", result)
 
 
 if __name__ == "__main__":

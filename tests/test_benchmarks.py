@@ -111,15 +111,17 @@ def test_affinity_at_toy_size(benchmark, call, monkeypatch, tmp_path):
     assert {row["loss"] for row in found["targets"] if row["met"] is not None} == {"exact (auto)"}
     check_rows(found["ffa"], 4)
     check_rows(found["memory"], 1)
-    check_rows(found["step"], 2 * 3)
+    precisions = [row["precision"] for row in found["step"] if row["loss"] == "logits"]
+    assert precisions[0] == "float32"
+    check_rows(found["step"], 3 * len(precisions))
     check_rows(found["rivals"], 11)
     assert found["rivals"][0] | {"loss": "KD", "time / logits": 1, "extra_MiB": 0} == found["rivals"][0]
-    assert [row["time / logits"] for row in found["step"] if row["loss"] == "logits"] == [1, 1]
-    assert {row["C"] for row in found["sweep"]} == {16, 64, 128, 512}
-    assert {row["loss"] for row in found["sweep"]} == set(module.candidates(*pair(1, 1, 1, "cpu"))) - {
-        "plain FFA, k = 15"
-    }
-    assert (tmp_path / "affinity.png").stat().st_size > 10_000
+    assert {row["time / logits"] for row in found["step"] if row["loss"] == "logits"} == {1}
+    assert all(row["ratio low"] <= row["time / logits"] <= row["ratio high"] for row in found["step"])
+    sweep = json.loads((tmp_path / "affinity-sweep.json").read_text("utf-8"))["sweep"]
+    assert {row["C"] for row in sweep} == {16, 64, 128, 512}
+    assert {row["loss"] for row in sweep} == set(module.candidates(*pair(1, 1, 1, "cpu"))) - {"plain FFA, k = 15"}
+    assert (tmp_path / "affinity-sweep.png").stat().st_size > 10_000
 
 
 def test_proposition_at_toy_size(call, tmp_path):

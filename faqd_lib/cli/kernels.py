@@ -19,9 +19,12 @@ from jupyter_client.provisioning import LocalProvisioner
 
 LAUNCHER = "ipykernel_launcher"
 # None of these modules touches a GPU. The only threads that they start are those of OpenBLAS, which starts them again
-# after a fork. The second line is what run_all.py imports: multiprocessing runs the main module again in each process.
+# after a fork. The second line is what torch imports for a check of two tensors, a count of operations or a compiled
+# kernel, ten seconds in all. The third is what run_all.py imports: multiprocessing runs the main module again in each
+# process.
 PRELOADED = (
-    "ipykernel.kernelapp", "matplotlib.pyplot", "seaborn", "scipy.stats",
+    "ipykernel.kernelapp", "matplotlib.pyplot", "matplotlib.backends.backend_pdf", "seaborn", "scipy.stats",
+    "torch._dynamo", "torch._inductor.compile_fx", "torch.distributed.tensor",
     "papermill", "faqd_lib.cli.notebook", "faqd_lib.cli.study", "faqd_lib.reporting.pictures",
 )  # fmt: skip
 

@@ -36,8 +36,8 @@ RIVALS = (
 MEASURED = {
     "affinity_targets": ("affinity", "targets", "batch|C|H|loss|n|median_ms|iqr_ms|peak_MiB|times faster than direct"),
     "affinity_ffa": ("affinity", "ffa", "batch|C|H|loss|n|median_ms|iqr_ms|times faster than plain"),
-    "affinity_step": ("affinity", "step", "batch|precision|loss|n|median_ms|iqr_ms|time / logits"),
-    "affinity_sweep": ("affinity", "sweep", "batch|C|H|loss|n|median_ms|iqr_ms|times faster than direct"),
+    "affinity_step": ("affinity", "step", "batch|precision|loss|n|median_ms|iqr_ms|time / logits|ratio low|ratio high"),
+    "affinity_sweep": ("affinity-sweep", "sweep", "batch|C|H|loss|n|median_ms|iqr_ms|times faster than direct"),
     "affinity_memory": ("affinity", "memory", "batch|C|H|loss|peak_MiB|peak / inputs|one N×N matrix (GiB)"),
     "affinity_weight": ("affinity_weight", "rows", "affinity weight|seed|validation accuracy (%)"),
     "logit_geometry": ("logit_geometry", "means", LOGITS),

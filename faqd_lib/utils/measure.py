@@ -1,6 +1,7 @@
 """Time and peak memory of calls, and the machine and software they were measured on."""
 
 import contextlib
+import gc
 import itertools
 import math
 import os
@@ -29,18 +30,32 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        call()
+        with _no_garbage_collected():
+            call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with (
         _native_stderr_silenced(),  # some builds of the profiler log every start and stop
         # torch.profiler.profile starts this one, after an import of torch's compiler that takes seconds.
         torch.autograd.profiler.profile(use_kineto=True, profile_memory=True) as profile,
+        _no_garbage_collected(),
     ):
         call()
     events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+
+
+@contextlib.contextmanager
+def _no_garbage_collected():
+    """What an earlier call left in reference cycles must not be freed within this one: the peak would be too low."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from faqd_lib.utils.measure import copy_bandwidth, environment, peak_bytes, take
 MiB = 2**20
 # (batch, C, H): (times faster than direct, at least; share of plain FFA's time, at most)
 TARGETS = {(100, 16, 32): (100, 0.5), (32, 16, 64): (500, 0.6), (32, 64, 64): (50, 0.8)}
+HEIGHTS = (8, 16, 32, 64, 128, 224)  # of the sweep
 DIRECT_LIMIT = 6 * 2**30  # bytes that the direct loss may need: five N×N matrices for each image
 
 
@@ -171,7 +172,7 @@ def sweep(device: str, rounds: int, bandwidth: float) -> pd.DataFrame:
     """Every H from 8 to 224 and C from 16 to 512, with the batch that fills about 8 MiB a map."""
     rows = []
     for channels in (16, 64, 128, 512):
-        for height in (8, 16, 32, 64, 128, 224):
+        for height in HEIGHTS:
             batch = max(1, min(64, 2**21 // (channels * height**2)))
             if batch * channels * height**2 > 2**24:  # maps that no network has: 224² with 512 channels
                 continue

@@ -6,39 +6,44 @@ A process trains a teacher, an FAQD and an FFAQD student, with a checkpoint afte
 at random moments, half of them during the writing of a checkpoint. The process is started again until it finishes.
 Weights and histories are compared with those of a process that was not killed. Prints the moment and the verdict of
 every kill; exits with 1 if a verdict is bad.
+
+Every process is forked from one that has imported torch and trained nothing.
 """
 
 import argparse
 import json
+import multiprocessing
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from faqd_lib.runs.profile import Profile
 from faqd_lib.runs.suite import Suite
 
-BEGUN, RESUMED = "begun", "goes on from its checkpoint"
+RESUMED = "goes on from its checkpoint"
+PRELOADED = ["faqd_lib.runs.local", "torch._dynamo", "torch._inductor.compile_fx"]
 SCHEDULE = {"epochs": 2, "batch_size": 16, "warmup_epochs": 0.5}
 
 
 def suite_in(folder: Path) -> Suite:
     profile = Profile.parse(
-        {"name": "kill", "shows_results": False, "train_images": 96, "test_images": 50, "teachers": ["resnet8"],
-         "student": "resnet8", "checkpoint_seconds": 0.0, "teacher_schedule": SCHEDULE, "student_schedule": SCHEDULE,
-         "fine_tuning_schedule": SCHEDULE},
+        {"name": "kill", "shows_results": False, "train_images": 96, "test_images": 50, "image_size": 8,
+         "teachers": ["resnet8"], "student": "resnet8", "checkpoint_seconds": 0.0, "teacher_schedule": SCHEDULE,
+         "student_schedule": SCHEDULE, "fine_tuning_schedule": SCHEDULE},
         "kill",
     )  # fmt: skip
     return Suite.open(profile, "digits", results=folder)
 
 
-def train(folder: Path) -> None:
-    suite = suite_in(folder)
-    print(BEGUN, flush=True)
-    suite.run([suite.student("FAQD", weight_bits=1, activation_bits=4), suite.student("FFAQD", weight_bits=2)])
+def train(folder: Path, said: Path, begun: Event) -> None:
+    with said.open("w", buffering=1) as file, redirect_stdout(file):
+        suite = suite_in(folder)
+        begun.set()
+        suite.run([suite.student("FAQD", weight_bits=1, activation_bits=4), suite.student("FFAQD", weight_bits=2)])
 
 
 def outcome(folder: Path) -> dict[str, tuple]:
@@ -62,37 +67,37 @@ def killed_once(folder: Path, seconds: float, mid_write: bool) -> tuple[str | No
         (when it was killed, or None if it got through; what it printed; seconds of training).
     """
     left_by_others = unfinished_writes(folder)
-    command = [sys.executable, str(Path(__file__).resolve()), "--train", str(folder)]
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-        # The clock starts with training, because a kill during an import tests nothing.
-        said = process.stdout.readline()
-        begun, moment = time.monotonic(), None
-        while process.poll() is None and moment is None:
-            waited, writing = time.monotonic() - begun, bool(unfinished_writes(folder) - left_by_others)
-            if waited >= seconds and (writing or not mid_write):
-                process.send_signal(signal.SIGKILL)
+    processes = multiprocessing.get_context("forkserver")
+    begun, moment = processes.Event(), None
+    with tempfile.NamedTemporaryFile("r") as said:
+        process = processes.Process(target=train, args=(folder, Path(said.name), begun))
+        process.start()
+        # The clock starts with training: a kill before tests nothing.
+        while not begun.wait(0.1) and process.is_alive():
+            pass
+        start = time.monotonic()
+        process.join(None if seconds == float("inf") else seconds)
+        while process.is_alive() and moment is None:
+            writing = bool(unfinished_writes(folder) - left_by_others)
+            if writing or not mid_write:
+                process.kill()
                 where = "while a checkpoint was written" if writing else "between two writes"
-                moment = f"after {waited:5.2f} s, {where}"
+                moment = f"after {time.monotonic() - start:5.2f} s, {where}"
             time.sleep(0.0005)
-        said += process.stdout.read()
-        if process.wait() != 0 and moment is None:
-            errors.seek(0)
-            raise RuntimeError(f"training failed by itself:\n{said}{errors.read()}")
-    return moment, said, time.monotonic() - begun
+        process.join()
+        if process.exitcode != 0 and moment is None:
+            raise RuntimeError(f"training failed by itself, for the reason above:\n{said.read()}")
+        return moment, said.read(), time.monotonic() - start
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="how many (20)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
-    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.train is not None:
-        train(arguments.train)
-        return 0
     if arguments.kills < 1:
         parser.error(f"--kills must be at least 1, got {arguments.kills}")
+    multiprocessing.set_forkserver_preload(PRELOADED)
     moments, kills, wrong, trials = random.Random(arguments.seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch) / "whole"

@@ -4,6 +4,7 @@ import ipaddress
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,9 @@ from faqd_lib.runs import local
 from faqd_lib.runs.profile import Profile, SuiteState
 from faqd_lib.runs.store import RunStore
 from faqd_lib.runs.suite import Suite
+
+# As where it is not installed: nbformat imports jsonschema, which imports it, and it parses a grammar for seconds.
+sys.modules.setdefault("rfc3987_syntax", None)
 
 # The user's settings, before any test changes them.
 USER_SETTINGS = {name: value for name, value in os.environ.items() if name.startswith("FAQD_")}

@@ -64,11 +64,11 @@ def export_onnx(
     warn_of_uncalibrated(model)
     hooked = copy.deepcopy(model).cpu()
     quantized = low_bit_weights(hooked)  # before the conversion to float32
-    model = copy.deepcopy(hooked.float().eval())
+    fix_weights(hooked.float().eval(), quantized)
+    model = copy.deepcopy(hooked)
     for module in model.modules():  # traced without hooks, so that _check_trace notices them
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
-    fix_weights(model, quantized)
     with torch.no_grad():
         _check_images(hooked, image_shape)
         tracer = Tracer(lambda module: _module_handler(module) is not None, FUNCTIONS, image_shape)

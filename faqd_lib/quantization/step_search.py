@@ -25,6 +25,7 @@ _EXACT = 2**13  # largest n·L of a row for the exact search
 _FEW = 128  # most distinct magnitudes of a longer row for the exact search
 _FOLD = 1024  # numbers that one block of CUDA adds up
 _OCTAVES = 16  # range of the histogram, downward from the largest magnitude
+_ROWS = 8  # rows that are scanned together on a CPU: what they look up stays in its cache
 
 
 def nearest_levels(values: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
@@ -84,34 +85,36 @@ def _exact_step(magnitudes: Tensor, highest: int, counts: Tensor | None = None) 
 
 
 def _scanned_step(magnitudes: Tensor, highest: int) -> Tensor:
-    """The best step (rows, 1) of float64 rows by the scan, or by the exact search where few magnitudes are distinct."""
+    """The best step (rows, 1) of float64 rows by the scan, or by the exact search where few magnitudes are distinct.
+
+    The largest magnitude of a row is 1. It may be 0 or NaN: the step then means nothing.
+    """
     # Several rows are channels. Each row costs as much as a whole tensor, so channels get coarser grids.
     bins, spacing = (2**15, 1 / 96) if len(magnitudes) == 1 else (2**13, 1 / 32)
-    peak = magnitudes.amax(1, keepdim=True)
-    index = _bin(magnitudes, peak, bins)
+    device, dtype = magnitudes.device, magnitudes.dtype
+    index = _bin(magnitudes, bins)
     # Integer sums do not depend on the order.
-    counts = torch.zeros(len(magnitudes), bins, dtype=torch.int64, device=magnitudes.device)
+    counts = torch.zeros(len(magnitudes), bins, dtype=torch.int64, device=device)
     counts = counts.scatter_add_(1, index, torch.ones_like(index)).double()
-    centres = torch.arange(bins, device=peak.device, dtype=peak.dtype)
-    values = peak * ((centres + 0.5 - bins) * (_OCTAVES / bins)).exp2()
-    # Number and sum of the magnitudes below each edge between two bins.
+    values = ((torch.arange(bins, device=device, dtype=dtype) + 0.5 - bins) * (_OCTAVES / bins)).exp2()
+    # Number and sum of the magnitudes above each edge between two bins.
     below = F.pad(counts.cumsum(1), (1, 0))
     mass = F.pad(running_sums(values * counts), (1, 0))
-    half = torch.arange(highest, device=peak.device, dtype=peak.dtype) + 0.5
+    above, mass = below[:, -1:] - below, mass[:, -1:] - mass
+    half = torch.arange(highest, device=device, dtype=dtype) + 0.5
 
     def scan(steps: Tensor, best: int) -> Tensor:
-        edges = steps.unsqueeze(2) * half  # (rows, steps, L): where a value reaches level 1, 2, …
-        place = _bin(edges, peak.unsqueeze(2), bins).flatten(1) + 1
-        place = torch.where(edges.flatten(1) > peak, bins, place)
-        above = (below[:, -1:] - below.gather(1, place)).view_as(edges)
-        gain = (mass[:, -1:] - mass.gather(1, place)).view_as(edges).sum(2)
-        energy = (above * (2 * half)).sum(2)
-        explained = torch.where(energy > 0, gain.square() / energy.clamp_min(1), 0)
-        return steps.gather(1, explained.topk(best, dim=1).indices)
+        """The ``best`` of ``steps`` (rows, steps), or (1, steps) for all rows."""
+        edges = steps.unsqueeze(2) * half  # (…, L): where a value reaches level 1, 2, …
+        place = torch.where(edges > 1, bins, _bin(edges, bins) + 1).flatten(1).expand(len(above), -1)
+        together = _ROWS if device.type == "cpu" else len(above)
+        parts = zip(*(each.split(together) for each in (above, mass, place)), strict=True)
+        explained = torch.cat([_explained(*part, 2 * half) for part in parts])
+        return steps.expand(len(above), -1).gather(1, explained.topk(best, dim=1).indices)
 
-    grid = torch.arange(-12.0, 1.0, spacing, device=peak.device, dtype=peak.dtype)
-    coarse = scan(peak / highest * grid.exp2(), best=4)
-    fine = torch.linspace(-spacing, spacing, 33, device=peak.device, dtype=peak.dtype)
+    grid = torch.arange(-12.0, 1.0, spacing, device=device, dtype=dtype)
+    coarse = scan((grid.exp2() * (1 / highest)).unsqueeze(0), best=4)
+    fine = torch.linspace(-spacing, spacing, 33, device=device, dtype=dtype)
     steps = scan((coarse.unsqueeze(2) * fine.exp2()).flatten(1), best=1)
 
     few = (counts > 0).sum(1) <= _FEW
@@ -126,7 +129,21 @@ def _scanned_step(magnitudes: Tensor, highest: int) -> Tensor:
     return steps
 
 
-def _bin(values: Tensor, peak: Tensor, bins: int) -> Tensor:
-    """Index of each value's bin. The ``bins`` divide sixteen octaves below the peak evenly in the logarithm."""
-    position = (values / peak.clamp_min(torch.finfo(values.dtype).tiny)).log2().mul_(bins / _OCTAVES).add_(bins)
+def _explained(above: Tensor, mass: Tensor, place: Tensor, weights: Tensor) -> Tensor:
+    """The share ⟨w, q⟩²/⟨q, q⟩ (rows, steps) that each step explains.
+
+    Args:
+        above, mass: (rows, bins + 1) number and sum of the magnitudes above each edge between two bins.
+        place: (rows, steps·L) the edge from which on a value has at least level 1, 2, ….
+        weights: (L,) what a value adds to ⟨q, q⟩ as it reaches level 1, 2, …: 1, 3, 5, ….
+    """
+    shape = (len(above), -1, len(weights))
+    energy = above.gather(1, place).view(shape).mul_(weights).sum(2)
+    gain = mass.gather(1, place).view(shape).sum(2)
+    return torch.where(energy > 0, gain.square() / energy.clamp_min(1), 0)
+
+
+def _bin(values: Tensor, bins: int) -> Tensor:
+    """Index of each value's bin. The ``bins`` divide the sixteen octaves below 1 evenly in the logarithm."""
+    position = values.log2().mul_(bins / _OCTAVES).add_(bins)
     return position.nan_to_num_(0, 0, 0).floor_().clamp_(0, bins - 1).long()

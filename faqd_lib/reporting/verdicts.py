@@ -148,6 +148,10 @@ class Estimate:
         """p-value of "the effect is at least ``bound``": small where it lies below. NaN with one seed."""
         return self._tail(bound - self.mean) if self.seeds > 1 else float("nan")
 
+    def p_beside(self, bound: float) -> float:
+        """The smaller of both: small where the effect lies above ``bound`` or below. NaN with one seed."""
+        return self._tail(abs(self.mean - bound)) if self.seeds > 1 else float("nan")
+
     def p_within(self, margin: float) -> float:
         """p-value of "the effect is ``margin`` or more from 0": the larger of two one-sided tests (TOST)."""
         return max(self.p_above(-margin), self.p_below(margin))
@@ -317,10 +321,7 @@ def judge(
     ]
     margin = {claim.name: -claim.margin for claim in claims}
     bound = {claim.name: claim.equivalence for claim in claims if claim.equivalence is not None}
-    sides = [
-        {name: max(min(d.p_above(margin[name]), d.p_below(margin[name])), assay) for name, (d, assay) in row.items()}
-        for row in present
-    ]
+    sides = [{name: max(d.p_beside(margin[name]), assay) for name, (d, assay) in row.items()} for row in present]
     inside = [{name: d.p_within(bound[name]) for name, (d, _) in row.items() if name in bound} for row in present]
     directions = _holm(margin, sides, FAMILY_ERROR / 2, looks) if claims else {}
     equivalences = _holm(bound, inside, FAMILY_ERROR, looks) if bound else {}

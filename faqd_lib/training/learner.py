@@ -190,7 +190,9 @@ class Learner:
             yield
             return
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(stream(self.config.seed, "dropout", self.steps).initial_seed())
+            # torch.manual_seed seeds the generators of all devices, which takes a millisecond.
+            seed = torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed
+            seed(stream(self.config.seed, "dropout", self.steps).initial_seed())
             yield
 
     @property

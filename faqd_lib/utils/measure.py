@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -170,8 +171,9 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache
 def _versions() -> dict[str, str]:
-    """Versions of :data:`PACKAGES`, without those that are not installed."""
+    """Versions of :data:`PACKAGES`, without those that are not installed; do not change the dictionary."""
     found = {}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):

@@ -3,14 +3,13 @@
 import copy
 import math
 import shutil
-import subprocess
-import sys
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh_process import run_fresh
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -884,5 +883,6 @@ for affinity in ("fa", "ffa"):
 assert all(parameter.grad is not None for parameter in student.parameters())
 print(*{"torch._dynamo", "torch._inductor", "sympy"}.intersection(sys.modules))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run_fresh(code)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []

@@ -1,13 +1,12 @@
 """Rivals of feature affinity: values worked out by hand, their invariances, their place in the objective."""
 
 import math
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 import torch
+from fresh_process import run_fresh
 
 from faqd_lib import DistillationObjective
 from faqd_lib.affinity.rivals import RIVALS, ChannelDistillationLoss, rival
@@ -195,7 +194,8 @@ assert "faqd_lib.affinity.rivals" not in sys.modules
 DistillationObjective("mse", "sp")
 assert "faqd_lib.affinity.rivals" in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = run_fresh(code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_rivals_run_has_a_name_of_its_own(tiny_suite):

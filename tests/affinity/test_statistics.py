@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh_process import run_fresh
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -249,8 +250,5 @@ def test_bad_budgets_are_named(estimator, budget):
 
 
 def test_training_does_not_import_the_estimators():
-    import subprocess
-    import sys
-
-    code = "import sys, faqd_lib.runs.suite; sys.exit('faqd_lib.affinity.estimators' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    done = run_fresh("import sys, faqd_lib.runs.suite; sys.exit('faqd_lib.affinity.estimators' in sys.modules)")
+    assert done.returncode == 0, done.stderr

@@ -110,7 +110,7 @@ STAGE = st.fixed_dictionaries(
     }
 )  # fmt: skip
 NETWORKS = st.fixed_dictionaries(
-    {"stages": st.lists(STAGE, min_size=1, max_size=3), "hidden": st.booleans(), "seed": st.integers(0, 2**16)}
+    {"stages": st.lists(STAGE, min_size=1, max_size=2), "hidden": st.booleans(), "seed": st.integers(0, 2**16)}
 )
 SOME_BITS = st.tuples(st.sampled_from([1, 2, 3, 4, 5, 8, 32]), st.sampled_from([1, 2, 4, 8, 32])).filter(
     lambda bits: bits != (FLOAT_BITS, FLOAT_BITS)
@@ -171,7 +171,9 @@ def through_all_stations(spec: dict, policy: dict, folder: Path) -> str:
         file = export_onnx(model, folder / "network.onnx", images.shape[1:])
     except OnnxExportError as error:
         return f"export refuses: {str(error)[:60]}"
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # further threads wait for work busily
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     (theirs,) = session.run(None, {"images": images.numpy()})
     off = (torch.from_numpy(theirs) - expected).abs().amax(1) > 1e-4 * (1 + expected.abs().amax())
     if policy["activation_bits"] == FLOAT_BITS:
@@ -230,9 +232,9 @@ def counted(examples: int) -> Counter[str]:
 
 
 def test_random_networks_keep_their_bits_at_every_station():
-    found = counted(300)
-    assert sum(found.values()) >= 300
-    assert sum(count for outcome, count in found.items() if outcome.startswith("the same bits")) > 200
+    found = counted(150)
+    assert sum(found.values()) >= 150
+    assert sum(count for outcome, count in found.items() if outcome.startswith("the same bits")) > 100
 
 
 if __name__ == "__main__":

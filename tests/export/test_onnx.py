@@ -7,7 +7,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from small_networks import BUILDERS, googlenet, vgg_with_dropout
 from torch import nn
+from torch.nn.utils import parametrize
 
 from faqd_lib.export.onnx import OnnxExportError, export_onnx
 from faqd_lib.export.packed import load_packed, save_packed
@@ -29,7 +31,7 @@ def own_random_state():
 
 def with_statistics(model: nn.Module, images: torch.Tensor = IMAGES) -> nn.Module:
     """Give each batch normalisation its own statistics and factors, so that folding changes the weights."""
-    with torch.no_grad():
+    with torch.no_grad(), parametrize.cached():  # each weight is quantized once
         for _ in range(3):
             model.train()(images * 2 + 1)
         for module in model.modules():
@@ -127,26 +129,20 @@ def test_full_quantization_is_exact_where_arithmetic_is(tmp_path, weights, activ
 
 
 TORCHVISION = {
-    "resnet18": {}, "mobilenet_v2": {}, "mobilenet_v3_small": {}, "densenet121": {}, "efficientnet_b0": {},
-    "shufflenet_v2_x0_5": {}, "googlenet": {"init_weights": False, "aux_logits": False},
-    "vgg11_bn": {"init_weights": False},
+    **{name: BUILDERS[name] for name in ("resnet", "mobilenet_v2", "mobilenet_v3", "densenet", "efficientnet")},
+    "shufflenet": BUILDERS["shufflenet"], "googlenet": googlenet, "vgg": vgg_with_dropout,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_networks(tmp_path, name):
-    from faqd_lib.utils.torchvision_import import torchvision
-
-    images = torch.randn(4, 3, 64, 64)
-    model = getattr(torchvision.models, name)(num_classes=5, **TORCHVISION[name])
-    if name == "vgg11_bn":  # its first classifier layer has a hundred million weights, for 7×7 pixels
-        model.avgpool, model.classifier[0] = nn.AdaptiveAvgPool2d(1), nn.Linear(512, 4096)
-    model = quantize(model, 4)
-    with_statistics(model, images)
-    with torch.no_grad():
-        expected = model(images)
+    images = torch.randn(4, 3, 32, 32)
+    with parametrize.cached():
+        model = with_statistics(quantize(TORCHVISION[name](), 4), images)
+        with torch.no_grad():
+            expected = model(images)
     assert expected.std() > 0
-    found = run(export_onnx(model, tmp_path / "net.onnx", (3, 64, 64)), images)
+    found = run(export_onnx(model, tmp_path / "net.onnx", (3, 32, 32)), images)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 

@@ -2,30 +2,30 @@
 
 import copy
 import json
-import subprocess
-import sys
 from collections import OrderedDict
 
 import pytest
 import torch
+from fresh_process import run_fresh
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import parametrize
 
 from faqd_lib.export.packed import PackedFileError, load_packed, pack_bits, read_header, save_packed, unpack_bits
 from faqd_lib.models import build_model
 from faqd_lib.quantization.description import describe, weight_bytes
 from faqd_lib.quantization.network import calibrate, dequantize, low_bit_weights, quantize
-from faqd_lib.utils.files import project_root
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def trained(name: str = "resnet8", **bits) -> nn.Module:
     """A quantized network whose batch normalisations have seen images."""
-    model = calibrate(quantize(build_model(name, 10, seed=1), **bits), IMAGES)
-    with torch.no_grad():
+    model = quantize(build_model(name, 10, seed=1), **bits)
+    with torch.no_grad(), parametrize.cached():  # each weight is quantized once
+        calibrate(model, IMAGES)
         for _ in range(3):
             model.train()(IMAGES * 2 + 1)
     return model.eval()
@@ -34,11 +34,12 @@ def trained(name: str = "resnet8", **bits) -> nn.Module:
 @torch.no_grad()
 def same_bits(first: nn.Module, second: nn.Module) -> bool:
     """Whether outputs agree for one image and several, in both memory formats: the routines differ."""
-    return all(
-        torch.equal(first(images), second(images))
-        for count in (1, 2, 3)
-        for images in (IMAGES[:count], IMAGES[:count].to(memory_format=torch.channels_last))
-    )
+    with parametrize.cached():
+        return all(
+            torch.equal(first(images), second(images))
+            for count in (1, 2, 3)
+            for images in (IMAGES[:count], IMAGES[:count].to(memory_format=torch.channels_last))
+        )
 
 
 @given(st.integers(1, 8), st.lists(st.integers(0, 255), min_size=1, max_size=40))
@@ -142,7 +143,7 @@ saved = load_file({str(tmp_path / "expected.safetensors")!r})
 with torch.no_grad():
     assert torch.equal(load_packed({str(path)!r})(saved["images"]), saved["logits"])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=project_root())
+    done = run_fresh(code)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,6 +1,8 @@
 """Families of networks through every station: quantize, find taps, one distillation step, pack, load, export.
 
-python tests/quantization/test_families.py [name …]    # whole networks of torchvision and timm at 1 bit: a table
+A table of whole networks of torchvision and timm at 1 bit:
+
+    PYTHONPATH=tests python tests/quantization/test_families.py [name …]
 """
 
 import copy
@@ -8,7 +10,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
+from small_networks import BUILDERS, CLASSES, tv
 from torch import nn
 
 from faqd_lib.export.onnx import OnnxExportError, export_onnx
@@ -24,60 +26,7 @@ from faqd_lib.models import FeatureTap, stage_taps
 from faqd_lib.quantization.description import describe
 from faqd_lib.quantization.network import calibrate, quantize, quantized_weights
 from faqd_lib.training.objective import DistillationObjective
-from faqd_lib.utils.torchvision_import import torchvision
 
-tv = torchvision.models
-CLASSES = 5
-
-
-def _mobilenet_v3() -> nn.Module:
-    block = partial(tv.mobilenetv3.InvertedResidualConfig, use_se=True, dilation=1, width_mult=1.0)
-    blocks = [
-        block(16, 3, 16, 16, activation="RE", stride=2),
-        block(16, 5, 48, 24, activation="HS", stride=2),
-        block(24, 5, 48, 24, activation="HS", stride=1),
-    ]
-    return tv.MobileNetV3(blocks, 48, num_classes=CLASSES)
-
-
-def _efficientnet() -> nn.Module:
-    block = tv.efficientnet.MBConvConfig
-    blocks = [block(1, 3, 1, 16, 16, 1), block(4, 3, 2, 16, 24, 2), block(4, 5, 2, 24, 40, 1)]
-    return tv.EfficientNet(blocks, dropout=0.1, last_channel=64, num_classes=CLASSES)
-
-
-def _regnet() -> nn.Module:
-    stages = tv.regnet.BlockParams([1, 2], [16, 32], [8, 8], [1.0, 1.0], [2, 2], se_ratio=0.25)
-    return tv.RegNet(stages, CLASSES, stem_width=8)
-
-
-def _convnext() -> nn.Module:
-    stage = tv.convnext.CNBlockConfig
-    return tv.ConvNeXt([stage(16, 32, 1), stage(32, 64, 2), stage(64, None, 1)], num_classes=CLASSES)
-
-
-def _resnet() -> nn.Module:
-    model = tv.ResNet(tv.resnet.BasicBlock, [1, 1, 1, 1])
-    model.layer3, model.layer4, model.fc = nn.Identity(), nn.Identity(), nn.Linear(128, CLASSES)
-    return model
-
-
-def _vgg() -> nn.Module:
-    layers = tv.vgg.make_layers([8, "M", 16, 16, "M", 32], batch_norm=True)
-    head = (nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, CLASSES))
-    return nn.Sequential(OrderedDict(features=layers, head=nn.Sequential(*head)))
-
-
-BUILDERS: dict[str, Callable[[], nn.Module]] = {
-    "resnet": _resnet,
-    "mobilenet_v2": partial(tv.MobileNetV2, CLASSES, 0.25, [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 2]]),
-    "mobilenet_v3": _mobilenet_v3, "efficientnet": _efficientnet, "regnet": _regnet,
-    "shufflenet": partial(tv.ShuffleNetV2, [2, 2, 2], [16, 16, 32, 48, 64], CLASSES),
-    "densenet": partial(tv.DenseNet, 8, (2, 2, 2), 16, num_classes=CLASSES),
-    "vgg": _vgg, "convnext": _convnext,
-    "vit": partial(tv.VisionTransformer, 32, 8, 3, 2, 32, 64, num_classes=CLASSES),
-    "swin": partial(tv.SwinTransformer, [4, 4], 16, [2, 2], [2, 2], [4, 4], num_classes=CLASSES),
-}  # fmt: skip
 TAPS = {
     "resnet": ["relu", "layer1", "layer2"],
     "mobilenet_v2": ["features.1", "features.3", "features.6"],
@@ -181,7 +130,7 @@ def test_timms_networks_go_through_every_station(tmp_path, name):
 
 def test_activations_are_quantized_where_a_quantizer_exists_and_the_others_are_listed():
     images = pictures(32)
-    model = calibrate(quantize(build(_mobilenet_v3), 4, 4), images)
+    model = calibrate(quantize(build(BUILDERS["mobilenet_v3"]), 4, 4), images)
     rows = describe(model, images)
     bits = {kind: {row.bits for row in rows if row.kind == kind} for kind in ("QuantizedReLU", "Hardswish")}
     assert bits == {"QuantizedReLU": {4}, "Hardswish": {32}}

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from small_networks import BUILDERS
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -481,12 +482,9 @@ def test_overrides_by_pattern():
 
 
 def test_shortcut_policy():
-    from faqd_lib.utils.torchvision_import import torchvision
-
-    names = ["layer2.0.downsample.0", "layer3.0.downsample.0", "layer4.0.downsample.0"]
     for policy, bits in (("quantize", 1), ("float", 32)):
-        rows = bits_by_layer(quantize(torchvision.models.resnet18(num_classes=3), 1, shortcuts=policy))
-        assert [rows[name] for name in names] == [bits] * 3
+        rows = bits_by_layer(quantize(BUILDERS["resnet"](), 1, shortcuts=policy))
+        assert rows["layer2.0.downsample.0"] == bits
         assert rows["layer2.0.conv1"] == 1
 
 
@@ -610,20 +608,10 @@ def test_compiles_as_one_graph(bits, images):
     assert model[2].step.grad.abs() > 0
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "mobilenet_v2", "densenet121", "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["resnet", "vgg", "mobilenet_v2", "densenet", "efficientnet"])
 def test_torchvision_networks_are_quantized_and_train_a_step(name):
-    from faqd_lib.utils.torchvision_import import torchvision
-
     torch.manual_seed(0)
-    options = {"init_weights": False} if name == "vgg11_bn" else {}
-    with torch.device("meta" if options else "cpu"):
-        model = getattr(torchvision.models, name)(num_classes=3, **options)
-    if options:  # VGG's first classifier layer has a hundred million weights, which take half a minute
-        model.avgpool, model.classifier[0] = nn.AdaptiveAvgPool2d(1), nn.Linear(512, 4096)
-        model = model.to_empty(device="cpu")
-        for module in model.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+    model = BUILDERS[name]()
     rectified = any(isinstance(module, nn.ReLU | nn.ReLU6) for module in model.modules())
     quantize(model, 1, 4 if rectified else 32)
     rows = describe(model)
@@ -633,8 +621,8 @@ def test_torchvision_networks_are_quantized_and_train_a_step(name):
     # What stays float is listed, not skipped.
     silent = {n for n, m in model.named_modules() if isinstance(m, nn.SiLU | nn.Sigmoid)}
     assert silent == {row.layer for row in rows if row.kind in ("SiLU", "Sigmoid")}
-    assert bool(silent) == (name == "efficientnet_b0")
-    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert bool(silent) == (name == "efficientnet")
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     calibrate(model, images)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     model.train()(images).square().mean().backward()

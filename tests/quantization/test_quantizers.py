@@ -2,13 +2,13 @@
 
 import copy
 import math
-import os
-import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from fresh_process import run_fresh
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -266,6 +266,41 @@ def test_scan_and_exact_search_agree(highest, monkeypatch):
     assert (exact <= errors() * (1 + 1e-9)).all()
     if highest < 100:  # forty values meet a grid of 127 levels by chance, which a scan may miss
         assert (errors() <= exact * 1.05).all()
+
+
+def scanned_plainly(row: torch.Tensor, highest: int, bins: int, spacing: float) -> torch.Tensor:
+    """The scan of one row (n,) as ``step_search`` describes it, each step looked up by itself and each row alone."""
+    peak = row.max()
+
+    def place(values: torch.Tensor) -> torch.Tensor:
+        return ((values / peak).log2() * (bins / 16) + bins).nan_to_num(0, 0, 0).floor().clamp(0, bins - 1).long()
+
+    counts = torch.bincount(place(row), minlength=bins).double()
+    values = peak * ((torch.arange(bins, dtype=row.dtype) + 0.5 - bins) * (16 / bins)).exp2()
+    below, mass = (torch.cat((torch.zeros(1), sums.cumsum(0))) for sums in (counts, values * counts))
+    half = torch.arange(highest, dtype=row.dtype) + 0.5
+
+    def explained(step: torch.Tensor) -> torch.Tensor:
+        edges = step * half
+        at = torch.where(edges > peak, bins, place(edges) + 1)
+        energy = ((below[-1] - below[at]) * (2 * half)).sum()
+        return torch.where(energy > 0, (mass[-1] - mass[at]).sum().square() / energy.clamp_min(1), 0)
+
+    grid = torch.arange(-12.0, 1.0, spacing, dtype=row.dtype).exp2() * (peak / highest)
+    coarse = grid[torch.stack([explained(step) for step in grid]).topk(4).indices]
+    fine = torch.linspace(-spacing, spacing, 33, dtype=row.dtype).exp2()
+    steps = (coarse.unsqueeze(1) * fine).flatten()
+    return steps[torch.stack([explained(step) for step in steps]).topk(1).indices]
+
+
+@pytest.mark.parametrize("highest", [3, 127])
+@pytest.mark.parametrize(("rows", "bins", "spacing"), [(1, 2**15, 1 / 96), (9, 2**13, 1 / 32)])
+def test_steps_are_scanned_to_the_bits_of_the_plain_arithmetic(rows, bins, spacing, highest):
+    values = torch.randn(rows, 3000, generator=generator(23), dtype=torch.float64).abs()
+    values[-1].pow_(3)
+    unit = values / values.amax(1, keepdim=True)
+    expected = torch.stack([scanned_plainly(row, highest, bins, spacing) for row in unit])
+    assert torch.equal(step_search._scanned_step(unit, highest), expected)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -593,7 +628,8 @@ relu(torch.randn(3, 4)).sum().backward()
 assert relu.step.grad is not None
 print(*{"torch._dynamo", "torch._inductor", "sympy"}.intersection(sys.modules))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run_fresh(code)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
 
 
@@ -753,32 +789,16 @@ def test_compile_activations_says_what_there_is(monkeypatch):
         compile_activations(network, torch.int8)
 
 
-def without_a_compiler(**environment: str) -> subprocess.CompletedProcess:
-    code = """
-import torch
-from torch import nn
-from faqd_lib import compile_activations, quantize
-network = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), 1, 4)
-assert not compile_activations(network)
-assert not compile_activations(network)
-network(torch.randn(16, 3, 40, 40)).sum().backward()
-assert network[1].step.grad != 0
-"""
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True
-    )
-
-
-def test_without_a_compiler_it_is_said_once_and_training_goes_on(tmp_path):
-    missing = str(tmp_path / "no-compiler")
-    said = without_a_compiler(CXX=missing, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")).stderr
-    assert said.count("without compiled kernels") == 1
-    assert missing in said
-    assert "TORCH_COMPILE_DISABLE=1" in said
-
-
-def test_torchs_own_switch_turns_the_compiler_off_in_silence():
-    assert without_a_compiler(TORCH_COMPILE_DISABLE="1").stderr == ""
+def test_torchs_own_switch_turns_the_compiler_off_in_silence(monkeypatch):
+    """``TORCH_COMPILE_DISABLE`` is this setting of torch's."""
+    monkeypatch.setattr(activation_kernels, "_made", {})
+    network = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), 1, 4)
+    with torch._dynamo.config.patch(disable=True), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not compile_activations(network)
+        network(torch.randn(16, 3, 40, 40, generator=generator(24))).sum().backward()
+    assert network[1].step.grad != 0
+    assert activation_kernels._made == {}
 
 
 def test_unknown_step_gradient_is_named():

@@ -65,6 +65,7 @@ class TestEstimate:
         p = found.p_above(0)
         assert (stats.t.isf(p, 4) + stats.t.isf(p, 100)) / 2 == pytest.approx(1 / 0.2**0.5)
         assert found.p_below(0) == pytest.approx(1 - p)
+        assert found.p_beside(0) == min(p, found.p_below(0))
 
     def test_second_endpoint_in_nats(self):
         cells = torch.tensor([[0.1, 0.3], [0.2, 0.6]])

@@ -1,12 +1,9 @@
 """Passes by ``torch.compile``: repeatable, the same network, and a clear word where there is no compiler."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import run_until_killed
+from fresh_process import run_fresh
 from torch import nn
 from torch._inductor.exc import TritonMissing
 from torch.nn.utils import parametrize
@@ -17,7 +14,6 @@ from faqd_lib.quantization.network import quantize
 from faqd_lib.quantization.weights import WeightQuantizer
 from faqd_lib.runs.suite import Suite
 from faqd_lib.training.compile import CompilationError, compile_network
-from faqd_lib.utils.files import project_root
 
 with_compiler = pytest.mark.usefixtures("compiler")
 
@@ -38,8 +34,32 @@ def images(count: int = 4) -> torch.Tensor:
     return torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
+class ResidualNetwork(nn.Module):
+    """A residual block and no more: the time to compile a network grows with its number of layers."""
+
+    feature_names = ("first", "relu")
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+        self.relu, self.pool, self.fc = nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Linear(8, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.fc(self.pool(self.relu(x + self.second(x))).flatten(1))
+
+
+def build_residual_network(name: str, classes: int, *, image_size: int, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ResidualNetwork(classes)
+
+
 @with_compiler
 def test_alone_interrupted_and_in_a_cohort_are_the_same_bits_and_runs_of_their_own(tiny_suite, monkeypatch):
+    monkeypatch.setattr("faqd_lib.runs.workshop.build_model", build_residual_network)
+
     def runs(suite: Suite):
         coarse = {"step_gradient": "coarse"}
         return [
@@ -55,8 +75,9 @@ def test_alone_interrupted_and_in_a_cohort_are_the_same_bits_and_runs_of_their_o
     # Teacher and students once each, though there are evaluations in between.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 3
     alone = tiny_suite("alone", compile=True, cohort=1, checkpoint_seconds=0.0)
-    alone.run([alone.teacher()])
-
+    teacher = together.teacher().run_id
+    (alone.folder / "runs").mkdir(parents=True)
+    (alone.folder / "runs" / teacher).symlink_to(together.folder / "runs" / teacher)
     run_until_killed(monkeypatch, alone, runs(alone), 1)
     assert [(record.weights_digest, record.history) for record in alone.run(runs(alone))] == expected
 
@@ -174,19 +195,28 @@ def test_switched_off_is_an_error_and_not_another_run():
         compile_network(small_network(), training=True)
 
 
-def test_without_a_compiler_the_error_says_what_to_do(tmp_path):
+def test_without_a_compiler_activations_go_on_and_networks_say_what_to_do(tmp_path):
+    """Both in one process: importing torch's compiler takes most of the time."""
     code = """
 import torch
 from torch import nn
+from faqd_lib import compile_activations, quantize
 from faqd_lib.training.compile import compile_network
+network = quantize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), 1, 4)
+assert not compile_activations(network)
+assert not compile_activations(network)
+network(torch.randn(16, 3, 40, 40)).sum().backward()
+assert network[1].step.grad != 0
+print("training goes on")
 compile_network(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), training=True)(torch.ones(2, 3, 8, 8))
 """
     missing = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(project_root()), "TORCH_COMPILE_DISABLE": "", **missing},
-    )  # fmt: skip
+    done = run_fresh(code, TORCH_COMPILE_DISABLE="", **missing)
     assert done.returncode == 1
+    assert "training goes on" in done.stdout
+    assert done.stderr.count("without compiled kernels") == 1
+    assert missing["CXX"] in done.stderr
+    assert "TORCH_COMPILE_DISABLE=1" in done.stderr
     assert "CompilationError: Sequential cannot be compiled (" in done.stderr
     assert "or set compile = false" in done.stderr
 

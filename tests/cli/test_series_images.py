@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from series_runs import NOTEBOOKS, run
-from sklearn.datasets import load_sample_images
 
 from faqd_lib.data import datasets as data
 from faqd_lib.utils.files import project_root
@@ -15,6 +14,8 @@ pytestmark = pytest.mark.series
 
 def cut_photographs(root: Path) -> str:
     """A dataset of 32×32 pieces of the two photographs that scikit-learn brings; its class is the band it is from."""
+    from sklearn.datasets import load_sample_images  # imported here because it takes seconds
+
     for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
         height, width = photograph.shape[:2]
         band = height // 5

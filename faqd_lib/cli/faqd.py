@@ -58,14 +58,19 @@ def _add_compress(command: argparse.ArgumentParser) -> None:
         "--teacher", nargs="+", required=True, metavar="SPEC",
         help="timm:NAME, torchvision:NAME or package.module:function, and name=value arguments of it",
     )  # fmt: skip
-    add("--weights", type=Path, metavar="FILE", help="the teacher's state_dict, a safetensors file")
+    add("--weights", type=Path, metavar="FILE", help="the teacher's state_dict, of safetensors or torch.save")
     add("--pretrained", action="store_true", help="the weights that timm or torchvision offers; may download")
     add("--images", type=Path, required=True, metavar="DIR", help="pictures, in any folders below DIR; no labels")
     add("--bits", nargs="+", default=["1W32A"], metavar="BITS", help="such as 1W32A 4W4A, trained together (1W32A)")
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder, or that of an earlier call to go on with")
     add("--epochs", type=float, metavar="N", help="passes over the training pictures (5)")
     add("--hours", type=float, metavar="H", help="hours to train; with --epochs, the shorter of both")
+    add(
+        "--student", nargs="+", metavar="SPEC",
+        help="a network to train in place of a copy of the teacher; as --teacher, with random weights",
+    )  # fmt: skip
     add("--taps", nargs="+", metavar="MODULE", help="modules whose maps are compared (chosen by resolution)")
+    add("--student-taps", nargs="+", metavar="MODULE", help="those of a --student, one for each of the teacher's")
     add("--learning-rate", type=float, metavar="X", help="chosen by a short search if left out")
     add("--affinity-weight", type=float, metavar="X", help="chosen by a short search if left out; 0: logits alone")
     add("--batch-size", type=int, metavar="N", help="128 pictures of less than 64 pixels, 32 of larger ones")
@@ -122,6 +127,12 @@ def compress(arguments: argparse.Namespace) -> int:
 
     spec, options = _spec(arguments.teacher)
     teacher = teachers.load_teacher(spec, arguments.weights, pretrained=arguments.pretrained, **options)
+    about, student = {"teacher": spec, "teacher_arguments": options}, None
+    if arguments.student:
+        about["student"], about["student_arguments"] = name, values = _spec(arguments.student)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(arguments.seed)  # a call after a kill must begin with the same weights
+            student = teachers.build_network(name, **values)
     preprocessing = _preprocessing(arguments)
     if preprocessing is None:
         if spec.partition(":")[0] not in ("timm", "torchvision"):
@@ -140,7 +151,9 @@ def compress(arguments: argparse.Namespace) -> int:
         arguments.images,
         out=arguments.out,
         bits=arguments.bits,
+        student=student,
         taps=arguments.taps,
+        student_taps=arguments.student_taps,
         preprocessing=preprocessing,
         quantization={"per_channel": False} if arguments.per_tensor else None,
         epochs=arguments.epochs,
@@ -154,7 +167,7 @@ def compress(arguments: argparse.Namespace) -> int:
         cache=cache or None,
         classes=[line.strip() for line in classes if line.strip()],
         seed=arguments.seed,
-        about={"teacher": spec, "teacher_arguments": options},
+        about=about,
         say=lambda text: print(text, flush=True),
     )
     for one in result.card.students:
@@ -188,10 +201,14 @@ def _inspect_packed(path: Path) -> None:
     for name, layer in header["layers"].items():
         count = torch.Size(layer["shape"]).numel()
         shape = " × ".join(map(str, layer["shape"]))
-        print(f"  {name or 'the network'}: {shape} at {layer['bits']} bits, {-(-count * layer['bits'] // 8):,} bytes")
+        print(f"  {name or 'the network'}: {shape} at {_bits(layer)}, {-(-count * layer['bits'] // 8):,} bytes")
     for name, relu in header["activations"].items():
-        print(f"  {name}: activations at {relu['bits']} bits")
+        print(f"  {name}: activations at {_bits(relu)}")
     _print_metadata(header["metadata"])
+
+
+def _bits(part: dict[str, Any]) -> str:
+    return f"{part['bits']} bit{'' if part['bits'] == 1 else 's'}"
 
 
 def _inspect_onnx(path: Path) -> None:
@@ -290,7 +307,10 @@ def _packed_network(path: Path, arguments: argparse.Namespace):
     elif header["architecture"]:
         network = load_packed(path)
     else:
-        named, options = (header["metadata"].get(key) for key in ("teacher", "teacher_arguments"))
+        who = "student" if "student" in header["metadata"] else "teacher"
+        named, options = (header["metadata"].get(key) for key in (who, f"{who}_arguments"))
+        if str(named).partition(":")[0] in ("timm", "torchvision"):
+            return load_packed(path, build_network(named, **options)), header["metadata"]
         words = [str(named), *(f"{name}={value}" for name, value in (options or {}).items())]
         made = f"; it was made from {' '.join(words)}" if named else ""
         raise ValueError(f"{path} holds weights only: give its float network by --network SPEC{made}")

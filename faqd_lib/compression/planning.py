@@ -53,6 +53,7 @@ class Plan(StrictModel):
     updates: int
     steps_per_epoch: int
     seconds: float  # of one update of all students; 0 if none was timed
+    picture_seconds: float = 0.0  # of one picture that all students are evaluated on
     trials: list[Trial] = []
     chosen: dict[str, Chosen] = {}  # by bits; empty until the search is done
     failed: dict[str, str] = {}  # by bits: why the search found no learning rate
@@ -92,16 +93,24 @@ def objective(affinity_weight: float) -> ObjectiveConfig:
     return ObjectiveConfig(logit_loss="mse", affinity=affinity, affinity_weight=affinity_weight)
 
 
-def updates_within(epochs: float | None, hours: float | None, steps_per_epoch: int, seconds: float, trials: int) -> int:
-    """Updates of the training: those of ``epochs``, or as many as fit into ``hours`` beside the search.
+def updates_within(
+    epochs: float | None, seconds_left: float | None, steps_per_epoch: int, seconds: float, trials: float
+) -> int:
+    """Updates of the training: those of ``epochs``, or as many as fit into ``seconds_left`` beside the search.
 
     If both are given, the smaller number is taken. There is at least one update.
+
+    Args:
+        seconds_left: for the updates of search and training; None without a limit.
+        seconds: of one update of all students.
+        trials: candidates that each student has in the search; 0 without a search.
     """
     limits = []
-    if epochs is not None or hours is None:
+    if epochs is not None or seconds_left is None:
         limits.append(math.ceil((EPOCHS if epochs is None else epochs) * steps_per_epoch))
-    if hours is not None:
-        limits.append(int(hours * 3600 / (seconds * (1 + SEARCH_SHARE * bool(trials)))))
+    if seconds_left is not None:
+        whole = seconds_left / seconds
+        limits.append(int(whole - trials * trial_updates(whole / (1 + SEARCH_SHARE), trials)))
     return max(1, min(limits))
 
 

@@ -51,7 +51,7 @@ def test_inspect(made, capsys):
     assert main(["inspect", str(made / "out" / "student-1w32a.safetensors")]) == 0
     packed = capsys.readouterr().out
     assert "faqd-packed-1" in packed
-    assert "layer1.0.conv1: 16 × 16 × 3 × 3 at 1 bits, 288 bytes" in packed
+    assert "layer1.0.conv1: 16 × 16 × 3 × 3 at 1 bit, 288 bytes" in packed
     assert 'classes: ["ant", "bee", "cat"]' in packed
     assert main(["inspect", str(made / "out" / "student-1w32a.onnx")]) == 0
     graph = capsys.readouterr().out
@@ -70,6 +70,20 @@ def test_classify_says_the_same_from_both_files(made, capsys):
     lines = by_onnx.splitlines()
     assert len(lines) == 3
     assert {word.split()[0] for line in lines for word in line.rpartition(": ")[2].split(", ")} <= {"ant", "bee", "cat"}
+
+
+def test_another_student_begins_with_the_same_weights_in_every_call(made, tmp_path, capsys):
+    torch.save(build_model("resnet8", 3, seed=5).state_dict(), tmp_path / "teacher.pth")
+    student = ["--student", "torchvision:mobilenet_v2", "num_classes=3", "width_mult=0.1"]
+    student += ["--student-taps", "features.3", "features.6", "features.13"]
+    command = ["compress", *TEACHER, "--weights", str(tmp_path / "teacher.pth"), *student, *PREPROCESSING, *FAST]
+    command += ["--images", str(made / "my photos"), "--out", str(tmp_path / "out"), "--held-out", "4"]
+    assert main(command) == 0
+    assert "the student is a MobileNetV2" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "goes on from its checkpoint" in capsys.readouterr().out
+    picture = str(made / "my photos" / "0.jpg")
+    assert main(["classify", str(tmp_path / "out" / "student-1w32a.safetensors"), picture]) == 0  # builds the student
 
 
 def test_classify_takes_folders_and_goes_on_after_a_damaged_picture(made, tmp_path, capsys):
@@ -168,6 +182,16 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     save_file({**state, "1.weight": torch.zeros(5, 3)}, tmp_path / "shape.safetensors")
     with pytest.raises(TeacherError, match=r"1\.weight: \(5, 3\) in the file, \(2, 3\) in the network.*num_classes"):
         load_weights(model, tmp_path / "shape.safetensors")
+    torch.save(state, tmp_path / "weights.pth")
+    load_weights(model, tmp_path / "weights.pth")
+    torch.save({"epoch": 3, "model": state}, tmp_path / "checkpoint.pth")
+    with pytest.raises(
+        TeacherError, match=r"must hold a state_dict, got dict with the items epoch, model: save weights"
+    ):
+        load_weights(model, tmp_path / "checkpoint.pth")
+    torch.save(model, tmp_path / "model.pth")
+    with pytest.raises(TeacherError, match="holds more than tensors: save weights by"):
+        load_weights(model, tmp_path / "model.pth")
     (tmp_path / "text.safetensors").write_text("text")
     with pytest.raises(TeacherError, match="damaged or no safetensors file"):
         load_weights(model, tmp_path / "text.safetensors")

@@ -84,6 +84,8 @@ def test_files_hold_the_student_and_the_card_its_numbers(tmp_path):
     numbers = json.loads((tmp_path / "out" / "card.json").read_text())
     assert numbers["students"][0]["agreement"]["total"] == 5
     assert numbers["classes"] == ["a", "b", "c"]
+    assert 0 < numbers["batches_share"] < 1
+    assert f"Preparing batches took {100 * numbers['batches_share']:.1f} % of the training time." in text
 
 
 def test_several_bits_are_trained_to_the_same_bits_as_each_alone(tmp_path):
@@ -346,10 +348,12 @@ def test_logits_alone_need_no_maps(tmp_path):
 def test_the_budget():
     assert updates_within(2.5, None, 10, 1.0, 0) == 25
     assert updates_within(None, None, 10, 1.0, 0) == 50
-    assert updates_within(None, 1.0, 10, 2.0, 0) == 1800
-    assert updates_within(None, 1.0, 10, 2.0, 1) == 1500  # a sixth of the time is for the search
-    assert updates_within(5, 1.0, 10, 2.0, 1) == 50
-    assert updates_within(None, 1e-9, 10, 2.0, 1) == 1
+    assert updates_within(None, 3600.0, 10, 2.0, 0) == 1800
+    assert updates_within(None, 3600.0, 10, 2.0, 5) == 1500  # a sixth of the time is for the search
+    assert updates_within(5, 3600.0, 10, 2.0, 5) == 50
+    assert updates_within(None, 0.0, 10, 2.0, 5) == 1
+    assert updates_within(None, 100.0, 10, 1.0, 5) == 60  # no candidate has less than 8 updates
+    assert updates_within(None, 100_000.0, 10, 1.0, 5) == 97_500  # nor more than 500
     assert trial_updates(1000, 5) == 40
     assert trial_updates(10, 5) == 8
     plan = Plan(updates=25, steps_per_epoch=10, seconds=1.0)
@@ -389,9 +393,14 @@ def test_candidates_and_the_best():
 
 
 def test_hours_set_the_number_of_updates(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_seconds_of_an_update", lambda task, batches: 2.0)
-    run(tmp_path / "out", epochs=None, hours=8 / 3600)
+    monkeypatch.setattr(module, "_seconds_of_an_update", lambda task, batches: (2.0, 0.0))
+    run(tmp_path / "out", epochs=None, hours=9.9 / 3600)
     assert json.loads((tmp_path / "out" / PLAN).read_text())["updates"] == 4
+    said, options = [], {"learning_rate": None, "hours": 99 / 3600}
+    run(tmp_path / "short", **options, epochs=None, say=said.append)  # 4 candidates of 8 updates take 64 s
+    assert "a search would take more time than the training: no search, the usual learning rate" in "\n".join(said)
+    assert json.loads((tmp_path / "short" / PLAN).read_text())["updates"] == 49
+    assert any("search before it: none" in line for line in said)
 
 
 def test_a_teacher_that_names_one_class_is_told(tmp_path):

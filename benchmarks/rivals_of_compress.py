@@ -335,7 +335,7 @@ def rows_of(cells: list[dict]) -> list[dict]:
             "agreement (%)": with_interval(part["agreement (%)"].tolist()),
             "test accuracy (%)": with_interval(part["test accuracy (%)"].tolist()), "note": notes, "commit": commits,
         })  # fmt: skip
-    return rows
+    return json.loads(pd.DataFrame(rows).to_json(orient="records"))
 
 
 def differences(cells: list[dict]) -> list[dict]:

@@ -65,7 +65,7 @@ from faqd_lib.utils.measure import commit, environment
 NAME = "rivals_of_compress"
 CLIP = 20.0
 DECAY = 5e-4  # weight decay, not of quantizers' scales
-COLLECTED = 10  # batches that Brevitas takes scales of activations from, before the first update; its default is 300
+COLLECTED = 4  # batches that Brevitas takes scales of activations from, 3 s each; its default is 300
 JUDGED = 1000  # training pictures that judge a candidate of a search, as in compress
 WARM_UP, TIMED = 2, 3  # updates, as in compress
 
@@ -247,6 +247,7 @@ def brevitas_network(teacher: nn.Module, weight_bits: int, activation_bits: int)
 
 
 def by_brevitas(given: Given, weight_bits: int, activation_bits: int) -> Made:
+    importlib.import_module("brevitas.nn")  # before the clock starts
     began = time.process_time()
     model = brevitas_network(given.teacher, weight_bits, activation_bits).train()
     with torch.no_grad():  # begins the scales; those of weights in the first pass

@@ -46,7 +46,6 @@ from .task import WATCHED, CompressionError, Task, thinned
 MARKER, PLAN = "faqd-compression.json", "plan.json"
 FORMAT = "faqd-compression-1"
 HELD_OUT = 0.1  # share of the pictures
-FEWEST_FOR_SEARCH = 20  # training pictures
 CHECKPOINT_SECONDS = 120.0
 TIMED_STEPS = (2, 3)  # steps that warm up, steps that are timed; more where batches are prepared ahead
 
@@ -108,10 +107,11 @@ def compress(
             channel unless it says otherwise.
         epochs: passes over the training pictures. None for 5, or for as many as ``hours`` allow.
         hours: time for timing, search and training, after the pictures are decoded. If ``epochs`` is given, too, the
-            shorter of both counts. A time too short for the search leaves the search out.
-        learning_rate, affinity_weight: None to choose by a short search. It judges on training pictures that no
-            candidate was trained on.
-        batch_size: None for 128 pictures of less than 64 pixels, and 32 of larger ones.
+            shorter of both counts.
+        learning_rate, affinity_weight: None to choose by a search in a fifth as many updates as the training has. It
+            judges on training pictures that no candidate was trained on. Too short a training takes usual values.
+        batch_size: None for 128 pictures of less than 64 pixels, and 32 of larger ones; fewer, but at least 16, where
+            an epoch would have less than 16 batches.
         flip: whether pictures may be mirrored. Text, digits and signs may not.
         held_out: share or number of pictures that are measured on and never trained on; None for a tenth. Pictures
             that are open already are split already, and refuse it.
@@ -313,10 +313,6 @@ def _planned(
     batches = task.batches(task.pictures.train)
     rounds = planning.candidates(task.widths, learning_rate, affinity_weight)
     trials = sum(map(len, rounds)) / len(task.widths)
-    usual = Chosen(
-        learning_rate=planning.LEARNING_RATE if learning_rate is None else learning_rate,
-        affinity_weight=planning.AFFINITY_WEIGHT if affinity_weight is None else affinity_weight,
-    )
     if (folder / PLAN).is_file():
         try:
             plan = Plan.model_validate_json((folder / PLAN).read_text(encoding="utf-8"))
@@ -324,21 +320,25 @@ def _planned(
             raise CompressionError(f"{folder / PLAN} is damaged: remove it, and the plan is made anew") from error
     else:
         seconds, picture_seconds = _seconds_of_an_update(task, batches)
-        evaluations = picture_seconds * (trials * len(_judged(task)) + len(thinned(task.pictures.held_out, WATCHED)))
-        left = None if ends is None else max(0.0, ends - time.perf_counter() - evaluations)
-        updates = planning.updates_within(epochs, left, len(batches), seconds, trials)
-        why = _no_search(task, trials, left, seconds)
-        if why:
-            say(f"{why}: no search, the usual learning rate and affinity weight")
-            updates = planning.updates_within(epochs, left, len(batches), seconds, 0)
+        watching = picture_seconds * len(thinned(task.pictures.held_out, WATCHED))
+        judging = picture_seconds * len(_judged(task))
+
+        def updates_beside(trials: float) -> int:
+            left = None if ends is None else max(0.0, ends - time.perf_counter() - watching - trials * judging)
+            return planning.updates_within(epochs, left, len(batches), seconds, trials)
+
+        updates, chosen = updates_beside(trials), {}
+        if not planning.trial_updates(updates, trials):
+            updates, chosen = updates_beside(0), _usual(task, learning_rate, affinity_weight)
         plan = Plan(
             updates=updates, steps_per_epoch=len(batches), seconds=seconds, picture_seconds=picture_seconds,
-            chosen=dict.fromkeys(task.widths, usual) if why or not rounds else {},
+            chosen=chosen,
         )  # fmt: skip
         atomic_write_text(folder / PLAN, plan.model_dump_json(indent=1))
     trial_updates = planning.trial_updates(plan.updates, trials)
     search = trials * (trial_updates * plan.seconds + len(_judged(task)) * plan.picture_seconds)
     before = f"about {clock(search)}" if not plan.chosen else "done" if plan.trials else "none"
+    before += ", so short a training has the usual values" if trials and plan.chosen and not plan.trials else ""
     say(
         f"plan: {plan.updates:,} updates ({plan.updates / len(batches):.3g} epochs of {len(batches):,} batches of "
         f"{batches.batch_size}) of {', '.join(task.widths)}, about {clock(plan.updates * plan.seconds)}; search before "
@@ -360,15 +360,16 @@ def _planned(
     return plan
 
 
-def _no_search(task: Task, trials: float, left: float | None, seconds: float) -> str:
-    """Why there is no search where one was due; "" if there is one, or was none due."""
-    if not trials:
-        return ""
-    if len(task.pictures.train) < FEWEST_FOR_SEARCH:
-        return f"fewer than {FEWEST_FOR_SEARCH} training pictures"
-    if left is not None and left < 2 * trials * planning.FEWEST_UPDATES * seconds:
-        return "a search would take more time than the training"
-    return ""
+def _usual(task: Task, learning_rate: float | None, affinity_weight: float | None) -> dict[str, Chosen]:
+    """What was given, and the usual values where nothing was given."""
+    weight = planning.AFFINITY_WEIGHT if affinity_weight is None else affinity_weight
+    return {
+        bits: Chosen(
+            learning_rate=planning.usual_rate(width.weight_bits) if learning_rate is None else learning_rate,
+            affinity_weight=weight,
+        )
+        for bits, width in task.widths.items()
+    }
 
 
 def _choice(trials: list[Trial], bits: str) -> Chosen | None:

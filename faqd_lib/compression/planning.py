@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple
 
 from ..config import ObjectiveConfig, OptimizationConfig, Precision, StrictModel, TrainingConfig
 
-LEARNING_RATE, LEARNING_RATES = 0.02, (0.001, 0.005, 0.02, 0.08)
+LEARNING_RATES = (0.001, 0.005, 0.02, 0.08)  # of the search
 AFFINITY_WEIGHT, OTHER_AFFINITY_WEIGHTS = 30.0, (3.0, 300.0)
 SEARCH_SHARE = 0.2  # updates of one student's candidates together, as a share of its training
-FEWEST_UPDATES, MOST_UPDATES = 8, 500  # of a candidate
+FEWEST_UPDATES, MOST_UPDATES = 25, 500  # of a candidate; after fewer, a rate that is too low looks best
 WARMUP_SHARE = 0.05  # of the updates
 EPOCHS = 5  # where neither epochs nor hours are given
 
@@ -93,6 +93,11 @@ def objective(affinity_weight: float) -> ObjectiveConfig:
     return ObjectiveConfig(logit_loss="mse", affinity=affinity, affinity_weight=affinity_weight)
 
 
+def usual_rate(weight_bits: int) -> float:
+    """The learning rate without a search: weights of 1 and 2 bits have further to go than others."""
+    return 0.02 if weight_bits <= 2 else 0.005
+
+
 def updates_within(
     epochs: float | None, seconds_left: float | None, steps_per_epoch: int, seconds: float, trials: float
 ) -> int:
@@ -147,6 +152,10 @@ def best(trials: Sequence[Trial], bits: str) -> Trial | None:
     return other if other.agreement > found.agreement + error else found
 
 
-def trial_updates(updates: int, candidates_each: float) -> int:
-    """Updates of one candidate; each student has ``candidates_each``, and trains for ``updates`` updates."""
-    return min(MOST_UPDATES, max(FEWEST_UPDATES, int(SEARCH_SHARE * updates / max(1, candidates_each))))
+def trial_updates(updates: float, trials: float) -> int:
+    """Updates of one candidate of a student that has ``trials`` of them, and trains for ``updates`` updates.
+
+    0 means no search: a candidate would have fewer than :data:`FEWEST_UPDATES`.
+    """
+    each = int(SEARCH_SHARE * updates / max(1, trials))
+    return 0 if each < FEWEST_UPDATES else min(MOST_UPDATES, each)

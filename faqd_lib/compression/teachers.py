@@ -146,7 +146,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     problems = {"missing in the file": missing, "not in the network": unexpected, "of other shapes": shapes}
     if any(problems.values()):
         parts = "; ".join(f"{what}: {_listed(names)}" for what, names in problems.items() if names)
-        hint = ". For another number of classes give num_classes" if shapes and not missing + unexpected else ""
+        hint = ". Build it with the arguments of its training, such as num_classes" if shapes else ""
         raise TeacherError(f"the weights in {path} do not fit {type(model).__name__}: {parts}{hint}")
     model.load_state_dict(state, strict=False)
 

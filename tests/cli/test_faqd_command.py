@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from faqd_lib import build_model, cli
-from faqd_lib.cli.faqd import _spec, main
+from faqd_lib.cli.faqd import _preprocessing, _spec, main, parser
 from faqd_lib.compression import teachers
 from faqd_lib.compression.teachers import TeacherError, load_teacher, load_weights
+from faqd_lib.data.preprocessing import Preprocessing
 
 TEACHER = ["--teacher", "faqd_lib.models:build_model", "name=resnet8", "num_classes=3"]
 PREPROCESSING = ["--image-size", "16", "--mean", "0.5", "0.5", "0.5", "--std", "0.25", "0.25", "0.25"]
@@ -74,19 +75,16 @@ def test_classify_says_the_same_from_both_files(made, capsys):
 
 def test_another_student_begins_with_the_same_weights_in_every_call(made, tmp_path, capsys):
     torch.save(build_model("resnet8", 3, seed=5).state_dict(), tmp_path / "teacher.pth")
-    student = ["--student", "torchvision:mobilenet_v2", "num_classes=3", "width_mult=0.1"]
-    student += ["--student-taps", "features.3", "features.6", "features.13"]
-    command = ["compress", *TEACHER, "--weights", str(tmp_path / "teacher.pth"), *student, *PREPROCESSING, *FAST]
+    command = ["compress", *TEACHER, "--weights", str(tmp_path / "teacher.pth"), *PREPROCESSING, *FAST]
+    command += ["--student", "faqd_lib.models:build_model", "name=resnet8", "num_classes=3"]
     command += ["--images", str(made / "my photos"), "--out", str(tmp_path / "out"), "--held-out", "4"]
     assert main(command) == 0
-    assert "the student is a MobileNetV2" in capsys.readouterr().out
+    assert "the student is a CifarResNet" in capsys.readouterr().out
     assert main(command) == 0
     assert "goes on from its checkpoint" in capsys.readouterr().out
-    picture = str(made / "my photos" / "0.jpg")
-    assert main(["classify", str(tmp_path / "out" / "student-1w32a.safetensors"), picture]) == 0  # builds the student
 
 
-def test_classify_takes_folders_and_goes_on_after_a_damaged_picture(made, tmp_path, capsys):
+def test_classify_takes_foldersdef test_classify_takes_folders_and_goes_on_after_a_damaged_picture(made, tmp_path, capsys):
     save_pictures(tmp_path / "some")
     (tmp_path / "some" / "1.jpg").write_bytes(b"not a picture")
     assert main(["classify", str(made / "out" / "student-1w32a.onnx"), str(tmp_path / "some")]) == 1
@@ -119,6 +117,20 @@ def test_errors_are_one_line(made, command, message, capsys):
     assert message in error
     assert len(error.splitlines()) == 1
     assert not (made / "o" / "card.md").exists()
+
+
+def test_options_change_a_known_preprocessing():
+    known = Preprocessing(224, resize_size=256)
+
+    def given(*words: str) -> Preprocessing:
+        command = ["compress", "--teacher", "x", "--images", "x", "--out", "x", *words]
+        return _preprocessing(parser().parse_args(command), lambda: known)
+
+    assert given() == known
+    assert given("--image-size", "64") == Preprocessing(64)
+    assert given("--image-size", "64", "--resize-size", "72") == Preprocessing(64, resize_size=72)
+    assert given("--interpolation", "bicubic") == Preprocessing(224, resize_size=256, interpolation="bicubic")
+    assert given(*PREPROCESSING) == Preprocessing(16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 def test_damaged_onnx_files(tmp_path, capsys):

@@ -16,10 +16,10 @@ Each student begins with the weights of the folder's ResNet-20 teacher and learn
 All have the same order of batches, schedule, clipping and CPU time of this process (``time.process_time``). The time
 counts everything that needs training pictures: calibration, timing, search, training. What is done before training
 (building, tracing, compiling) counts, too; writing files and measuring do not. A schedule must know its length: each
-student times three updates after two that warm up. All search the learning rate of :mod:`faqd_lib.compression.planning`
-with a fifth as many updates as the training has, on training pictures that no candidate was trained on; *compress*
-searches the affinity weight, too. The others plan again after their search, by the time that is left. The last state
-counts. Scales of quantizers have no weight decay.
+student times three updates after two that warm up. The learning rate is that of :mod:`faqd_lib.compression.planning`:
+searched with a fifth as many updates as the training has, on training pictures that no candidate was trained on, or the
+usual one where that would be too few. *compress* searches the affinity weight, too. The others plan again after their
+search, by the time that is left. The last state counts. Scales of quantizers have no weight decay.
 
 Agreement is measured on pictures held out from training, the same for all seeds; a seed changes order and augmentation.
 The file is what each tool deploys: packed (ours), ONNX with integers (Brevitas), exported program (torchao). Prints
@@ -138,12 +138,12 @@ class Modes(NamedTuple):
 USUAL = Modes()
 
 
-def searched_and_trained(
-    initial: nn.Module, given: Given, began: float, modes: Modes = USUAL
+def learned(
+    initial: nn.Module, given: Given, began: float, weight_bits: int, modes: Modes = USUAL
 ) -> tuple[nn.Module, Trained]:
-    """Copies of ``initial`` search the learning rate; one more is trained until the CPU time is used.
+    """A copy of ``initial``, trained until the CPU time is used; other copies search the learning rate before it.
 
-    ``began`` is the CPU time at which the tool's work began.
+    There is no search where *compress* would have none. ``began`` is the CPU time at which the tool's work began.
     """
 
     def fresh() -> nn.Module:
@@ -151,34 +151,38 @@ def searched_and_trained(
         modes.train(model)
         return model
 
-    def left() -> float:
-        return given.seconds - (time.process_time() - began)
+    def updates_beside(trials: int) -> int:
+        left = given.seconds - (time.process_time() - began)
+        return planning.updates_within(None, left, len(given.batches), seconds, trials)
 
-    train_set = given.pictures.train
+    times = distilled(fresh(), given, given.batches, WARM_UP + TIMED, planning.LEARNING_RATES[0])
+    seconds = statistics.mean(after - before for before, after in pairwise(times[WARM_UP - 1 :]))
+    trials, rate = len(planning.LEARNING_RATES), planning.usual_rate(weight_bits)
+    if updates := planning.trial_updates(updates_beside(trials), trials):
+        rate = best_rate(fresh, given, updates, modes)
+    updates = updates_beside(0)
+    model = fresh()
+    distilled(model, given, given.batches, updates, rate)
+    modes.evaluate(model)
+    return model, Trained(updates, rate, time.process_time() - began)
+
+
+def best_rate(fresh: Callable[[], nn.Module], given: Given, updates: int, modes: Modes) -> float:
+    """The learning rate that agrees most often with the teacher on training pictures not trained on."""
+    train_set, normalizer = given.pictures.train, given.batches.normalizer
     judging = torch.zeros(len(train_set), dtype=torch.bool)
     judging[:: max(5, -(-len(train_set) // JUDGED))] = True
     judged, searched = (replace(train_set, indices=train_set.indices[some]) for some in (judging, ~judging))
-    normalizer, batches = given.batches.normalizer, given.batches
-    times = distilled(fresh(), given, batches, WARM_UP + TIMED, planning.LEARNING_RATES[0])
-    seconds = statistics.mean(after - before for before, after in pairwise(times[WARM_UP - 1 :]))
-    taught = logits(given.teacher, judged[:], normalizer)
-    trials = len(planning.LEARNING_RATES)
-    updates = planning.updates_within(None, left(), len(batches), seconds, trials)
-    part = PictureBatches(searched, batches.batch_size, given.seed, normalizer, flip=batches.flip)
-    found = {}
+    batches = PictureBatches(searched, given.batches.batch_size, given.seed, normalizer, flip=given.batches.flip)
+    taught, found = logits(given.teacher, judged[:], normalizer), {}
     for rate in planning.LEARNING_RATES:
         model = fresh()
-        distilled(model, given, part, planning.trial_updates(updates, trials), rate)
+        distilled(model, given, batches, updates, rate)
         modes.evaluate(model)
         said = logits(model, judged[:], normalizer)
         if bool(said.isfinite().all()):
             found[rate] = agreement(said, taught).count, -float(F.cross_entropy(said, taught.argmax(1)))
-    best = max(found, key=found.__getitem__)
-    updates = planning.updates_within(None, left(), len(batches), seconds, 0)
-    model = fresh()
-    distilled(model, given, batches, updates, best)
-    modes.evaluate(model)
-    return model, Trained(updates, best, time.process_time() - began)
+    return max(found, key=found.__getitem__)
 
 
 def rounded(given: Given, weight_bits: int, activation_bits: int) -> Made:
@@ -253,7 +257,7 @@ def by_brevitas(given: Given, weight_bits: int, activation_bits: int) -> Made:
     with torch.no_grad():  # begins the scales; those of weights in the first pass
         for batch in islice(given.batches.epoch(0), COLLECTED):
             model(batch.images)
-    model, trained = searched_and_trained(model, given, began)
+    model, trained = learned(model, given, began, weight_bits)
     if weight_bits == 1:
         return Made(model, trained, None, "no export of binary weights to ONNX integers")
     from brevitas.export import export_onnx_qcdq
@@ -277,7 +281,7 @@ def by_torchao(given: Given, weight_bits: int, activation_bits: int) -> Made:
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
     model = prepare_qat_pt2e(model, quantizer)
     modes = Modes(move_exported_model_to_train, move_exported_model_to_eval)
-    model, trained = searched_and_trained(model, given, began, modes)
+    model, trained = learned(model, given, began, weight_bits, modes)
     model = convert_pt2e(model)
     program, path = export(model, example, dynamic_shapes=shapes), given.scratch / "torchao.pt2"
     save(program, path)
@@ -287,11 +291,14 @@ def by_torchao(given: Given, weight_bits: int, activation_bits: int) -> Made:
 
 
 STUDENTS = {
-    "rounded": (rounded, "", ((4, 4), (1, 32))),
-    "compress": (compressed, "", ((4, 4), (1, 32))),
-    "Brevitas": (by_brevitas, "brevitas", ((4, 4), (1, 32))),
+    "rounded": (rounded, "", ((1, 32), (4, 4))),
+    "compress": (compressed, "", ((1, 32), (4, 4))),
+    "Brevitas": (by_brevitas, "brevitas", ((1, 32), (4, 4))),
     "torchao": (by_torchao, "torchao", ((8, 8),)),
 }
+
+
+BITS = ("1W32A", "4W4A", "8W8A")
 
 
 @torch.no_grad()
@@ -397,6 +404,7 @@ def arguments_of_the_command() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=2000, help="pictures that agreement is measured on (2,000)")
     parser.add_argument("--test-images", type=int, default=2000, help="a class-balanced part (2,000; 0: all)")
     parser.add_argument("--only", nargs="+", choices=STUDENTS, default=list(STUDENTS), help="some students")
+    parser.add_argument("--bits", nargs="+", default=list(BITS), choices=BITS, help="some bits")
     parser.add_argument("--again", nargs="+", choices=STUDENTS, default=[], help="train these again")
     return parse(parser)
 
@@ -437,7 +445,7 @@ def main() -> None:
                 make, _, widths = STUDENTS[name]
                 for weight_bits, activation_bits in widths if name not in left_out else ():
                     bits = f"{weight_bits}W{activation_bits}A"
-                    if not results.has(name, bits, seed):
+                    if bits in arguments.bits and not results.has(name, bits, seed):
                         torch.manual_seed(seed)
                         made = make(given, weight_bits, activation_bits)
                         results.add(cell(name, bits, made, given, taught, test))

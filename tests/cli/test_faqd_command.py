@@ -84,7 +84,7 @@ def test_another_student_begins_with_the_same_weights_in_every_call(made, tmp_pa
     assert "goes on from its checkpoint" in capsys.readouterr().out
 
 
-def test_classify_takes_foldersdef test_classify_takes_folders_and_goes_on_after_a_damaged_picture(made, tmp_path, capsys):
+def test_classify_takes_folders_and_goes_on_after_a_damaged_picture(made, tmp_path, capsys):
     save_pictures(tmp_path / "some")
     (tmp_path / "some" / "1.jpg").write_bytes(b"not a picture")
     assert main(["classify", str(made / "out" / "student-1w32a.onnx"), str(tmp_path / "some")]) == 1

@@ -193,6 +193,8 @@ def compress(arguments: argparse.Namespace) -> int:
         for sign in one.signs:
             if sign.verdict == "yes":
                 print(f"{one.bits} shows a sign of failure, {sign.name}: {sign.threshold}")
+    if any(sign.verdict == "yes" for one in result.card.students for sign in one.signs):
+        print("against signs of failure: train longer, or on more pictures")
     if len(result.card.students[0].by_class) == 1:
         print(result.card.named_by_teacher)
     return 1 if result.failed else 0
@@ -355,7 +357,10 @@ def main(argv: Sequence[str] | None = None) -> int:
               "--out", file=sys.stderr)  # fmt: skip
         return 1
     except ERRORS as error:
-        print(f"faqd {arguments.command}: {error}", file=sys.stderr)
+        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has what it wants
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            print(f"faqd {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; call again to go on", file=sys.stderr)

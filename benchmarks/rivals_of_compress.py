@@ -138,9 +138,7 @@ class Modes(NamedTuple):
 USUAL = Modes()
 
 
-def learned(
-    initial: nn.Module, given: Given, began: float, weight_bits: int, modes: Modes = USUAL
-) -> tuple[nn.Module, Trained]:
+def learned(initial: nn.Module, given: Given, began: float, modes: Modes = USUAL) -> tuple[nn.Module, Trained]:
     """A copy of ``initial``, trained until the CPU time is used; other copies search the learning rate before it.
 
     There is no search where *compress* would have none. ``began`` is the CPU time at which the tool's work began.
@@ -157,7 +155,7 @@ def learned(
 
     times = distilled(fresh(), given, given.batches, WARM_UP + TIMED, planning.LEARNING_RATES[0])
     seconds = statistics.mean(after - before for before, after in pairwise(times[WARM_UP - 1 :]))
-    trials, rate = len(planning.LEARNING_RATES), planning.usual_rate(weight_bits)
+    trials, rate = len(planning.LEARNING_RATES), planning.LEARNING_RATE
     if updates := planning.trial_updates(updates_beside(trials), trials):
         rate = best_rate(fresh, given, updates, modes)
     updates = updates_beside(0)
@@ -257,7 +255,7 @@ def by_brevitas(given: Given, weight_bits: int, activation_bits: int) -> Made:
     with torch.no_grad():  # begins the scales; those of weights in the first pass
         for batch in islice(given.batches.epoch(0), COLLECTED):
             model(batch.images)
-    model, trained = learned(model, given, began, weight_bits)
+    model, trained = learned(model, given, began)
     if weight_bits == 1:
         return Made(model, trained, None, "no export of binary weights to ONNX integers")
     from brevitas.export import export_onnx_qcdq
@@ -281,7 +279,7 @@ def by_torchao(given: Given, weight_bits: int, activation_bits: int) -> Made:
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
     model = prepare_qat_pt2e(model, quantizer)
     modes = Modes(move_exported_model_to_train, move_exported_model_to_eval)
-    model, trained = learned(model, given, began, weight_bits, modes)
+    model, trained = learned(model, given, began, modes)
     model = convert_pt2e(model)
     program, path = export(model, example, dynamic_shapes=shapes), given.scratch / "torchao.pt2"
     save(program, path)

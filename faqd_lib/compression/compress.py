@@ -329,7 +329,11 @@ def _planned(
 
         updates, chosen = updates_beside(trials), {}
         if not planning.trial_updates(updates, trials):
-            updates, chosen = updates_beside(0), _usual(task, learning_rate, affinity_weight)
+            usual = Chosen(
+                learning_rate=planning.LEARNING_RATE if learning_rate is None else learning_rate,
+                affinity_weight=planning.AFFINITY_WEIGHT if affinity_weight is None else affinity_weight,
+            )
+            updates, chosen = updates_beside(0), dict.fromkeys(task.widths, usual)
         plan = Plan(
             updates=updates, steps_per_epoch=len(batches), seconds=seconds, picture_seconds=picture_seconds,
             chosen=chosen,
@@ -358,18 +362,6 @@ def _planned(
     for bits, choice in plan.chosen.items():
         say(f"{bits}: learning rate {choice.learning_rate:g}, affinity weight {choice.affinity_weight:g}")
     return plan
-
-
-def _usual(task: Task, learning_rate: float | None, affinity_weight: float | None) -> dict[str, Chosen]:
-    """What was given, and the usual values where nothing was given."""
-    weight = planning.AFFINITY_WEIGHT if affinity_weight is None else affinity_weight
-    return {
-        bits: Chosen(
-            learning_rate=planning.usual_rate(width.weight_bits) if learning_rate is None else learning_rate,
-            affinity_weight=weight,
-        )
-        for bits, width in task.widths.items()
-    }
 
 
 def _choice(trials: list[Trial], bits: str) -> Chosen | None:

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from ..config import ObjectiveConfig, OptimizationConfig, Precision, StrictModel, TrainingConfig
 
-LEARNING_RATES = (0.001, 0.005, 0.02, 0.08)  # of the search
+LEARNING_RATE, LEARNING_RATES = 0.005, (0.001, 0.005, 0.02, 0.08)  # without a search; of the search
 AFFINITY_WEIGHT, OTHER_AFFINITY_WEIGHTS = 30.0, (3.0, 300.0)
 SEARCH_SHARE = 0.2  # updates of one student's candidates together, as a share of its training
 FEWEST_UPDATES, MOST_UPDATES = 25, 500  # of a candidate; after fewer, a rate that is too low looks best
@@ -91,11 +91,6 @@ def objective(affinity_weight: float) -> ObjectiveConfig:
     """Squared error of logits and, unless its weight is 0, the exact affinity loss."""
     affinity = "fa" if affinity_weight > 0 else "none"
     return ObjectiveConfig(logit_loss="mse", affinity=affinity, affinity_weight=affinity_weight)
-
-
-def usual_rate(weight_bits: int) -> float:
-    """The learning rate without a search: weights of 1 and 2 bits have further to go than others."""
-    return 0.02 if weight_bits <= 2 else 0.005
 
 
 def updates_within(

@@ -150,7 +150,7 @@ def best(trials: Sequence[Trial], bits: str) -> Trial | None:
 def trial_updates(updates: float, trials: float) -> int:
     """Updates of one candidate of a student that has ``trials`` of them, and trains for ``updates`` updates.
 
-    0 means no search: a candidate would have fewer than :data:`FEWEST_UPDATES`.
+    0 means no search: there are no candidates, or each would have fewer than :data:`FEWEST_UPDATES`.
     """
-    each = int(SEARCH_SHARE * updates / max(1, trials))
+    each = int(SEARCH_SHARE * updates / trials) if trials else 0
     return 0 if each < FEWEST_UPDATES else min(MOST_UPDATES, each)

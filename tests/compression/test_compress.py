@@ -363,7 +363,7 @@ def test_the_budget():
     assert updates_within(None, 700.0, 10, 1.0, 5) == 700  # no search: a candidate would have 23 updates
     assert updates_within(None, 100_000.0, 10, 1.0, 5) == 97_500  # no candidate has more than 500 updates
     assert trial_updates(1000, 5) == 40
-    assert trial_updates(600, 5) == 0
+    assert trial_updates(600, 5) == trial_updates(1000, 0) == 0
     plan = Plan(updates=25, steps_per_epoch=10, seconds=1.0)
     assert plan.epochs == 3
 

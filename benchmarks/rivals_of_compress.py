@@ -96,6 +96,7 @@ class Given(NamedTuple):
     batches: PictureBatches
     seed: int
     seconds: float  # CPU seconds of a training
+    rate: float | None  # learning rate of other tools than compress; None for that of compress
     scratch: Path
 
 
@@ -155,7 +156,7 @@ def learned(initial: nn.Module, given: Given, began: float, modes: Modes = USUAL
 
     times = distilled(fresh(), given, given.batches, WARM_UP + TIMED, planning.LEARNING_RATES[0])
     seconds = statistics.mean(after - before for before, after in pairwise(times[WARM_UP - 1 :]))
-    trials, rate = len(planning.LEARNING_RATES), planning.LEARNING_RATE
+    trials, rate = len(planning.LEARNING_RATES) if given.rate is None else 0, given.rate or planning.LEARNING_RATE
     if updates := planning.trial_updates(updates_beside(trials), trials):
         rate = best_rate(fresh, given, updates, modes)
     updates = updates_beside(0)
@@ -403,6 +404,7 @@ def arguments_of_the_command() -> argparse.Namespace:
     parser.add_argument("--test-images", type=int, default=2000, help="a class-balanced part (2,000; 0: all)")
     parser.add_argument("--only", nargs="+", choices=STUDENTS, default=list(STUDENTS), help="some students")
     parser.add_argument("--bits", nargs="+", default=list(BITS), choices=BITS, help="some bits")
+    parser.add_argument("--rate", type=float, help="learning rate of other tools than compress (as compress)")
     parser.add_argument("--again", nargs="+", choices=STUDENTS, default=[], help="train these again")
     return parse(parser)
 
@@ -436,7 +438,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for seed in arguments.seeds:
             batches = PictureBatches(opened.train, arguments.batch, seed, normalizer, flip=suite.data.flip)
-            given = Given(teacher, opened, expects, batches, seed, 60 * arguments.cpu_minutes, Path(scratch))
+            given = Given(
+                teacher, opened, expects, batches, seed, 60 * arguments.cpu_minutes, arguments.rate, Path(scratch)
+            )
             if not results.has("teacher", "float", arguments.seeds[0]):
                 results.add(cell("teacher", "float", Made(teacher, Trained(), size), given, taught, test))
             for name in arguments.only:

@@ -342,7 +342,7 @@ def _planned(
     trial_updates = planning.trial_updates(plan.updates, trials)
     search = trials * (trial_updates * plan.seconds + len(_judged(task)) * plan.picture_seconds)
     before = f"about {clock(search)}" if not plan.chosen else "done" if plan.trials else "none"
-    before += ", so short a training has the usual values" if trials and plan.chosen and not plan.trials else ""
+    before += ", so short a training takes the usual values" if trials and plan.chosen and not plan.trials else ""
     say(
         f"plan: {plan.updates:,} updates ({plan.updates / len(batches):.3g} epochs of {len(batches):,} batches of "
         f"{batches.batch_size}) of {', '.join(task.widths)}, about {clock(plan.updates * plan.seconds)}; search before "

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_images
+from PIL import Image
 
 from faqd_lib.reporting import grids
 from faqd_lib.runs import planning
@@ -198,6 +200,17 @@ def test_training_at_toy_size(benchmark, call, monkeypatch, tmp_path):
     check_rows(found["plain"], 3)
     assert found["plain"][0]["times the plain images/s"] == 1
     assert (tmp_path / "training.png").stat().st_size > 10_000
+
+
+def test_pictures_at_toy_size(call, tmp_path):
+    for index, pixels in enumerate(random_images(5, 3, 8, "train").pixels):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / f"{index}.png")
+    rows = call("pictures", str(tmp_path), "--image-size", "8", "--batch", "2")["rows"]
+    assert [(row["what"], row["pictures"]) for row in rows] == [
+        ("decode", 5), ("open again", 5), ("an epoch of batches", 4),
+    ]  # fmt: skip
+    assert all(row["CPU seconds"] > 0 for row in rows)
+    assert rows[0]["peak_MiB"] <= rows[-1]["peak_MiB"]
 
 
 def test_cost_at_toy_size(call, tmp_path):

@@ -12,7 +12,8 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,10 @@ NO_PREPROCESSING = (
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    whole = argparse.ArgumentParser(prog="faqd", description=__doc__.partition("\n")[0])
+    whole = argparse.ArgumentParser(
+        prog="faqd", description="Compress a network, look into its files, run them; and the series of notebooks.",
+        epilog=__doc__.partition("\n\n")[2], formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     commands = whole.add_subparsers(dest="command", required=True)
     what = "train low-bit copies of a network on unlabelled pictures"
     _add_compress(commands.add_parser("compress", help=what, description=f"{what}; defaults in brackets"))
@@ -58,17 +62,35 @@ def _add_compress(command: argparse.ArgumentParser) -> None:
         "--teacher", nargs="+", required=True, metavar="SPEC",
         help="timm:NAME, torchvision:NAME or package.module:function, and name=value arguments of it",
     )  # fmt: skip
-    add("--weights", type=Path, metavar="FILE", help="the teacher's state_dict, a safetensors file")
+    add("--weights", type=Path, metavar="FILE", help="the teacher's state_dict, of safetensors or torch.save")
     add("--pretrained", action="store_true", help="the weights that timm or torchvision offers; may download")
     add("--images", type=Path, required=True, metavar="DIR", help="pictures, in any folders below DIR; no labels")
-    add("--bits", nargs="+", default=["1W32A"], metavar="BITS", help="such as 1W32A 4W4A, trained together (1W32A)")
+    add(
+        "--bits", nargs="+", default=["1W32A"], metavar="BITS",
+        help="bits of weights and of activations, 32 for float; several train together: 1W32A 4W4A (1W32A)",
+    )  # fmt: skip
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder, or that of an earlier call to go on with")
     add("--epochs", type=float, metavar="N", help="passes over the training pictures (5)")
-    add("--hours", type=float, metavar="H", help="hours to train; with --epochs, the shorter of both")
+    add("--hours", type=float, metavar="H", help="hours to search and train; with --epochs, the shorter of both")
+    add(
+        "--student", nargs="+", metavar="SPEC",
+        help="a network to train in place of a copy of the teacher; as --teacher, with random weights",
+    )  # fmt: skip
     add("--taps", nargs="+", metavar="MODULE", help="modules whose maps are compared (chosen by resolution)")
-    add("--learning-rate", type=float, metavar="X", help="chosen by a short search if left out")
-    add("--affinity-weight", type=float, metavar="X", help="chosen by a short search if left out; 0: logits alone")
-    add("--batch-size", type=int, metavar="N", help="128 pictures of less than 64 pixels, 32 of larger ones")
+    add("--student-taps", nargs="+", metavar="MODULE", help="those of a --student, one for each of the teacher's")
+    add(
+        "--learning-rate",
+        type=float,
+        metavar="X",
+        help="if left out: chosen by a search, if the training is long enough",
+    )
+    add(
+        "--affinity-weight",
+        type=float,
+        metavar="X",
+        help="if left out: chosen as the learning rate is; 0: logits alone",
+    )
+    add("--batch-size", type=int, metavar="N", help="128 pictures of less than 64 pixels, 32 of larger ones, or fewer")
     add("--per-tensor", action="store_true", help="one scale per weight tensor, not per output channel")
     add("--no-flip", action="store_true", help="never mirror pictures: for text, digits, signs")
     add("--held-out", type=float, default=0.1, metavar="X", help="share or number of pictures to measure on (0.1)")
@@ -81,7 +103,7 @@ def _add_compress(command: argparse.ArgumentParser) -> None:
 
 def _add_preprocessing(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("preprocessing", "if left out: what timm, torchvision or the file says")
-    group.add_argument("--image-size", type=int, metavar="N", help="height and width of the network's input")
+    group.add_argument("--image-size", type=int, metavar="N", help="pixels of the network's input, height and width")
     group.add_argument("--resize-size", type=int, metavar="N", help="short side before the crop (the image size)")
     group.add_argument("--mean", type=float, nargs=3, metavar="X", help="of each channel, for pixels in [0, 1]")
     group.add_argument("--std", type=float, nargs=3, metavar="X")
@@ -102,17 +124,19 @@ def _spec(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     return words[0], found
 
 
-def _preprocessing(arguments: argparse.Namespace) -> Preprocessing | None:
-    """The preprocessing that the options give; None without such options, ValueError if some are missing."""
-    given = [arguments.image_size, arguments.mean, arguments.std]
-    if all(value is None for value in (*given, arguments.resize_size, arguments.interpolation)):
-        return None
-    if any(value is None for value in given):
+def _preprocessing(arguments: argparse.Namespace, known: Callable[[], Preprocessing | None]) -> Preprocessing:
+    """What the options give, and for the rest what is ``known``; ValueError if the rest is not known.
+
+    With another image size, the short side is resized to this size unless ``--resize-size`` says otherwise.
+    """
+    names = ("image_size", "resize_size", "mean", "std", "interpolation")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if all(name in given for name in ("image_size", "mean", "std")):
+        return Preprocessing(**given)
+    rest = known()
+    if rest is None:
         raise ValueError(NO_PREPROCESSING)
-    return Preprocessing(
-        arguments.image_size, tuple(arguments.mean), tuple(arguments.std), arguments.resize_size or 0,
-        arguments.interpolation or "bilinear",
-    )  # fmt: skip
+    return replace(rest, **({"resize_size": 0} if "image_size" in given else {}) | given)
 
 
 def compress(arguments: argparse.Namespace) -> int:
@@ -122,17 +146,20 @@ def compress(arguments: argparse.Namespace) -> int:
 
     spec, options = _spec(arguments.teacher)
     teacher = teachers.load_teacher(spec, arguments.weights, pretrained=arguments.pretrained, **options)
-    preprocessing = _preprocessing(arguments)
-    if preprocessing is None:
-        if spec.partition(":")[0] not in ("timm", "torchvision"):
-            raise ValueError(NO_PREPROCESSING)
-        preprocessing = preprocessing_of(teacher, spec)
-        if arguments.weights:
-            print(
-                f"pictures are prepared as for the usual weights of {spec}: {preprocessing}. Give --image-size, --mean "
-                "and --std if yours were trained otherwise",
-                flush=True,
-            )
+    about, student = {"teacher": spec, "teacher_arguments": options}, None
+    if arguments.student:
+        about["student"], about["student_arguments"] = name, values = _spec(arguments.student)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(arguments.seed)  # a call after a kill must begin with the same weights
+            student = teachers.build_network(name, **values)
+
+    def known() -> Preprocessing | None:
+        return preprocessing_of(teacher, spec) if spec.partition(":")[0] in ("timm", "torchvision") else None
+
+    preprocessing = _preprocessing(arguments, known)
+    print(f"pictures are prepared as follows: {preprocessing}", flush=True)
+    if arguments.weights and arguments.image_size is None:
+        print("if yours were prepared otherwise in training, give --image-size, --mean and --std", flush=True)
     classes = arguments.classes.read_text(encoding="utf-8").splitlines() if arguments.classes else ()
     cache = arguments.cache or os.environ.get("FAQD_CACHE")
     result = run(
@@ -140,7 +167,9 @@ def compress(arguments: argparse.Namespace) -> int:
         arguments.images,
         out=arguments.out,
         bits=arguments.bits,
+        student=student,
         taps=arguments.taps,
+        student_taps=arguments.student_taps,
         preprocessing=preprocessing,
         quantization={"per_channel": False} if arguments.per_tensor else None,
         epochs=arguments.epochs,
@@ -154,7 +183,7 @@ def compress(arguments: argparse.Namespace) -> int:
         cache=cache or None,
         classes=[line.strip() for line in classes if line.strip()],
         seed=arguments.seed,
-        about={"teacher": spec, "teacher_arguments": options},
+        about=about,
         say=lambda text: print(text, flush=True),
     )
     for one in result.card.students:
@@ -163,7 +192,9 @@ def compress(arguments: argparse.Namespace) -> int:
         print(f"{one.bits}: {files} (teacher {result.card.float_bytes:,}); agreement {one.agreement}")
         for sign in one.signs:
             if sign.verdict == "yes":
-                print(f"{one.bits} shows a sign of failure, {sign.name}: it {sign.threshold}")
+                print(f"{one.bits} shows a sign of failure, {sign.name}: {sign.threshold}")
+    if any(sign.verdict == "yes" for one in result.card.students for sign in one.signs):
+        print("against signs of failure: train longer, or on more pictures")
     if len(result.card.students[0].by_class) == 1:
         print(result.card.named_by_teacher)
     return 1 if result.failed else 0
@@ -188,10 +219,14 @@ def _inspect_packed(path: Path) -> None:
     for name, layer in header["layers"].items():
         count = torch.Size(layer["shape"]).numel()
         shape = " × ".join(map(str, layer["shape"]))
-        print(f"  {name or 'the network'}: {shape} at {layer['bits']} bits, {-(-count * layer['bits'] // 8):,} bytes")
+        print(f"  {name or 'the network'}: {shape} at {_bits(layer)}, {-(-count * layer['bits'] // 8):,} bytes")
     for name, relu in header["activations"].items():
-        print(f"  {name}: activations at {relu['bits']} bits")
+        print(f"  {name}: activations at {_bits(relu)}")
     _print_metadata(header["metadata"])
+
+
+def _bits(part: dict[str, Any]) -> str:
+    return f"{part['bits']} bit{'' if part['bits'] == 1 else 's'}"
 
 
 def _inspect_onnx(path: Path) -> None:
@@ -230,11 +265,13 @@ def classify(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
     path = _existing(arguments.file)
     run, metadata = (_onnx_network if path.suffix == ".onnx" else _packed_network)(path, arguments)
-    preprocessing = _preprocessing(arguments)
-    if preprocessing is None:
+
+    def known() -> Preprocessing:
         if "preprocessing" not in metadata:
             raise ValueError(f"{path} does not name its preprocessing: {NO_PREPROCESSING}")
-        preprocessing = Preprocessing(**metadata["preprocessing"])
+        return Preprocessing(**metadata["preprocessing"])
+
+    preprocessing = _preprocessing(arguments, known)
     normalizer, classes = preprocessing.normalizer("cpu"), metadata.get("classes", ())
     failed = 0
     for picture in _below(arguments.pictures):
@@ -290,7 +327,10 @@ def _packed_network(path: Path, arguments: argparse.Namespace):
     elif header["architecture"]:
         network = load_packed(path)
     else:
-        named, options = (header["metadata"].get(key) for key in ("teacher", "teacher_arguments"))
+        who = "student" if "student" in header["metadata"] else "teacher"
+        named, options = (header["metadata"].get(key) for key in (who, f"{who}_arguments"))
+        if str(named).partition(":")[0] in ("timm", "torchvision"):
+            return load_packed(path, build_network(named, **options)), header["metadata"]
         words = [str(named), *(f"{name}={value}" for name, value in (options or {}).items())]
         made = f"; it was made from {' '.join(words)}" if named else ""
         raise ValueError(f"{path} holds weights only: give its float network by --network SPEC{made}")
@@ -317,7 +357,10 @@ def main(argv: Sequence[str] | None = None) -> int:
               "--out", file=sys.stderr)  # fmt: skip
         return 1
     except ERRORS as error:
-        print(f"faqd {arguments.command}: {error}", file=sys.stderr)
+        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has what it wants
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            print(f"faqd {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; call again to go on", file=sys.stderr)

@@ -30,7 +30,8 @@ LOGITS = (
     "|MSE gradient² on missed %|KL gradient² on missed %"
 )
 RIVALS = (
-    "student|bits|updates|pictures seen|bytes of the file|agreement (%)|95 % interval|test accuracy (%)|note|commit"
+    "student|bits|seeds|CPU minutes|updates|learning rates|bytes of the file|agreement (%)|test accuracy (%)|note"
+    "|commit"
 )
 # By name of a table: file, part of it, columns.
 MEASURED = {
@@ -52,7 +53,13 @@ MEASURED = {
     "h200_plain": ("training-h200", "plain", PLAIN),
     "export": ("export-cpu", "export", FILES),
     "export_activations": ("export-five-epochs", "export", FILES),
+    "pictures": ("pictures", "rows", "what|pixels|pictures|CPU seconds|CPU ms a picture|peak_MiB"),
     "rivals_of_compress": ("rivals_of_compress", "rows", RIVALS),
+    "rivals_differences": (
+        "rivals_of_compress",
+        "differences",
+        "compared|bits|seeds|agreement (%)|test accuracy (%)",
+    ),
     "cost": ("cost-cpu", "projected", "table|runs|epochs|hours, 1 worker"),
 }
 MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

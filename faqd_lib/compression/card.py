@@ -126,6 +126,7 @@ class Card:
     preprocessing: Preprocessing
     classes: list[str]
     batch_size: int
+    batches_share: float  # of the time of the updates: preparing batches, 0 to 1
     plan: Plan
     students: list[StudentCard]
     failed: dict[str, str]  # by bits: why there is no such student
@@ -193,6 +194,7 @@ def examine(
         preprocessing=task.preprocessing,
         classes=names,
         batch_size=task.batch_size,
+        batches_share=_share_of_batches(learners),
         plan=plan,
         students=students,
         failed=failed,
@@ -200,6 +202,11 @@ def examine(
         machine=environment(task.device),
         written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def _share_of_batches(learners: Sequence[Learner]) -> float:
+    data, whole = (sum(one.cost[name] for one in learners) for name in ("data_seconds", "training_seconds"))
+    return data / whole
 
 
 def _float_bytes(model: nn.Module) -> int:

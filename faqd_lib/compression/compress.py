@@ -34,19 +34,18 @@ from ..runs.checkpoints import due_every, remove_unfinished_writes
 from ..runs.local import resume, save_checkpoint
 from ..training.cuda_graphs import own_stream
 from ..training.learner import Learner
-from ..training.loop import Cohort, CohortResult, train
+from ..training.loop import Cohort, CohortResult, evaluate, train
 from ..utils.files import atomic_write_text, require_writable
 from ..utils.measure import environment, exact_kernels
 from ..utils.messages import kind_of
 from ..utils.progress import Progress, clock
 from . import card, planning
 from .planning import Candidate, Chosen, Plan, Trial
-from .task import WATCHED, CompressionError, Task
+from .task import WATCHED, CompressionError, Task, thinned
 
 MARKER, PLAN = "faqd-compression.json", "plan.json"
 FORMAT = "faqd-compression-1"
 HELD_OUT = 0.1  # share of the pictures
-FEWEST_FOR_SEARCH = 20  # training pictures
 CHECKPOINT_SECONDS = 120.0
 TIMED_STEPS = (2, 3)  # steps that warm up, steps that are timed; more where batches are prepared ahead
 
@@ -107,10 +106,12 @@ def compress(
         quantization: settings of :class:`faqd_lib.config.QuantizationConfig` beside the bits. Scales are per output
             channel unless it says otherwise.
         epochs: passes over the training pictures. None for 5, or for as many as ``hours`` allow.
-        hours: time to train. If ``epochs`` is given, too, the shorter of both counts.
-        learning_rate, affinity_weight: None to choose by a short search. It judges on training pictures that no
-            candidate was trained on.
-        batch_size: None for 128 pictures of less than 64 pixels, and 32 of larger ones.
+        hours: time for timing, search and training, after the pictures are decoded. If ``epochs`` is given, too, the
+            shorter of both counts.
+        learning_rate, affinity_weight: None to choose by a search in a fifth as many updates as the training has. It
+            judges on training pictures that no candidate was trained on. Too short a training takes usual values.
+        batch_size: None for 128 pictures of less than 64 pixels, and 32 of larger ones; fewer, but at least 16, where
+            an epoch would have less than 16 batches.
         flip: whether pictures may be mirrored. Text, digits and signs may not.
         held_out: share or number of pictures that are measured on and never trained on; None for a tenth. Pictures
             that are open already are split already, and refuse it.
@@ -142,6 +143,7 @@ def compress(
                 "preprocessing_of(teacher, 'timm:…') of faqd_lib.data.preprocessing"
             )
         pictures = _pictures(images, preprocessing, cache or folder / "cache", held_out, seed, max_unreadable, say)
+        ends = None if hours is None else time.perf_counter() + 3600 * hours
         task = Task.prepare(
             teacher, student, pictures, preprocessing, taps, student_taps, widths,
             batch_size=batch_size, flip=flip, seed=seed, precision=precision, device=place, classes=classes,
@@ -151,7 +153,7 @@ def compress(
             "epochs": epochs, "hours": hours, "learning_rate": learning_rate, "affinity_weight": affinity_weight,
         }  # fmt: skip
         _mark(folder, task.settings | given)
-        plan = _planned(folder, task, epochs, hours, learning_rate, affinity_weight, say)
+        plan = _planned(folder, task, epochs, ends, learning_rate, affinity_weight, say)
         result = _trained(folder, task, plan, say)
         trained = {learner.config.bits for learner in result.trained}
         reasons = {run.partition("-")[0].upper(): str(error) for run, error in result.failed.items()}
@@ -299,42 +301,58 @@ def _planned(
     folder: Path,
     task: Task,
     epochs: float | None,
-    hours: float | None,
+    ends: float | None,
     learning_rate: float | None,
     affinity_weight: float | None,
     say: Callable[[str], None],
 ) -> Plan:
-    """Read the plan of an earlier call, or make it: an estimate first, then the search."""
+    """Read the plan of an earlier call, or make it: an estimate first, then the search.
+
+    ``ends`` is the time of ``time.perf_counter`` at which the training should end; None without a limit.
+    """
     batches = task.batches(task.pictures.train)
     rounds = planning.candidates(task.widths, learning_rate, affinity_weight)
-    if rounds and len(task.pictures.train) < FEWEST_FOR_SEARCH:
-        say(f"fewer than {FEWEST_FOR_SEARCH} training pictures: no search, the usual learning rate and affinity weight")
-        learning_rate = planning.LEARNING_RATE if learning_rate is None else learning_rate
-        affinity_weight = planning.AFFINITY_WEIGHT if affinity_weight is None else affinity_weight
-        rounds = []
+    trials = sum(map(len, rounds)) / len(task.widths)
     if (folder / PLAN).is_file():
         try:
             plan = Plan.model_validate_json((folder / PLAN).read_text(encoding="utf-8"))
         except ValidationError as error:
             raise CompressionError(f"{folder / PLAN} is damaged: remove it, and the plan is made anew") from error
     else:
-        seconds = _seconds_of_an_update(task, batches)
-        updates = planning.updates_within(epochs, hours, len(batches), seconds, len(rounds))
-        plan = Plan(updates=updates, steps_per_epoch=len(batches), seconds=seconds)
+        seconds, picture_seconds = _seconds_of_an_update(task, batches)
+        watching = picture_seconds * len(thinned(task.pictures.held_out, WATCHED))
+        judging = picture_seconds * len(_judged(task))
+
+        def updates_beside(trials: float) -> int:
+            left = None if ends is None else max(0.0, ends - time.perf_counter() - watching - trials * judging)
+            return planning.updates_within(epochs, left, len(batches), seconds, trials)
+
+        updates, chosen = updates_beside(trials), {}
+        if not planning.trial_updates(updates, trials):
+            usual = Chosen(
+                learning_rate=planning.LEARNING_RATE if learning_rate is None else learning_rate,
+                affinity_weight=planning.AFFINITY_WEIGHT if affinity_weight is None else affinity_weight,
+            )
+            updates, chosen = updates_beside(0), dict.fromkeys(task.widths, usual)
+        plan = Plan(
+            updates=updates, steps_per_epoch=len(batches), seconds=seconds, picture_seconds=picture_seconds,
+            chosen=chosen,
+        )  # fmt: skip
         atomic_write_text(folder / PLAN, plan.model_dump_json(indent=1))
-    trials_each = sum(map(len, rounds)) / len(task.widths)
-    trial_updates = planning.trial_updates(plan.updates, trials_each)
-    searched = trials_each * trial_updates
+    trial_updates = planning.trial_updates(plan.updates, trials)
+    search = trials * (trial_updates * plan.seconds + len(_judged(task)) * plan.picture_seconds)
+    before = f"about {clock(search)}" if not plan.chosen else "done" if plan.trials else "none"
+    before += ", so short a training takes the usual values" if trials and plan.chosen and not plan.trials else ""
     say(
         f"plan: {plan.updates:,} updates ({plan.updates / len(batches):.3g} epochs of {len(batches):,} batches of "
         f"{batches.batch_size}) of {', '.join(task.widths)}, about {clock(plan.updates * plan.seconds)}; search before "
-        f"it: {f'about {clock(searched * plan.seconds)}' if rounds else 'none'}"
+        f"it: {before}"
     )
     if not plan.chosen:
-        for trials in _searched(task, rounds, trial_updates, plan.trials, say):
-            plan = plan.model_copy(update={"trials": trials})
+        for tried in _searched(task, rounds, trial_updates, plan.trials, say):
+            plan = plan.model_copy(update={"trials": tried})
             atomic_write_text(folder / PLAN, plan.model_dump_json(indent=1))
-        choices = {bits: _choice(plan.trials, bits, learning_rate, affinity_weight) for bits in task.widths}
+        choices = {bits: _choice(plan.trials, bits) for bits in task.widths}
         failed = {bits: _no_rate(plan.trials, bits) for bits, choice in choices.items() if choice is None}
         if len(failed) == len(choices):
             raise CompressionError("; ".join(f"{bits}: {reason}" for bits, reason in failed.items()))
@@ -346,12 +364,8 @@ def _planned(
     return plan
 
 
-def _choice(
-    trials: list[Trial], bits: str, learning_rate: float | None, affinity_weight: float | None
-) -> Chosen | None:
-    """What the search found, or what was given; None where no candidate stayed finite."""
-    if not trials:
-        return Chosen(learning_rate=learning_rate, affinity_weight=affinity_weight)
+def _choice(trials: list[Trial], bits: str) -> Chosen | None:
+    """What the search found; None where no candidate stayed finite."""
     found = planning.best(trials, bits)
     return found and Chosen(learning_rate=found.learning_rate, affinity_weight=found.affinity_weight)
 
@@ -365,8 +379,8 @@ def _no_rate(trials: list[Trial], bits: str) -> str:
 
 
 @exact_kernels()
-def _seconds_of_an_update(task: Task, batches: PictureBatches) -> float:
-    """Mean seconds of one update of all students, including its batch and the teacher's pass."""
+def _seconds_of_an_update(task: Task, batches: PictureBatches) -> tuple[float, float]:
+    """Mean seconds of one update of all students, with batch and teacher, and of evaluating them on one picture."""
     warm_up, timed = (max(count, 2 * batches.threads) for count in TIMED_STEPS)
     weight = planning.AFFINITY_WEIGHT if task.taps else 0.0
     learners = [
@@ -392,7 +406,18 @@ def _seconds_of_an_update(task: Task, batches: PictureBatches) -> float:
             for learner in cohort.active:
                 learner.end_epoch(epoch, {})
             epoch += 1
-    return sum(seconds[warm_up:]) / timed
+        some = task.pictures.train[: batches.batch_size]
+        started = time.perf_counter()
+        for learner in learners:
+            evaluate(learner.model, Images(some, torch.zeros(len(some), dtype=torch.long)), batches.normalizer)
+        evaluated = time.perf_counter() - started
+    return sum(seconds[warm_up:]) / timed, evaluated / len(some)
+
+
+def _judged(task: Task) -> torch.Tensor:
+    """Positions of the training pictures that judge the search, int64: every fifth, at most :data:`WATCHED`."""
+    count = len(task.pictures.train)
+    return torch.arange(0, count, max(5, -(-count // WATCHED)))
 
 
 def _searched(
@@ -413,7 +438,7 @@ def _searched(
         return
     train_set = task.pictures.train
     chosen = torch.zeros(len(train_set), dtype=torch.bool)
-    chosen[:: max(5, -(-len(train_set) // WATCHED))] = True
+    chosen[_judged(task)] = True
     parts = [replace(train_set, indices=train_set.indices[mask]) for mask in (chosen, ~chosen)]
     judged, batches = task.watched(parts[0]), task.batches(parts[1])
     trials = list(before)

@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple
 
 from ..config import ObjectiveConfig, OptimizationConfig, Precision, StrictModel, TrainingConfig
 
-LEARNING_RATE, LEARNING_RATES = 0.02, (0.001, 0.005, 0.02, 0.08)
+LEARNING_RATE, LEARNING_RATES = 0.005, (0.001, 0.005, 0.02, 0.08)  # without a search; of the search
 AFFINITY_WEIGHT, OTHER_AFFINITY_WEIGHTS = 30.0, (3.0, 300.0)
 SEARCH_SHARE = 0.2  # updates of one student's candidates together, as a share of its training
-FEWEST_UPDATES, MOST_UPDATES = 8, 500  # of a candidate
+FEWEST_UPDATES, MOST_UPDATES = 25, 500  # of a candidate; after fewer, a rate that is too low looks best
 WARMUP_SHARE = 0.05  # of the updates
 EPOCHS = 5  # where neither epochs nor hours are given
 
@@ -53,6 +53,7 @@ class Plan(StrictModel):
     updates: int
     steps_per_epoch: int
     seconds: float  # of one update of all students; 0 if none was timed
+    picture_seconds: float = 0.0  # of one picture that all students are evaluated on
     trials: list[Trial] = []
     chosen: dict[str, Chosen] = {}  # by bits; empty until the search is done
     failed: dict[str, str] = {}  # by bits: why the search found no learning rate
@@ -92,16 +93,24 @@ def objective(affinity_weight: float) -> ObjectiveConfig:
     return ObjectiveConfig(logit_loss="mse", affinity=affinity, affinity_weight=affinity_weight)
 
 
-def updates_within(epochs: float | None, hours: float | None, steps_per_epoch: int, seconds: float, trials: int) -> int:
-    """Updates of the training: those of ``epochs``, or as many as fit into ``hours`` beside the search.
+def updates_within(
+    epochs: float | None, seconds_left: float | None, steps_per_epoch: int, seconds: float, trials: float
+) -> int:
+    """Updates of the training: those of ``epochs``, or as many as fit into ``seconds_left`` beside the search.
 
     If both are given, the smaller number is taken. There is at least one update.
+
+    Args:
+        seconds_left: for the updates of search and training; None without a limit.
+        seconds: of one update of all students.
+        trials: candidates that each student has in the search; 0 without a search.
     """
     limits = []
-    if epochs is not None or hours is None:
+    if epochs is not None or seconds_left is None:
         limits.append(math.ceil((EPOCHS if epochs is None else epochs) * steps_per_epoch))
-    if hours is not None:
-        limits.append(int(hours * 3600 / (seconds * (1 + SEARCH_SHARE * bool(trials)))))
+    if seconds_left is not None:
+        whole = seconds_left / seconds
+        limits.append(int(whole - trials * trial_updates(whole / (1 + SEARCH_SHARE), trials)))
     return max(1, min(limits))
 
 
@@ -138,6 +147,10 @@ def best(trials: Sequence[Trial], bits: str) -> Trial | None:
     return other if other.agreement > found.agreement + error else found
 
 
-def trial_updates(updates: int, candidates_each: float) -> int:
-    """Updates of one candidate; each student has ``candidates_each``, and trains for ``updates`` updates."""
-    return min(MOST_UPDATES, max(FEWEST_UPDATES, int(SEARCH_SHARE * updates / max(1, candidates_each))))
+def trial_updates(updates: float, trials: float) -> int:
+    """Updates of one candidate of a student that has ``trials`` of them, and trains for ``updates`` updates.
+
+    0 means no search: there are no candidates, or each would have fewer than :data:`FEWEST_UPDATES`.
+    """
+    each = int(SEARCH_SHARE * updates / trials) if trials else 0
+    return 0 if each < FEWEST_UPDATES else min(MOST_UPDATES, each)

@@ -26,6 +26,7 @@ from .planning import Candidate, CompressionConfig
 from .teachers import check_teacher
 
 WATCHED = 1000  # most held-out pictures that judge an epoch, and most training pictures that judge a candidate
+BATCHES, SMALLEST_BATCH = 16, 16  # an epoch of few pictures has so many batches, if a batch has so many pictures
 STATISTICS_BATCHES = 8  # batches that re-estimate batch normalisation
 
 
@@ -82,7 +83,8 @@ class Task:
         initial = initial.to(device, memory_format=torch.channels_last)
         normalizer = preprocessing.normalizer(device)
         usual = 128 if preprocessing.image_size < PHOTOGRAPH else 32
-        wanted = usual if batch_size is None else batch_size
+        few = max(SMALLEST_BATCH, len(pictures.train) // BATCHES)
+        wanted = min(usual, few) if batch_size is None else batch_size
         size = min(wanted, len(pictures.train))
         if size < wanted:
             say(f"there are fewer training pictures than a batch of {wanted}: a batch has {size}")

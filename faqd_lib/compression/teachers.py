@@ -1,7 +1,9 @@
 """The teacher: built from a short name, given its weights, and checked before anything is trained."""
 
 import importlib
+import pickle
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ def load_teacher(
     Args:
         spec: ``timm:NAME``, ``torchvision:NAME``, ``torchvision:NAME:WEIGHTS``, or ``package.module:function`` for a
             function that returns a network.
-        weights: a safetensors file with the network's ``state_dict``.
+        weights: a file with the network's ``state_dict``; see :func:`load_weights`.
         pretrained: whether timm or torchvision loads its own weights, which may need a download.
         arguments: of the function, or of timm's and torchvision's builders, such as ``num_classes=10``.
 
@@ -120,21 +122,20 @@ def _called(spec: str, function: Callable[..., object], arguments: Mapping[str, 
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file with the ``state_dict`` of a float network, which must fit in every name and shape.
+    """Load the ``state_dict`` of a float network, which must fit in every name and shape.
 
     Only ``num_batches_tracked`` of batch normalisations may be missing.
 
+    Args:
+        path: a safetensors file, or one of ``torch.save(model.state_dict(), path)``.
+
     Raises:
         FileNotFoundError: there is no such file.
-        TeacherError: the file is no safetensors file, or does not fit.
+        TeacherError: the file holds no ``state_dict``, or one that does not fit.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} with the teacher's weights")
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise TeacherError(f"{path} is damaged or no safetensors file: {error}") from error
-    own = model.state_dict()
+    state, own = _state(path), model.state_dict()
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in own]
     shapes = [
@@ -145,9 +146,26 @@ def load_weights(model: nn.Module, path: Path) -> None:
     problems = {"missing in the file": missing, "not in the network": unexpected, "of other shapes": shapes}
     if any(problems.values()):
         parts = "; ".join(f"{what}: {_listed(names)}" for what, names in problems.items() if names)
-        hint = ". For another number of classes give num_classes" if shapes and not missing + unexpected else ""
+        hint = ". Build it with the arguments of its training, such as num_classes" if shapes else ""
         raise TeacherError(f"the weights in {path} do not fit {type(model).__name__}: {parts}{hint}")
     model.load_state_dict(state, strict=False)
+
+
+def _state(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        if not zipfile.is_zipfile(path):
+            raise TeacherError(f"{path} is damaged or no safetensors file: {error}") from error
+    saved = "save weights by torch.save(model.state_dict(), path) or safetensors.torch.save_file"
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise TeacherError(f"{path} is damaged, or holds more than tensors: {saved}") from error
+    if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        inside = f" with the items {_listed(map(str, found))}" if isinstance(found, Mapping) else ""
+        raise TeacherError(f"{path} must hold a state_dict, got {kind_of(found)}{inside}: {saved}")
+    return dict(found)
 
 
 def _listed(names: Iterable[str]) -> str:

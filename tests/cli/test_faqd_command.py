@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from faqd_lib import build_model, cli
-from faqd_lib.cli.faqd import _spec, main
+from faqd_lib.cli.faqd import _preprocessing, _spec, main, parser
 from faqd_lib.compression import teachers
 from faqd_lib.compression.teachers import TeacherError, load_teacher, load_weights
+from faqd_lib.data.preprocessing import Preprocessing
 
 TEACHER = ["--teacher", "faqd_lib.models:build_model", "name=resnet8", "num_classes=3"]
 PREPROCESSING = ["--image-size", "16", "--mean", "0.5", "0.5", "0.5", "--std", "0.25", "0.25", "0.25"]
@@ -51,7 +52,7 @@ def test_inspect(made, capsys):
     assert main(["inspect", str(made / "out" / "student-1w32a.safetensors")]) == 0
     packed = capsys.readouterr().out
     assert "faqd-packed-1" in packed
-    assert "layer1.0.conv1: 16 × 16 × 3 × 3 at 1 bits, 288 bytes" in packed
+    assert "layer1.0.conv1: 16 × 16 × 3 × 3 at 1 bit, 288 bytes" in packed
     assert 'classes: ["ant", "bee", "cat"]' in packed
     assert main(["inspect", str(made / "out" / "student-1w32a.onnx")]) == 0
     graph = capsys.readouterr().out
@@ -70,6 +71,17 @@ def test_classify_says_the_same_from_both_files(made, capsys):
     lines = by_onnx.splitlines()
     assert len(lines) == 3
     assert {word.split()[0] for line in lines for word in line.rpartition(": ")[2].split(", ")} <= {"ant", "bee", "cat"}
+
+
+def test_another_student_begins_with_the_same_weights_in_every_call(made, tmp_path, capsys):
+    torch.save(build_model("resnet8", 3, seed=5).state_dict(), tmp_path / "teacher.pth")
+    command = ["compress", *TEACHER, "--weights", str(tmp_path / "teacher.pth"), *PREPROCESSING, *FAST]
+    command += ["--student", "faqd_lib.models:build_model", "name=resnet8", "num_classes=3"]
+    command += ["--images", str(made / "my photos"), "--out", str(tmp_path / "out"), "--held-out", "4"]
+    assert main(command) == 0
+    assert "the student is a CifarResNet" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "goes on from its checkpoint" in capsys.readouterr().out
 
 
 def test_classify_takes_folders_and_goes_on_after_a_damaged_picture(made, tmp_path, capsys):
@@ -105,6 +117,20 @@ def test_errors_are_one_line(made, command, message, capsys):
     assert message in error
     assert len(error.splitlines()) == 1
     assert not (made / "o" / "card.md").exists()
+
+
+def test_options_change_a_known_preprocessing():
+    known = Preprocessing(224, resize_size=256)
+
+    def given(*words: str) -> Preprocessing:
+        command = ["compress", "--teacher", "x", "--images", "x", "--out", "x", *words]
+        return _preprocessing(parser().parse_args(command), lambda: known)
+
+    assert given() == known
+    assert given("--image-size", "64") == Preprocessing(64)
+    assert given("--image-size", "64", "--resize-size", "72") == Preprocessing(64, resize_size=72)
+    assert given("--interpolation", "bicubic") == Preprocessing(224, resize_size=256, interpolation="bicubic")
+    assert given(*PREPROCESSING) == Preprocessing(16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 def test_damaged_onnx_files(tmp_path, capsys):
@@ -168,6 +194,16 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     save_file({**state, "1.weight": torch.zeros(5, 3)}, tmp_path / "shape.safetensors")
     with pytest.raises(TeacherError, match=r"1\.weight: \(5, 3\) in the file, \(2, 3\) in the network.*num_classes"):
         load_weights(model, tmp_path / "shape.safetensors")
+    torch.save(state, tmp_path / "weights.pth")
+    load_weights(model, tmp_path / "weights.pth")
+    torch.save({"epoch": 3, "model": state}, tmp_path / "checkpoint.pth")
+    with pytest.raises(
+        TeacherError, match=r"must hold a state_dict, got dict with the items epoch, model: save weights"
+    ):
+        load_weights(model, tmp_path / "checkpoint.pth")
+    torch.save(model, tmp_path / "model.pth")
+    with pytest.raises(TeacherError, match="holds more than tensors: save weights by"):
+        load_weights(model, tmp_path / "model.pth")
     (tmp_path / "text.safetensors").write_text("text")
     with pytest.raises(TeacherError, match="damaged or no safetensors file"):
         load_weights(model, tmp_path / "text.safetensors")

@@ -11,6 +11,7 @@ from torch import nn
 
 from faqd_lib import build_model, load_packed
 from faqd_lib.compression import compress as module
+from faqd_lib.compression import planning
 from faqd_lib.compression.compress import MARKER, PLAN, compress
 from faqd_lib.compression.planning import Candidate, Plan, Trial, best, candidates, trial_updates, updates_within
 from faqd_lib.compression.task import CompressionError
@@ -39,6 +40,13 @@ def network() -> nn.Sequential:
         model[-1].weight /= logits.std(0)[:, None]
         model[-1].bias.sub_(logits.mean(0)).div_(logits.std(0))
         return model
+
+
+@pytest.fixture
+def searching(monkeypatch):
+    """Trainings of two updates are long enough for a search."""
+    monkeypatch.setattr(planning, "FEWEST_UPDATES", 1)
+    monkeypatch.setattr(planning, "SEARCH_SHARE", 10.0)
 
 
 def run(out, *, teacher=None, images=PIXELS, say=lambda text: None, **options):
@@ -84,6 +92,8 @@ def test_files_hold_the_student_and_the_card_its_numbers(tmp_path):
     numbers = json.loads((tmp_path / "out" / "card.json").read_text())
     assert numbers["students"][0]["agreement"]["total"] == 5
     assert numbers["classes"] == ["a", "b", "c"]
+    assert 0 < numbers["batches_share"] < 1
+    assert f"Preparing batches took {100 * numbers['batches_share']:.1f} % of the training time." in text
 
 
 def test_several_bits_are_trained_to_the_same_bits_as_each_alone(tmp_path):
@@ -92,7 +102,7 @@ def test_several_bits_are_trained_to_the_same_bits_as_each_alone(tmp_path):
     assert_same_bits(together, alone)
 
 
-def test_a_killed_call_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+def test_a_killed_call_goes_on_to_the_same_bits(tmp_path, monkeypatch, searching):
     options = {"epochs": 2, "learning_rate": None}
     whole = run(tmp_path / "whole", **options)
     monkeypatch.setattr(module, "due_every", lambda seconds: lambda: True)
@@ -242,7 +252,7 @@ def test_unreadable_pictures_strange_names_and_fewer_than_a_batch(tmp_path):
     result = run(tmp_path / "out", images=folder, max_unreadable=0.1, learning_rate=None, say=said.append)
     assert any("left out: broken.jpg" in line for line in said)
     assert any("fewer training pictures than a batch of 16: a batch has 11" in line for line in said)
-    assert any("fewer than 20 training pictures: no search" in line for line in said)
+    assert any("search before it: none, so short a training takes the usual values" in line for line in said)
     assert result.card.unreadable == 1
 
 
@@ -272,7 +282,7 @@ def test_a_student_that_does_not_stay_finite(tmp_path):
         run(tmp_path / "out", learning_rate=1e30, epochs=3)
 
 
-def test_one_student_that_fails_costs_no_other(tmp_path, monkeypatch):
+def test_one_student_that_fails_costs_no_other(tmp_path, monkeypatch, searching):
     """Of two widths, one has no finite candidate in the search, or loses itself in training."""
     original, said, lost = module._tried, [], ["2W32A"]
 
@@ -295,7 +305,7 @@ def test_one_student_that_fails_costs_no_other(tmp_path, monkeypatch):
         run(tmp_path / "none", **options | {"affinity_weight": 30.0})
 
 
-def test_a_search_that_was_killed_goes_on(tmp_path, monkeypatch):
+def test_a_search_that_was_killed_goes_on(tmp_path, monkeypatch, searching):
     options = {"learning_rate": None, "affinity_weight": None}
     whole = run(tmp_path / "whole", **options)
     original, groups = module._tried, []
@@ -346,12 +356,14 @@ def test_logits_alone_need_no_maps(tmp_path):
 def test_the_budget():
     assert updates_within(2.5, None, 10, 1.0, 0) == 25
     assert updates_within(None, None, 10, 1.0, 0) == 50
-    assert updates_within(None, 1.0, 10, 2.0, 0) == 1800
-    assert updates_within(None, 1.0, 10, 2.0, 1) == 1500  # a sixth of the time is for the search
-    assert updates_within(5, 1.0, 10, 2.0, 1) == 50
-    assert updates_within(None, 1e-9, 10, 2.0, 1) == 1
+    assert updates_within(None, 3600.0, 10, 2.0, 0) == 1800
+    assert updates_within(None, 3600.0, 10, 2.0, 5) == 1500  # a sixth of the time is for the search
+    assert updates_within(5, 3600.0, 10, 2.0, 5) == 50
+    assert updates_within(None, 0.0, 10, 2.0, 5) == 1
+    assert updates_within(None, 700.0, 10, 1.0, 5) == 700  # no search: a candidate would have 23 updates
+    assert updates_within(None, 100_000.0, 10, 1.0, 5) == 97_500  # no candidate has more than 500 updates
     assert trial_updates(1000, 5) == 40
-    assert trial_updates(10, 5) == 8
+    assert trial_updates(600, 5) == trial_updates(1000, 0) == 0
     plan = Plan(updates=25, steps_per_epoch=10, seconds=1.0)
     assert plan.epochs == 3
 
@@ -389,8 +401,8 @@ def test_candidates_and_the_best():
 
 
 def test_hours_set_the_number_of_updates(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_seconds_of_an_update", lambda task, batches: 2.0)
-    run(tmp_path / "out", epochs=None, hours=8 / 3600)
+    monkeypatch.setattr(module, "_seconds_of_an_update", lambda task, batches: (2.0, 0.0))
+    run(tmp_path / "out", epochs=None, hours=9.9 / 3600)
     assert json.loads((tmp_path / "out" / PLAN).read_text())["updates"] == 4
 
 

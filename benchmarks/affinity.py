@@ -85,7 +85,8 @@ def candidates(student: torch.Tensor, teacher: torch.Tensor) -> dict:
 def measure(calls: dict, rounds: int, device: str, against: str | None = None, **labels) -> list[dict]:
     """One row a candidate: median and interquartile range of its times, its peak memory.
 
-    ``against`` names a candidate: ``time / `` it is then the median ratio of the same turns, with a 95 % interval.
+    ``against`` names a candidate. Each row then has ``time / NAME``: the median over turns of its time divided by that
+    candidate's time, with a 95 % interval.
     """
     times = take_turns(calls, rounds, device)
     rows = []

@@ -2,9 +2,9 @@
 
     python benchmarks/pictures.py FOLDER --image-size 32
 
-Seconds are CPU seconds of all threads, so that a busy machine counts as an idle one. Peak memory is that of the process
-since its start, mapped files included, hence the rows are in order. Prints a table; writes ``pictures.json`` to
-``--out``. The cache lies in a temporary folder and takes 3 · size² bytes a picture.
+Seconds are CPU seconds of all threads, so that a busy machine counts as an idle one. Peak memory is the highest since
+the process began, mapped files included. It never falls from one row to the next. Prints a table; writes
+``pictures.json`` to ``--out``. The cache lies in a temporary folder and takes 3 · size² bytes a picture.
 """
 
 import resource

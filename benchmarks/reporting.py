@@ -41,9 +41,10 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def paired_ratio(seconds: Sequence[float], reference: Sequence[float]) -> tuple[float, float, float]:
-    """Median of the ratios turn by turn, and its 95 % interval: order statistics, by the binomial distribution.
+    """Median over turns of own time divided by reference time, and its 95 % interval.
 
-    Below six turns the interval is the range of all ratios, which holds less than 95 %.
+    The bounds are two of the sorted ratios, chosen by the binomial distribution. Below six turns the interval is the
+    range of all ratios, which holds less than 95 %.
     """
     ratios = sorted(own / other for own, other in zip(seconds, reference, strict=True))
     outside = max(0, int(binom.ppf(0.025, len(ratios), 0.5)) - 1)

@@ -14,17 +14,18 @@ Each student begins with the weights of the folder's ResNet-20 teacher and learn
   convolutions that train.
 
 All have the same order of batches, schedule, clipping and CPU time of this process (``time.process_time``). The time
-counts everything that needs training pictures: calibration, timing, search, training. What is done before training
-(building, tracing, compiling) counts, too; writing files and measuring do not. A schedule must know its length: each
-student times three updates after two that warm up. The learning rate is that of :mod:`faqd_lib.compression.planning`:
-searched with a fifth as many updates as the training has, on training pictures that no candidate was trained on, or the
-usual one where that would be too few. *compress* searches the affinity weight, too. The others plan again after their
-search, by the time that is left. The last state counts. Scales of quantizers have no weight decay.
+counts building, tracing, compiling, calibration, timing, search and training. It does not count writing files or
+measuring. A schedule must know its length: each student times three updates after two that warm up. Each tool finds its
+learning rate as ``compress`` does. If there is time, four candidates are trained, and training pictures that no
+candidate saw decide. Otherwise the rate is the usual one; ``--rate`` sets it for the other tools. *compress* searches
+the affinity weight, too. The others plan again after their search, by the time that is left. The last state counts.
+Scales of quantizers have no weight decay.
 
 Agreement is measured on pictures held out from training, the same for all seeds; a seed changes order and augmentation.
 The file is what each tool deploys: packed (ours), ONNX with integers (Brevitas), exported program (torchao). Prints
-tables; writes ``rivals_of_compress.json`` to ``--out`` after each student. What the file holds with the same settings
-is kept, but for students named by ``--again``. Each cell names the commit that made it.
+tables; writes ``rivals_of_compress.json`` to ``--out`` after each student. Results in
+the file stay if they were made with the same budget, split, batch and test images. ``--again`` names students to train
+anew. Each cell names the commit that made it.
 """
 
 import argparse

@@ -31,7 +31,7 @@ from faqd_lib.runs.profile import Profile, SuiteState
 from faqd_lib.runs.store import RunStore
 from faqd_lib.runs.suite import Suite
 
-# As where it is not installed: nbformat imports jsonschema, which imports it, and it parses a grammar for seconds.
+# Hides rfc3987_syntax: nbformat imports jsonschema, which imports this package, which parses a grammar for seconds.
 sys.modules.setdefault("rfc3987_syntax", None)
 
 # The user's settings, before any test changes them.

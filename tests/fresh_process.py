@@ -10,7 +10,7 @@ from pathlib import Path
 
 from faqd_lib.utils.files import project_root
 
-# Torch is imported as where numpy is not installed, so that what is said to do without numpy finds none inside torch.
+# Torch is imported with numpy hidden: code that claims to work without numpy cannot get it through torch.
 SERVER = """
 import json, os, sys
 sys.modules["numpy"] = None

@@ -64,7 +64,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def googlenet() -> nn.Module:
-    """torchvision's, without the blocks whose output has the shape of their input."""
+    """torchvision's GoogLeNet, without the blocks that keep the shape."""
     model = tv.googlenet(num_classes=CLASSES, init_weights=False, aux_logits=False)
     model.inception4b = model.inception4c = model.inception5a = nn.Identity()
     return model

@@ -27,6 +27,7 @@ from ..training.loss_log import NonFiniteLossError
 from ..utils.messages import first_line
 
 ERRORS = (ValueError, OSError, DatasetError, NonFiniteLossError, ModuleNotFoundError)
+LOADING = ("weights", "pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 NO_PREPROCESSING = (
     "say what pictures the network expects: --image-size, --mean and --std, as in training "
     "(--image-size 32 --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25)"
@@ -62,7 +63,7 @@ def _add_compress(command: argparse.ArgumentParser) -> None:
         "--teacher", nargs="+", required=True, metavar="SPEC",
         help="timm:NAME, torchvision:NAME or package.module:function, and name=value arguments of it",
     )  # fmt: skip
-    add("--weights", type=Path, metavar="FILE", help="the teacher's state_dict, of safetensors or torch.save")
+    add("--weights", type=Path, metavar="FILE", help="the teacher's state_dict, written by safetensors or torch.save")
     add("--pretrained", action="store_true", help="the weights that timm or torchvision offers; may download")
     add("--images", type=Path, required=True, metavar="DIR", help="pictures, in any folders below DIR; no labels")
     add(
@@ -74,23 +75,33 @@ def _add_compress(command: argparse.ArgumentParser) -> None:
     add("--hours", type=float, metavar="H", help="hours to search and train; with --epochs, the shorter of both")
     add(
         "--student", nargs="+", metavar="SPEC",
-        help="a network to train in place of a copy of the teacher; as --teacher, with random weights",
+        help="a network to train instead of a copy of the teacher; written as for --teacher; its weights are random",
     )  # fmt: skip
     add("--taps", nargs="+", metavar="MODULE", help="modules whose maps are compared (chosen by resolution)")
-    add("--student-taps", nargs="+", metavar="MODULE", help="those of a --student, one for each of the teacher's")
+    add(
+        "--student-taps",
+        nargs="+",
+        metavar="MODULE",
+        help="modules of --student whose maps are compared, one for each of --taps",
+    )
     add(
         "--learning-rate",
         type=float,
         metavar="X",
-        help="if left out: chosen by a search, if the training is long enough",
+        help="if left out: chosen by a search, or 0.005 in a training too short for one",
     )
     add(
         "--affinity-weight",
         type=float,
         metavar="X",
-        help="if left out: chosen as the learning rate is; 0: logits alone",
+        help="if left out: chosen by a search, or 30 in a training too short for one; 0: logits alone",
     )
-    add("--batch-size", type=int, metavar="N", help="128 pictures of less than 64 pixels, 32 of larger ones, or fewer")
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="pictures of a batch (128 below 64 pixels, else 32; fewer if there are few pictures)",
+    )
     add("--per-tensor", action="store_true", help="one scale per weight tensor, not per output channel")
     add("--no-flip", action="store_true", help="never mirror pictures: for text, digits, signs")
     add("--held-out", type=float, default=0.1, metavar="X", help="share or number of pictures to measure on (0.1)")
@@ -125,17 +136,24 @@ def _spec(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _preprocessing(arguments: argparse.Namespace, known: Callable[[], Preprocessing | None]) -> Preprocessing:
-    """What the options give, and for the rest what is ``known``; ValueError if the rest is not known.
+    """The preprocessing: values of the options first, then those that ``known()`` returns.
 
-    With another image size, the short side is resized to this size unless ``--resize-size`` says otherwise.
+    If ``--image-size`` is given without ``--resize-size``, the short side is resized to the image size. Raises
+    ValueError if options and ``known()`` leave a value open.
     """
     names = ("image_size", "resize_size", "mean", "std", "interpolation")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    if all(name in given for name in ("image_size", "mean", "std")):
-        return Preprocessing(**given)
-    rest = known()
+    complete = all(name in given for name in ("image_size", "mean", "std"))
+    try:
+        rest = known()
+    except ValueError:  # a configuration that Preprocessing cannot hold
+        if not complete:
+            raise
+        rest = None
     if rest is None:
-        raise ValueError(NO_PREPROCESSING)
+        if not complete:
+            raise ValueError(NO_PREPROCESSING)
+        return Preprocessing(**given)
     return replace(rest, **({"resize_size": 0} if "image_size" in given else {}) | given)
 
 
@@ -159,7 +177,10 @@ def compress(arguments: argparse.Namespace) -> int:
     preprocessing = _preprocessing(arguments, known)
     print(f"pictures are prepared as follows: {preprocessing}", flush=True)
     if arguments.weights and arguments.image_size is None:
-        print("if yours were prepared otherwise in training, give --image-size, --mean and --std", flush=True)
+        print(
+            "if the teacher was trained on pictures prepared differently, give --image-size, --mean and --std",
+            flush=True,
+        )
     classes = arguments.classes.read_text(encoding="utf-8").splitlines() if arguments.classes else ()
     cache = arguments.cache or os.environ.get("FAQD_CACHE")
     result = run(
@@ -194,7 +215,7 @@ def compress(arguments: argparse.Namespace) -> int:
             if sign.verdict == "yes":
                 print(f"{one.bits} shows a sign of failure, {sign.name}: {sign.threshold}")
     if any(sign.verdict == "yes" for one in result.card.students for sign in one.signs):
-        print("against signs of failure: train longer, or on more pictures")
+        print("a student that shows a sign of failure may need a longer training or more pictures")
     if len(result.card.students[0].by_class) == 1:
         print(result.card.named_by_teacher)
     return 1 if result.failed else 0
@@ -266,12 +287,8 @@ def classify(arguments: argparse.Namespace) -> int:
     path = _existing(arguments.file)
     run, metadata = (_onnx_network if path.suffix == ".onnx" else _packed_network)(path, arguments)
 
-    def known() -> Preprocessing:
-        if "preprocessing" not in metadata:
-            raise ValueError(f"{path} does not name its preprocessing: {NO_PREPROCESSING}")
-        return Preprocessing(**metadata["preprocessing"])
-
-    preprocessing = _preprocessing(arguments, known)
+    named = metadata.get("preprocessing")
+    preprocessing = _preprocessing(arguments, lambda: named and Preprocessing(**named))
     normalizer, classes = preprocessing.normalizer("cpu"), metadata.get("classes", ())
     failed = 0
     for picture in _below(arguments.pictures):
@@ -328,10 +345,12 @@ def _packed_network(path: Path, arguments: argparse.Namespace):
         network = load_packed(path)
     else:
         who = "student" if "student" in header["metadata"] else "teacher"
-        named, options = (header["metadata"].get(key) for key in (who, f"{who}_arguments"))
-        if str(named).partition(":")[0] in ("timm", "torchvision"):
+        named, options = str(header["metadata"].get(who, "")), header["metadata"].get(f"{who}_arguments") or {}
+        # Arguments that load weights are left out: a file must not make this download or unpickle anything.
+        options = {name: value for name, value in options.items() if name not in LOADING}
+        if named.partition(":")[0] in ("timm", "torchvision"):
             return load_packed(path, build_network(named, **options)), header["metadata"]
-        words = [str(named), *(f"{name}={value}" for name, value in (options or {}).items())]
+        words = [named, *(f"{name}={value}" for name, value in options.items())]
         made = f"; it was made from {' '.join(words)}" if named else ""
         raise ValueError(f"{path} holds weights only: give its float network by --network SPEC{made}")
     return network, header["metadata"]
@@ -357,7 +376,10 @@ def main(argv: Sequence[str] | None = None) -> int:
               "--out", file=sys.stderr)  # fmt: skip
         return 1
     except ERRORS as error:
-        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has what it wants
+        if isinstance(error, BrokenPipeError) and arguments.command in (
+            "inspect",
+            "classify",
+        ):  # the reader, such as `head`, has what it wants
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:
             print(f"faqd {arguments.command}: {error}", file=sys.stderr)

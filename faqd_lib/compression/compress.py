@@ -44,7 +44,7 @@ from .planning import Candidate, Chosen, Plan, Trial
 from .task import WATCHED, CompressionError, Task, thinned
 
 MARKER, PLAN = "faqd-compression.json", "plan.json"
-FORMAT = "faqd-compression-1"
+FORMAT = "faqd-compression-2"
 HELD_OUT = 0.1  # share of the pictures
 CHECKPOINT_SECONDS = 120.0
 TIMED_STEPS = (2, 3)  # steps that warm up, steps that are timed; more where batches are prepared ahead
@@ -108,10 +108,11 @@ def compress(
         epochs: passes over the training pictures. None for 5, or for as many as ``hours`` allow.
         hours: time for timing, search and training, after the pictures are decoded. If ``epochs`` is given, too, the
             shorter of both counts.
-        learning_rate, affinity_weight: None to choose by a search in a fifth as many updates as the training has. It
-            judges on training pictures that no candidate was trained on. Too short a training takes usual values.
-        batch_size: None for 128 pictures of less than 64 pixels, and 32 of larger ones; fewer, but at least 16, where
-            an epoch would have less than 16 batches.
+        learning_rate, affinity_weight: None to choose by a search. Its candidates together take a fifth of the number
+            of updates of the training. It judges on training pictures that no candidate was trained on. In a training
+            too short for a search, None stands for 0.005 and 30.
+        batch_size: None for 128, or 32 from 64 pixels on. Smaller, down to 16, where an epoch would have fewer than 16
+            batches.
         flip: whether pictures may be mirrored. Text, digits and signs may not.
         held_out: share or number of pictures that are measured on and never trained on; None for a tenth. Pictures
             that are open already are split already, and refuse it.
@@ -324,8 +325,15 @@ def _planned(
         judging = picture_seconds * len(_judged(task))
 
         def updates_beside(trials: float) -> int:
-            left = None if ends is None else max(0.0, ends - time.perf_counter() - watching - trials * judging)
-            return planning.updates_within(epochs, left, len(batches), seconds, trials)
+            if ends is None:
+                return planning.updates_within(epochs, None, len(batches), seconds, trials)
+            updates = 1
+            for _ in range(2):  # the evaluations follow from the epochs, and the epochs from the time left by them
+                passes = -(-updates // len(batches))
+                evaluations = -(-passes // planning.evaluate_every(passes))
+                left = max(0.0, ends - time.perf_counter() - evaluations * watching - trials * judging)
+                updates = planning.updates_within(epochs, left, len(batches), seconds, trials)
+            return updates
 
         updates, chosen = updates_beside(trials), {}
         if not planning.trial_updates(updates, trials):
@@ -342,7 +350,8 @@ def _planned(
     trial_updates = planning.trial_updates(plan.updates, trials)
     search = trials * (trial_updates * plan.seconds + len(_judged(task)) * plan.picture_seconds)
     before = f"about {clock(search)}" if not plan.chosen else "done" if plan.trials else "none"
-    before += ", so short a training takes the usual values" if trials and plan.chosen and not plan.trials else ""
+    if trials and plan.chosen and not plan.trials:
+        before += ", the training is too short for one"
     say(
         f"plan: {plan.updates:,} updates ({plan.updates / len(batches):.3g} epochs of {len(batches):,} batches of "
         f"{batches.batch_size}) of {', '.join(task.widths)}, about {clock(plan.updates * plan.seconds)}; search before "
@@ -380,7 +389,7 @@ def _no_rate(trials: list[Trial], bits: str) -> str:
 
 @exact_kernels()
 def _seconds_of_an_update(task: Task, batches: PictureBatches) -> tuple[float, float]:
-    """Mean seconds of one update of all students, with batch and teacher, and of evaluating them on one picture."""
+    """Mean seconds of an update of all students, with batch and teacher's pass, and of evaluating all on a picture."""
     warm_up, timed = (max(count, 2 * batches.threads) for count in TIMED_STEPS)
     weight = planning.AFFINITY_WEIGHT if task.taps else 0.0
     learners = [
@@ -545,7 +554,7 @@ def _trained(folder: Path, task: Task, plan: Plan, say: Callable[[str], None]) -
             checkpoint_due=due_every(CHECKPOINT_SECONDS),
             checkpoint=lambda learner: save_checkpoint(places[learner], learner, machine),
             cuda_graphs=False,
-            evaluate_every=max(1, plan.epochs // 10),
+            evaluate_every=planning.evaluate_every(plan.epochs),
         )
 
 

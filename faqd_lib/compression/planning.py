@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from ..config import ObjectiveConfig, OptimizationConfig, Precision, StrictModel, TrainingConfig
 
-LEARNING_RATE, LEARNING_RATES = 0.005, (0.001, 0.005, 0.02, 0.08)  # without a search; of the search
+LEARNING_RATE, LEARNING_RATES = 0.005, (0.001, 0.005, 0.02, 0.08)  # the usual one, and those that a search tries
 AFFINITY_WEIGHT, OTHER_AFFINITY_WEIGHTS = 30.0, (3.0, 300.0)
 SEARCH_SHARE = 0.2  # updates of one student's candidates together, as a share of its training
 FEWEST_UPDATES, MOST_UPDATES = 25, 500  # of a candidate; after fewer, a rate that is too low looks best
@@ -53,7 +53,7 @@ class Plan(StrictModel):
     updates: int
     steps_per_epoch: int
     seconds: float  # of one update of all students; 0 if none was timed
-    picture_seconds: float = 0.0  # of one picture that all students are evaluated on
+    picture_seconds: float = 0.0  # of evaluating all students on one picture
     trials: list[Trial] = []
     chosen: dict[str, Chosen] = {}  # by bits; empty until the search is done
     failed: dict[str, str] = {}  # by bits: why the search found no learning rate
@@ -91,6 +91,11 @@ def objective(affinity_weight: float) -> ObjectiveConfig:
     """Squared error of logits and, unless its weight is 0, the exact affinity loss."""
     affinity = "fa" if affinity_weight > 0 else "none"
     return ObjectiveConfig(logit_loss="mse", affinity=affinity, affinity_weight=affinity_weight)
+
+
+def evaluate_every(epochs: int) -> int:
+    """Epochs from one evaluation on held-out pictures to the next: about ten evaluations in a long training."""
+    return max(1, epochs // 10)
 
 
 def updates_within(

@@ -26,7 +26,7 @@ from .planning import Candidate, CompressionConfig
 from .teachers import check_teacher
 
 WATCHED = 1000  # most held-out pictures that judge an epoch, and most training pictures that judge a candidate
-BATCHES, SMALLEST_BATCH = 16, 16  # an epoch of few pictures has so many batches, if a batch has so many pictures
+BATCHES, SMALLEST_BATCH = 16, 16  # fewest batches of an epoch, and the size below which batches do not shrink for that
 STATISTICS_BATCHES = 8  # batches that re-estimate batch normalisation
 
 

@@ -3,7 +3,6 @@
 import importlib
 import pickle
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -154,14 +153,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def _state(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
-    except SafetensorError as error:
-        if not zipfile.is_zipfile(path):
-            raise TeacherError(f"{path} is damaged or no safetensors file: {error}") from error
+    except SafetensorError:
+        pass  # perhaps a file of torch.save
     saved = "save weights by torch.save(model.state_dict(), path) or safetensors.torch.save_file"
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise TeacherError(f"{path} is damaged, or holds more than tensors: {saved}") from error
+        raise TeacherError(f"{path} is damaged, holds more than tensors, or is no file of weights: {saved}") from error
     if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         inside = f" with the items {_listed(map(str, found))}" if isinstance(found, Mapping) else ""
         raise TeacherError(f"{path} must hold a state_dict, got {kind_of(found)}{inside}: {saved}")

@@ -25,7 +25,7 @@ _EXACT = 2**13  # largest n·L of a row for the exact search
 _FEW = 128  # most distinct magnitudes of a longer row for the exact search
 _FOLD = 1024  # numbers that one block of CUDA adds up
 _OCTAVES = 16  # range of the histogram, downward from the largest magnitude
-_ROWS = 8  # rows that are scanned together on a CPU: what they look up stays in its cache
+_ROWS = 8  # rows scanned together on a CPU, so few that their tables fit into its cache
 
 
 def nearest_levels(values: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
@@ -87,7 +87,7 @@ def _exact_step(magnitudes: Tensor, highest: int, counts: Tensor | None = None) 
 def _scanned_step(magnitudes: Tensor, highest: int) -> Tensor:
     """The best step (rows, 1) of float64 rows by the scan, or by the exact search where few magnitudes are distinct.
 
-    The largest magnitude of a row is 1. It may be 0 or NaN: the step then means nothing.
+    Each row must be divided by its largest magnitude. A row of zeros or with NaN gets a meaningless step.
     """
     # Several rows are channels. Each row costs as much as a whole tensor, so channels get coarser grids.
     bins, spacing = (2**15, 1 / 96) if len(magnitudes) == 1 else (2**13, 1 / 32)
@@ -134,7 +134,7 @@ def _explained(above: Tensor, mass: Tensor, place: Tensor, weights: Tensor) -> T
 
     Args:
         above, mass: (rows, bins + 1) number and sum of the magnitudes above each edge between two bins.
-        place: (rows, steps·L) the edge from which on a value has at least level 1, 2, ….
+        place: (rows, steps·L) index of the edge above which a value has at least level 1, 2, ….
         weights: (L,) what a value adds to ⟨q, q⟩ as it reaches level 1, 2, …: 1, 3, 5, ….
     """
     shape = (len(above), -1, len(weights))

@@ -149,7 +149,7 @@ class Estimate:
         return self._tail(bound - self.mean) if self.seeds > 1 else float("nan")
 
     def p_beside(self, bound: float) -> float:
-        """The smaller of both: small where the effect lies above ``bound`` or below. NaN with one seed."""
+        """The smaller of ``p_above`` and ``p_below``: small where the effect is not ``bound``. NaN with one seed."""
         return self._tail(abs(self.mean - bound)) if self.seeds > 1 else float("nan")
 
     def p_within(self, margin: float) -> float:

@@ -172,10 +172,10 @@ def processor() -> str:
 
 
 @cache
-def _versions() -> dict[str, str]:
-    """Versions of :data:`PACKAGES`, without those that are not installed; do not change the dictionary."""
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Versions of packages, without those that are not installed; do not change the dictionary."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
@@ -186,7 +186,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, object]:
     device = torch.device(device)
     return {
         "python": sys.version.split()[0],
-        **_versions(),
+        **_versions(PACKAGES),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
         "cores": os.cpu_count(),

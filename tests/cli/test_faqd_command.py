@@ -147,7 +147,7 @@ def test_an_onnx_file_of_another_tool_needs_its_preprocessing(made, tmp_path, ca
     onnx.save(model, tmp_path / "bare.onnx")
     picture = str(made / "my photos" / "0.jpg")
     assert main(["classify", str(tmp_path / "bare.onnx"), picture]) == 1
-    assert "does not name its preprocessing" in capsys.readouterr().err
+    assert "say what pictures the network expects" in capsys.readouterr().err
     assert main(["classify", str(tmp_path / "bare.onnx"), picture, *PREPROCESSING]) == 0
     assert capsys.readouterr().out.rpartition(": ")[2].split()[0] in ("0", "1", "2")
 
@@ -205,7 +205,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(TeacherError, match="holds more than tensors: save weights by"):
         load_weights(model, tmp_path / "model.pth")
     (tmp_path / "text.safetensors").write_text("text")
-    with pytest.raises(TeacherError, match="damaged or no safetensors file"):
+    with pytest.raises(TeacherError, match="is damaged, holds more than tensors, or is no file of weights"):
         load_weights(model, tmp_path / "text.safetensors")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         load_weights(model, tmp_path / "none.safetensors")

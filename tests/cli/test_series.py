@@ -90,9 +90,10 @@ def test_interrupted_and_killed_it_continues_to_the_same_weights_and_tables(whol
 
     def begun(runs: int) -> tuple[subprocess.Popen, list[psutil.Process]]:
         """The series and its kernel, once so many runs are finished."""
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, **settings
-        )
+        with (tmp_path / "errors").open("w") as errors:
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True, **settings
+            )
         deadline = time.monotonic() + 900
         while process.poll() is None and time.monotonic() < deadline:
             children = psutil.Process(process.pid).children(recursive=True)
@@ -100,19 +101,20 @@ def test_interrupted_and_killed_it_continues_to_the_same_weights_and_tables(whol
             if kernel and len(digests(results)) >= runs:
                 return process, kernel
             time.sleep(0.05)
-        raise AssertionError(process.communicate(timeout=1))
+        process.kill()
+        raise AssertionError((tmp_path / "errors").read_text())
 
     process, (kernel,) = begun(1)
     kernel.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == 1
+    assert process.wait(timeout=900) == 1
+    errors = (tmp_path / "errors").read_text()
     assert re.search(r"0[48]_\w+\.ipynb, cell", errors)
     assert "KeyboardInterrupt" in errors
     first = digests(results)
 
     process, _ = begun(2)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.wait(timeout=900)
     kept = digests(results)
     assert len(kept) > 1
     assert first.items() <= kept.items()

@@ -401,8 +401,8 @@ def test_candidates_and_the_best():
 
 
 def test_hours_set_the_number_of_updates(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_seconds_of_an_update", lambda task, batches: (2.0, 0.0))
-    run(tmp_path / "out", epochs=None, hours=9.9 / 3600)
+    monkeypatch.setattr(module, "_seconds_of_an_update", lambda task, batches: (100.0, 0.0))
+    run(tmp_path / "out", epochs=None, hours=499 / 3600)  # 99 s are enough to come so far
     assert json.loads((tmp_path / "out" / PLAN).read_text())["updates"] == 4
 
 

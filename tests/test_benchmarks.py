@@ -249,9 +249,13 @@ def test_export_at_toy_size(call, tmp_path):
 
 
 def test_kill_at_toy_size():
-    """Two real kills, in a process of its own: a process has one fork server."""
+    """Two real kills, in a process of its own, since a process has one fork server.
+
+    Without compiled kernels: importing torch's compiler would take most of the time.
+    """
     command = [sys.executable, str(FOLDER / "kill.py"), "--kills", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(project_root()), "OMP_NUM_THREADS": "1"}
+    settings = {"PYTHONPATH": str(project_root()), "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
+    environment = {**os.environ, **settings}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout

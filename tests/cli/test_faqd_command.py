@@ -202,7 +202,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     ):
         load_weights(model, tmp_path / "checkpoint.pth")
     torch.save(model, tmp_path / "model.pth")
-    with pytest.raises(TeacherError, match="holds more than tensors: save weights by"):
+    with pytest.raises(TeacherError, match=r"holds more than tensors, .*: save weights by"):
         load_weights(model, tmp_path / "model.pth")
     (tmp_path / "text.safetensors").write_text("text")
     with pytest.raises(TeacherError, match="is damaged, holds more than tensors, or is no file of weights"):

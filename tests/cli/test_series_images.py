@@ -40,10 +40,15 @@ def test_every_notebook_runs_on_photographs(tmp_path, user_data):
     directory.
     """
     shipped = (project_root() / "faqd_lib" / "runs" / "profiles" / "smoke.toml").read_text()
-    old = "weight_bits = [1, 4]\nfull_bits = [[1, 4], [4, 4]]\n"
-    assert old in shipped
-    few = 'weight_bits = [1]\nweight_regimes = ["end-to-end"]\nfull_bits = [[1, 4]]\n'
-    (tmp_path / "few.toml").write_text(shipped.replace(old, few))
+    few = {
+        "weight_bits = [1, 4]": 'weight_bits = [1]\nweight_regimes = ["end-to-end"]',
+        "full_bits = [[1, 4], [4, 4]]": "full_bits = [[1, 4]]",
+        "logit_bits = [1, 4]": "logit_bits = [1]",
+    }
+    for old, new in few.items():
+        assert old in shipped
+        shipped = shipped.replace(old, new)
+    (tmp_path / "few.toml").write_text(shipped)
     found = [name for name in ("cifar10-jpeg", "cifar10") if user_data and data.on_disk(name, user_data)]
     root = user_data if found else tmp_path / "images"
     dataset = found[0] if found else cut_photographs(root)

@@ -252,7 +252,7 @@ def test_unreadable_pictures_strange_names_and_fewer_than_a_batch(tmp_path):
     result = run(tmp_path / "out", images=folder, max_unreadable=0.1, learning_rate=None, say=said.append)
     assert any("left out: broken.jpg" in line for line in said)
     assert any("fewer training pictures than a batch of 16: a batch has 11" in line for line in said)
-    assert any("search before it: none, so short a training takes the usual values" in line for line in said)
+    assert any("search before it: none, the training is too short for one" in line for line in said)
     assert result.card.unreadable == 1
 
 

@@ -158,7 +158,10 @@ def _state(path: Path) -> dict[str, torch.Tensor]:
     saved = "save weights by torch.save(model.state_dict(), path) or safetensors.torch.save_file"
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    # What unpickling raises for a damaged file, by its documentation, and torch's own errors.
+    except (
+        pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, LookupError, AttributeError, ImportError,
+    ) as error:  # fmt: skip
         raise TeacherError(f"{path} is damaged, holds more than tensors, or is no file of weights: {saved}") from error
     if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         inside = f" with the items {_listed(map(str, found))}" if isinstance(found, Mapping) else ""

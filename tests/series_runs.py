@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from faqd_lib.utils.files import project_root
@@ -22,6 +23,15 @@ def run(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess:
         [sys.executable, "-m", "faqd_lib.cli.run_all", *arguments],
         cwd=cwd, env=environment(cwd / "cache"), capture_output=True, text=True, check=False, timeout=1800,
     )  # fmt: skip
+
+
+def own_profile(path: Path, changes: Mapping[str, str]) -> None:
+    """Write the smoke profile with changes, each of a text that it holds, as a profile of one's own."""
+    text = (project_root() / "faqd_lib" / "runs" / "profiles" / "smoke.toml").read_text()
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
 
 
 def digests(results: Path) -> dict[str, str]:

@@ -12,11 +12,10 @@ import nbformat
 import pandas as pd
 import psutil
 import pytest
-from series_runs import NOTEBOOKS, digests, environment, has_accuracy, run
+from series_runs import NOTEBOOKS, digests, environment, has_accuracy, own_profile, run
 
 from faqd_lib.reporting import tables
 from faqd_lib.runs.suite import Suite
-from faqd_lib.utils.files import project_root
 
 pytestmark = pytest.mark.series
 
@@ -81,8 +80,7 @@ def test_interrupted_and_killed_it_continues_to_the_same_weights_and_tables(whol
     """An interrupted kernel is reported, a killed series is not; each time the next call goes on."""
     _, suite, _ = whole_series
     # The smoke profile under another name that shows its numbers, or the tables would hold none to compare.
-    shipped = (project_root() / "faqd_lib" / "runs" / "profiles" / "smoke.toml").read_text()
-    (tmp_path / "tiny.toml").write_text(shipped.replace("shows_results = false", "shows_results = true"))
+    own_profile(tmp_path / "tiny.toml", {"shows_results = false": "shows_results = true"})
     results = tmp_path / "results"
     command = [sys.executable, "-m", "faqd_lib.cli.run_all", "tiny.toml", "--dataset", "digits", "--only", "04", "08"]
     command += ["--results", str(results)]
@@ -143,16 +141,12 @@ def test_interrupted_and_killed_it_continues_to_the_same_weights_and_tables(whol
 def test_what_is_drawn_where_numbers_count(whole_series, tmp_path):
     """The cells that smoke leaves out: notebooks that show accuracies, with two teachers and two seeds."""
     _, suite, _ = whole_series
-    shipped = (project_root() / "faqd_lib" / "runs" / "profiles" / "smoke.toml").read_text()
     changes = {
         "shows_results = false": "shows_results = true\nseeds = 2",
         'teachers = ["resnet8"]': 'teachers = ["resnet8", "resnet20"]',
         "weight_bits = [1, 4]": 'weight_teachers = ["resnet8"]\nweight_bits = [1]\nweight_regimes = ["end-to-end"]',
     }
-    for old, new in changes.items():
-        assert old in shipped
-        shipped = shipped.replace(old, new)
-    (tmp_path / "shown.toml").write_text(shipped)
+    own_profile(tmp_path / "shown.toml", changes)
     there = tmp_path / "results" / "shown-digits"
     shutil.copytree(suite / "runs", there / "runs")
     done = run(["shown.toml", "--dataset", "digits", "--only", "05", "09", "--results", "results"], cwd=tmp_path)

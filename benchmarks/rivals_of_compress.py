@@ -17,8 +17,9 @@ All have the same order of batches, schedule, clipping and CPU time of this proc
 counts building, tracing, compiling, calibration, timing, search and training. It does not count writing files or
 measuring. A schedule must know its length: each student times three updates after two that warm up. Each tool finds its
 learning rate as ``compress`` does. If there is time, four candidates are trained, and training pictures that no
-candidate saw decide. Otherwise the rate is the usual one; ``--rate`` sets it for the other tools. *compress* searches
-the affinity weight, too. The others plan again after their search, by the time that is left. The last state counts.
+candidate saw decide. Otherwise the rate is the usual one; ``--rate`` sets it for the other tools. *compress* also
+searches the affinity weight. The other tools plan again after their search, for the time that is left. The last state
+counts.
 Scales of quantizers have no weight decay.
 
 Agreement is measured on pictures held out from training, the same for all seeds; a seed changes order and augmentation.

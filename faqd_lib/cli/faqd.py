@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..compression.planning import AFFINITY_WEIGHT, LEARNING_RATE
 from ..data.decoding import picture_files
 from ..data.images import DatasetError
 from ..data.preprocessing import INTERPOLATIONS, Preprocessing, preprocessing_of
@@ -27,7 +28,6 @@ from ..training.loss_log import NonFiniteLossError
 from ..utils.messages import first_line
 
 ERRORS = (ValueError, OSError, DatasetError, NonFiniteLossError, ModuleNotFoundError)
-LOADING = ("weights", "pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 NO_PREPROCESSING = (
     "say what pictures the network expects: --image-size, --mean and --std, as in training "
     "(--image-size 32 --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25)"
@@ -79,29 +79,16 @@ def _add_compress(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--taps", nargs="+", metavar="MODULE", help="modules whose maps are compared (chosen by resolution)")
     add(
-        "--student-taps",
-        nargs="+",
-        metavar="MODULE",
+        "--student-taps", nargs="+", metavar="MODULE",
         help="modules of --student whose maps are compared, one for each of --taps",
-    )
+    )  # fmt: skip
+    searched = "if left out: chosen by a search, or {:g} in a training too short for one"
+    add("--learning-rate", type=float, metavar="X", help=searched.format(LEARNING_RATE))
+    add("--affinity-weight", type=float, metavar="X", help=f"{searched.format(AFFINITY_WEIGHT)}; 0: logits alone")
     add(
-        "--learning-rate",
-        type=float,
-        metavar="X",
-        help="if left out: chosen by a search, or 0.005 in a training too short for one",
-    )
-    add(
-        "--affinity-weight",
-        type=float,
-        metavar="X",
-        help="if left out: chosen by a search, or 30 in a training too short for one; 0: logits alone",
-    )
-    add(
-        "--batch-size",
-        type=int,
-        metavar="N",
+        "--batch-size", type=int, metavar="N",
         help="pictures of a batch (128 below 64 pixels, else 32; fewer if there are few pictures)",
-    )
+    )  # fmt: skip
     add("--per-tensor", action="store_true", help="one scale per weight tensor, not per output channel")
     add("--no-flip", action="store_true", help="never mirror pictures: for text, digits, signs")
     add("--held-out", type=float, default=0.1, metavar="X", help="share or number of pictures to measure on (0.1)")
@@ -335,7 +322,7 @@ def _onnx_network(path: Path, arguments: argparse.Namespace):
 
 def _packed_network(path: Path, arguments: argparse.Namespace):
     """A function from images to logits, and the file's metadata."""
-    from ..compression.teachers import build_network
+    from ..compression.teachers import LOADING, build_network
 
     header = read_header(path)
     if arguments.network:
@@ -345,8 +332,9 @@ def _packed_network(path: Path, arguments: argparse.Namespace):
         network = load_packed(path)
     else:
         who = "student" if "student" in header["metadata"] else "teacher"
-        named, options = str(header["metadata"].get(who, "")), header["metadata"].get(f"{who}_arguments") or {}
-        # Arguments that load weights are left out: a file must not make this download or unpickle anything.
+        named, options = (header["metadata"].get(key) for key in (who, f"{who}_arguments"))
+        named, options = str(named or ""), options or {}
+        # The weights are in the file, and a file must not make this download or unpickle anything.
         options = {name: value for name, value in options.items() if name not in LOADING}
         if named.partition(":")[0] in ("timm", "torchvision"):
             return load_packed(path, build_network(named, **options)), header["metadata"]

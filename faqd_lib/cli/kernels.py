@@ -107,6 +107,6 @@ class ForkingKernelManager(AsyncKernelManager):
 
 
 class SeriesKernelManager(ForkingKernelManager):
-    """A manager for many kernels: torch's compiler is imported before the first fork, too."""
+    """A manager for many kernels. It imports torch's compiler before the first fork."""
 
     preloaded = PRELOADED + COMPILER

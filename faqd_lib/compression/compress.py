@@ -106,11 +106,12 @@ def compress(
         quantization: settings of :class:`faqd_lib.config.QuantizationConfig` beside the bits. Scales are per output
             channel unless it says otherwise.
         epochs: passes over the training pictures. None for 5, or for as many as ``hours`` allow.
-        hours: time for timing, search and training, after the pictures are decoded. If ``epochs`` is given, too, the
-            shorter of both counts.
+        hours: time for timing, search and training; it begins after the pictures are decoded. With ``epochs``, the
+            shorter of the two counts.
         learning_rate, affinity_weight: None to choose by a search. Its candidates together take a fifth of the number
             of updates of the training. It judges on training pictures that no candidate was trained on. In a training
-            too short for a search, None stands for 0.005 and 30.
+            too short for a search, None stands for ``LEARNING_RATE`` and ``AFFINITY_WEIGHT`` of
+            :mod:`faqd_lib.compression.planning`.
         batch_size: None for 128, or 32 from 64 pixels on. Smaller, down to 16, where an epoch would have fewer than 16
             batches.
         flip: whether pictures may be mirrored. Text, digits and signs may not.

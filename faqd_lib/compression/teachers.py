@@ -15,6 +15,8 @@ from torch import nn
 from ..utils.messages import did_you_mean, first_line, kind_of
 
 SPECS = "timm:NAME, torchvision:NAME, torchvision:NAME:WEIGHTS or package.module:function"
+# Arguments of timm's and torchvision's builders that load weights, or download them.
+LOADING = ("weights", "pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
 class TeacherError(ValueError):
@@ -58,11 +60,16 @@ def load_teacher(
 
 
 def build_network(spec: str, **arguments: Any) -> nn.Module:
-    """Build a network with random weights, to load a packed file into; errors as in :func:`load_teacher`."""
+    """Build a network with random weights, to load a packed file into; errors as in :func:`load_teacher`.
+
+    Raises TeacherError, too, for one of the arguments :data:`LOADING` to timm or torchvision.
+    """
     library, _, name = spec.partition(":")
     builder = {"timm": _of_timm, "torchvision": _of_torchvision}.get(library)
     if builder is None:
         return load_teacher(spec, **arguments)
+    if loading := [argument for argument in arguments if argument in LOADING]:
+        raise TeacherError(f"{spec} is built with random weights here: leave out {', '.join(loading)}")
     return builder(spec, name, False, arguments).eval()
 
 

@@ -11,7 +11,7 @@ from conftest import random_images
 from PIL import Image
 from safetensors.torch import save_file
 
-from faqd_lib import build_model, cli
+from faqd_lib import build_model, cli, quantize, save_packed
 from faqd_lib.cli.faqd import _preprocessing, _spec, main, parser
 from faqd_lib.compression import teachers
 from faqd_lib.compression.teachers import TeacherError, load_teacher, load_weights
@@ -223,6 +223,24 @@ def test_torchvision_teachers(tmp_path):
         load_teacher("torchvision:resnet18:V9", pretrained=True)
     with pytest.raises(TeacherError, match="not by both"):
         load_teacher("torchvision:resnet18", tmp_path / "mobile.safetensors", pretrained=True)
+
+
+def test_classify_builds_the_network_that_a_file_names_without_its_weights(made, tmp_path, capsys):
+    """Tests reach no other machine: a download would fail."""
+    model = quantize(teachers.build_network("torchvision:mobilenet_v2", num_classes=4, width_mult=0.1), weight_bits=1)
+    about = {
+        "student": "torchvision:mobilenet_v2",
+        "student_arguments": {"num_classes": 4, "width_mult": 0.1, "weights": "DEFAULT"},
+        "teacher": "torchvision:resnet18",
+        "preprocessing": {"image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3},
+    }
+    path = save_packed(model, tmp_path / "small.safetensors", metadata=about)
+    picture = str(made / "my photos" / "0.jpg")
+    assert main(["classify", str(path), picture]) == 0
+    assert capsys.readouterr().out.rpartition(": ")[2].split()[0] in ("0", "1", "2", "3")
+    network = ["--network", "torchvision:mobilenet_v2", "weights=DEFAULT"]
+    assert main(["classify", str(path), picture, *network]) == 1
+    assert "built with random weights here: leave out weights" in capsys.readouterr().err
 
 
 def test_a_second_call_goes_on(made, capsys):

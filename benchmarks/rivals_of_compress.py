@@ -25,7 +25,7 @@ Scales of quantizers have no weight decay.
 Agreement is measured on pictures held out from training, the same for all seeds; a seed changes order and augmentation.
 The file is what each tool deploys: packed (ours), ONNX with integers (Brevitas), exported program (torchao). Prints
 tables; writes ``rivals_of_compress.json`` to ``--out`` after each student. Results in
-the file stay if they were made with the same budget, split, batch and test images. ``--again`` names students to train
+the file stay if they were made with the same split, batch and test images. ``--again`` names students to train
 anew. Each cell names the commit that made it.
 """
 
@@ -98,8 +98,12 @@ class Given(NamedTuple):
     batches: PictureBatches
     seed: int
     seconds: float  # CPU seconds of a training
-    rate: float | None  # learning rate of other tools than compress; None for that of compress
+    rate: float | None  # learning rate of the tools that train, compress apart; None for that of compress
     scratch: Path
+
+    def asked(self, student: str) -> float | None:
+        """The learning rate that a student is told to take; None if it finds its own, or does not train."""
+        return self.rate if student in ("Brevitas", "torchao") else None
 
 
 def distilled(model: nn.Module, given: Given, batches: PictureBatches, updates: int, rate: float) -> list[float]:
@@ -313,7 +317,8 @@ def cell(name: str, bits: str, made: Made, given: Given, taught: torch.Tensor, t
     share = agreement(logits(made.model, given.pictures.held_out[:], normalizer), taught)
     right = logits(made.model, test.pixels, normalizer).argmax(1) == test.labels
     return {
-        "student": name, "bits": bits, "seed": given.seed, "CPU minutes": made.trained.seconds / 60,
+        "student": name, "bits": bits, "seed": given.seed, "rate asked": given.asked(name),
+        "minutes asked": given.seconds / 60, "CPU minutes": made.trained.seconds / 60,
         "updates": made.trained.updates, "learning rate": made.trained.rate, "bytes of the file": made.size,
         "agreement (%)": share.percent, "test accuracy (%)": 100 * float(right.double().mean()), "note": made.note,
         "commit": f"{commit():.8}",
@@ -329,10 +334,19 @@ def with_interval(values: list[float]) -> str:
     return f"{mean:.2f} ± {half:.2f}"
 
 
+def by_student(cells: list[dict]) -> dict[tuple[str, str, float | None], list[dict]]:
+    """The cells of each student, its bits and the learning rate that it was told: one for each seed."""
+    groups = {}
+    for one in cells:
+        groups.setdefault((one["student"], one["bits"], one["rate asked"]), []).append(one)
+    return groups
+
+
 def rows_of(cells: list[dict]) -> list[dict]:
-    """One row for the seeds of a student and its bits."""
+    """One row for the seeds of a student, its bits and the learning rate that it was told."""
     rows = []
-    for (name, bits), part in pd.DataFrame(cells).groupby(["student", "bits"], sort=False):
+    for (name, bits, _), group in by_student(cells).items():
+        part = pd.DataFrame(group)
         notes, commits, rates = (
             ", ".join(dict.fromkeys(str(one) for one in part[column].dropna() if one))
             for column in ("note", "commit", "learning rate")
@@ -348,16 +362,17 @@ def rows_of(cells: list[dict]) -> list[dict]:
 
 
 def differences(cells: list[dict]) -> list[dict]:
-    """*compress* minus the others at the same bits, seed by seed: mean and 95 % interval, in points."""
-    by_seed = {(one["student"], one["bits"], one["seed"]): one for one in cells}
-    rows = []
+    """*compress* minus the others at the same bits, seed by seed: mean and 95 % interval, in points.
+
+    Of a tool that was told several rates, the one counts with which it agrees most often.
+    """
+    groups, rows = by_student(cells), []
     for other in ("rounded", "Brevitas"):
-        for bits in dict.fromkeys(one["bits"] for one in cells if one["student"] == "compress"):
-            seeds = [seed for name, at, seed in by_seed if (name, at) == (other, bits)]
-            pairs = [
-                (by_seed["compress", bits, seed], by_seed[other, bits, seed])
-                for seed in seeds if ("compress", bits, seed) in by_seed
-            ]  # fmt: skip
+        for bits in (bits for name, bits, _ in groups if name == "compress"):
+            told = [group for (name, at, _), group in groups.items() if (name, at) == (other, bits)]
+            its_best = max(told, key=lambda group: statistics.mean(one["agreement (%)"] for one in group), default=[])
+            ours_by_seed = {one["seed"]: one for one in groups["compress", bits, None]}
+            pairs = [(ours_by_seed[one["seed"]], one) for one in its_best if one["seed"] in ours_by_seed]
             if pairs:
                 gaps = {
                     name: with_interval([ours[name] - its[name] for ours, its in pairs])
@@ -377,8 +392,11 @@ class Results:
     left_out: dict[str, str]
     cells: list[dict]
 
-    def has(self, name: str, bits: str, seed: int) -> bool:
-        return any((one["student"], one["bits"], one["seed"]) == (name, bits, seed) for one in self.cells)
+    def has(self, name: str, bits: str, seed: int, rate: float | None = None) -> bool:
+        return any(
+            (one["student"], one["bits"], one["seed"], one["rate asked"]) == (name, bits, seed, rate)
+            for one in self.cells
+        )
 
     def add(self, one: dict) -> None:
         order = ["teacher", *STUDENTS]
@@ -431,7 +449,7 @@ def main() -> None:
     }
     for name, reason in left_out.items():
         print(f"left out: {name}, {reason}", flush=True)
-    names = ("cpu_minutes", "split_seed", "batch", "held_out", "test_images")
+    names = ("split_seed", "batch", "held_out", "test_images")
     settings = {name: getattr(arguments, name) for name in names}
     before = kept(arguments.out / f"{NAME}.json", settings, arguments.again)
     results = Results(arguments.out, settings, machine, left_out, before)
@@ -449,7 +467,7 @@ def main() -> None:
                 make, _, widths = STUDENTS[name]
                 for weight_bits, activation_bits in widths if name not in left_out else ():
                     bits = f"{weight_bits}W{activation_bits}A"
-                    if bits in arguments.bits and not results.has(name, bits, seed):
+                    if bits in arguments.bits and not results.has(name, bits, seed, given.asked(name)):
                         torch.manual_seed(seed)
                         made = make(given, weight_bits, activation_bits)
                         results.add(cell(name, bits, made, given, taught, test))

@@ -248,6 +248,28 @@ def test_export_at_toy_size(call, tmp_path):
     assert 10 * row["packed_bytes"] < row["float32_bytes"]
 
 
+def test_rivals_of_compress_are_compared_seed_by_seed_at_their_best_rate(benchmark):
+    module = benchmark("rivals_of_compress")
+
+    def cells(name, rate, *agreements):
+        return [
+            {"student": name, "bits": "4W4A", "seed": seed, "rate asked": rate, "CPU minutes": 1.0, "updates": 50,
+             "learning rate": rate or 0.005, "bytes of the file": 9, "agreement (%)": value,
+             "test accuracy (%)": value - 5, "note": "", "commit": "abc"}
+            for seed, value in enumerate(agreements, 1)
+        ]  # fmt: skip
+
+    made = cells("rounded", None, 50.0) + cells("compress", None, 80.0, 84.0)
+    made += cells("Brevitas", None, 70.0, 71.0) + cells("Brevitas", 0.02, 79.0, 81.0, 99.0)
+    rows = {(row["student"], row["learning rates"]): row for row in module.rows_of(made)}
+    assert rows["Brevitas", "0.02"]["seeds"] == 3
+    assert rows["Brevitas", "0.005"]["agreement (%)"] == "70.50 ± 6.35"  # t(0.975, 1) = 12.706, times 0.5
+    beside_rounded, beside_brevitas = module.differences(made)
+    assert beside_rounded["agreement (%)"] == "30.00"
+    assert beside_brevitas["seeds"] == 2
+    assert beside_brevitas["agreement (%)"] == "2.00 ± 12.71"  # of 1 and 3 points
+
+
 def test_kill_at_toy_size():
     """Two real kills, in a process of its own, since a process has one fork server.
 

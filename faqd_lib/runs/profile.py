@@ -111,7 +111,7 @@ class Profile(StrictModel):
     cohort: Count = 8
     compile: bool = False  # passes by torch.compile: other last digits, so other runs
     cuda_graphs: bool = True  # on CUDA: steps recorded and replayed; the same bits
-    evaluate_every: Count = omitted_at_default(1)  # epochs; the last one is always evaluated
+    evaluate_every: Count = omitted_at_default(1)  # epochs of all training images; the last one is always evaluated
     # "auto": bf16 where the hardware computes in it. "by device": bf16 on GPUs, float32 on every CPU.
     precision: Literal["auto", "by device", "float32", "bf16"] = omitted_at_default("auto")
     teacher_per_seed: bool = omitted_at_default(False)  # each student seed has a teacher of its own

@@ -281,6 +281,16 @@ def test_evaluated_less_often_is_the_same_run_with_fewer_tests(tiny_suite):
     assert second.best_accuracy == max(row["test_accuracy"] for row in second.history[1:])
 
 
+def test_a_run_on_fewer_images_is_evaluated_after_as_many_updates(tiny_suite):
+    """Its epochs have a single step. Evaluations would outweigh the training otherwise."""
+    suite = tiny_suite("fewer")
+    steps = len(suite.splits.training) // 16
+    config = suite.student("KD", weight_bits=1, images=16, schedule={"epochs": 2 * steps + 1})
+    (record,) = suite.run([config])
+    tested = [epoch for epoch, row in enumerate(record.history, start=1) if "test_accuracy" in row]
+    assert tested == [steps, 2 * steps, 2 * steps + 1]
+
+
 def test_labelled_and_label_free_students_side_by_side_have_the_bits_of_each_alone(tiny_suite):
     together, alone = tiny_suite("together"), tiny_suite("alone", cohort=1)
     configs = [

@@ -92,8 +92,9 @@ def generated(root: Path) -> dict[str, str]:
     parts["study_arms"] = _markdown(study_curves.arms_table(study).frame.drop(columns=[tables.RUNS, "cells"]))
     gains = where.table(Suite.read(root / WHERE)).frame
     parts["where"] = _markdown(gains.loc[gains["n (seeds)"] > 0].drop(columns=tables.RUNS))
-    steps = {(row["precision"], row["loss"]): row["time / logits"] for row in affinity["step"]}
-    parts["study_reach"] = _markdown(study_curves.reach_table(study, steps["float32", "logits + FA"]).frame)
+    (step,) = (row for row in affinity["step"] if (row["precision"], row["loss"]) == ("float32", "logits + FA"))
+    ratio = study_curves.StepRatio(step["time / logits"], step["ratio low"], step["ratio high"])
+    parts["study_reach"] = _markdown(study_curves.reach_table(study, ratio).frame)
     return parts | {
         name: _benchmark(root / BENCHMARKS / f"{file}.json", part, columns.split("|"))
         for name, (file, part, columns) in MEASURED.items()

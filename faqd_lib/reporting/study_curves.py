@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -12,6 +13,14 @@ from .tables import NOT_A_RESULT, RUNS, Table, with_origin
 from .verdicts import Estimate
 
 BASE, TAUGHT = "kd", "fa"  # arms that every comparison over updates needs
+
+
+class StepRatio(NamedTuple):
+    """Time of a training step with FA / time of one without, with its 95 % interval."""
+
+    ratio: float
+    low: float
+    high: float
 
 
 def arms_frame(suite: Suite) -> pd.DataFrame:
@@ -166,13 +175,14 @@ def arms_table(suite: Suite) -> Table:
     return with_origin(suite, Table("arms", f"Arms, {suite.dataset}", caption, rows))
 
 
-def reach_table(suite: Suite, step_ratio: float | None = None) -> Table:
+def reach_table(suite: Suite, step: StepRatio | None = None) -> Table:
     """The table of :func:`reach_frame`.
 
     Args:
         suite: of a study.
-        step_ratio: time of a training step with FA / time of one without, measured elsewhere. With it, the table has a
-            column of times. Times of the study's own runs are not used: their machine may have been busy.
+        step: measured elsewhere. With it, the table has the share of time, which is the share of updates times the
+            ratio; both intervals are joined as those of independent factors. Times of the study's own runs are not
+            used: their machine may have been busy.
     """
     shows = suite.profile.shows_results
 
@@ -183,15 +193,21 @@ def reach_table(suite: Suite, step_ratio: float | None = None) -> Table:
             "weight bits": row.weight_bits, "KD's updates": f"{row.updates:,}", "n (seeds)": row.n,
             "FAQD's updates / KD's": share if shows else NOT_A_RESULT, "95 % interval": interval if shows else "",
         }  # fmt: skip
-        if step_ratio is not None and shows:
-            time = row.bound if row.bound == "open" else f"{row.bound} {step_ratio * row.share:.2f}".strip()
-            found["FAQD's time / KD's"] = time
+        if step is not None and shows:
+            time = row.share * step.ratio
+            found["FAQD's time / KD's"] = row.bound if row.bound == "open" else f"{row.bound} {time:.2f}".strip()
+            # Half-widths on the logarithmic axis; NaN where the updates have no interval.
+            below = math.hypot(math.log(row.share / row.low), math.log(step.ratio / step.low))
+            above = math.hypot(math.log(row.high / row.share), math.log(step.high / step.ratio))
+            found["95 % interval of time"] = (
+                "" if math.isnan(below) else f"{time * math.exp(-below):.2f} to {time * math.exp(above):.2f}"
+            )
         return found
 
     caption = (
         f"Updates that FAQD needs for KD's accuracy, study {suite.profile.name} on {suite.caption}. Interpolated over "
         "the logarithm of updates, seed by seed; geometric mean, 95 % interval for other seeds."
-        + ("" if step_ratio is None else f" A step with FA takes {step_ratio:.2f} times as long as one without.")
+        + ("" if step is None else f" A step with FA takes {step.ratio:.2f} times as long as one without.")
     )
     rows = pd.DataFrame([shown(row) for row in reach_frame(suite).itertuples()])
     return Table("updates_to_accuracy", f"Updates to an accuracy, {suite.dataset}", caption, rows)

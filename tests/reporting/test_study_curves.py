@@ -65,8 +65,10 @@ def test_updates_to_an_accuracy_are_interpolated_on_a_logarithmic_axis(suite):
     assert (frame.loc[2, "bound"], frame.loc[2, "share"]) == ("below", 1)  # ahead after the shortest budget already
     shown = study_curves.reach_table(suite).frame["FAQD's updates / KD's"]
     assert list(shown) == ["below 1.00", "0.71", "0.89"]
-    timed = study_curves.reach_table(suite, step_ratio=1.5)
+    timed = study_curves.reach_table(suite, study_curves.StepRatio(1.5, 1.2, 1.8))
     assert list(timed.frame["FAQD's time / KD's"]) == ["below 1.50", "1.06", "1.34"]
+    # Both seeds agree on the updates: the interval is that of the step.
+    assert list(timed.frame["95 % interval of time"]) == ["", "0.85 to 1.27", "1.07 to 1.60"]
     assert "1.50 times as long" in timed.caption
 
 

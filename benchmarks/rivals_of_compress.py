@@ -362,23 +362,26 @@ def rows_of(cells: list[dict]) -> list[dict]:
 
 
 def differences(cells: list[dict]) -> list[dict]:
-    """*compress* minus the others at the same bits, seed by seed: mean and 95 % interval, in points.
+    """Pairs of students at the same bits, seed by seed: mean difference and 95 % interval, in points.
 
     Of a tool that was told several rates, the one counts with which it agrees most often.
     """
     groups, rows = by_student(cells), []
-    for other in ("rounded", "Brevitas"):
+
+    def best(student: str, bits: str) -> dict[int, dict]:
+        told = [group for (name, at, _), group in groups.items() if (name, at) == (student, bits)]
+        found = max(told, key=lambda group: statistics.mean(one["agreement (%)"] for one in group), default=[])
+        return {one["seed"]: one for one in found}
+
+    for one, other in (("compress", "rounded"), ("compress", "Brevitas"), ("Brevitas", "rounded")):
         for bits in (bits for name, bits, _ in groups if name == "compress"):
-            told = [group for (name, at, _), group in groups.items() if (name, at) == (other, bits)]
-            its_best = max(told, key=lambda group: statistics.mean(one["agreement (%)"] for one in group), default=[])
-            ours_by_seed = {one["seed"]: one for one in groups["compress", bits, None]}
-            pairs = [(ours_by_seed[one["seed"]], one) for one in its_best if one["seed"] in ours_by_seed]
-            if pairs:
+            first, second = best(one, bits), best(other, bits)
+            if seeds := sorted(first.keys() & second.keys()):
                 gaps = {
-                    name: with_interval([ours[name] - its[name] for ours, its in pairs])
+                    name: with_interval([first[seed][name] - second[seed][name] for seed in seeds])
                     for name in ("agreement (%)", "test accuracy (%)")
                 }
-                rows.append({"compared": f"compress − {other}", "bits": bits, "seeds": len(pairs), **gaps})
+                rows.append({"compared": f"{one} − {other}", "bits": bits, "seeds": len(seeds), **gaps})
     return rows
 
 
@@ -472,7 +475,7 @@ def main() -> None:
                         made = make(given, weight_bits, activation_bits)
                         results.add(cell(name, bits, made, given, taught, test))
     show("rivals of compress", pd.DataFrame(rows_of(results.cells)))
-    show("compress minus the others", pd.DataFrame(differences(results.cells)))
+    show("differences", pd.DataFrame(differences(results.cells)))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def test_code_of_your_project_runs_and_learns(tmp_path, monkeypatch):
     assert scope["agreement"]().split(";")[0].endswith("% of 8")
     assert (tmp_path / "student.onnx").stat().st_size > 0
     assert scope["small"].card.held_out_pictures == 4
-    assert (tmp_path / "small" / "index.html").exists()
+    assert (tmp_path / "mine" / "index.html").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -54,8 +54,8 @@ def test_the_typed_numbers_of_the_study_are_those_of_its_records():
     family = judged[judged["family"] == "when"]
     assert f"KD's accuracy at 400 updates after [{reach.loc[400, 'share']:.2f} times as many]" in TEXT
     without = int((family["difference"] == "not run").sum())
-    assert f"{len(family)} claims share an error rate" in TEXT
-    assert f"while {without} of them have no runs" in TEXT
+    assert f"Of {len(family)} claims, which\nshare an error rate" in TEXT
+    assert f"{without} have no runs yet" in TEXT
 
 
 def test_the_readme_is_short_and_shows_both_commands():

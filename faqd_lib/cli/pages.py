@@ -40,6 +40,7 @@ MEASURED = {
     "affinity_step": ("affinity", "step", "batch|precision|loss|n|median_ms|iqr_ms|time / logits|ratio low|ratio high"),
     "affinity_sweep": ("affinity-sweep", "sweep", "batch|C|H|loss|n|median_ms|iqr_ms|times faster than direct"),
     "affinity_memory": ("affinity", "memory", "batch|C|H|loss|peak_MiB|peak / inputs|one N×N matrix (GiB)"),
+    "affinity_rivals": ("affinity", "rivals", "loss|n|median_ms|iqr_ms|time / logits|ratio low|ratio high|extra_MiB"),
     "affinity_weight": ("affinity_weight", "rows", "affinity weight|seed|validation accuracy (%)"),
     "logit_geometry": ("logit_geometry", "means", LOGITS),
     "proposition": ("proposition", "rows", SLOPES),
@@ -103,8 +104,9 @@ def generated(root: Path) -> dict[str, str]:
 
 def _benchmark(path: Path, part: str, columns: list[str]) -> str:
     measured = json.loads(path.read_text(encoding="utf-8"))
-    line = "{device}, {processor}, {threads} threads, torch {torch}, commit `{commit:.8}`; `{file}`.".format(
-        **measured["environment"], file=path.name
+    commit, *changes = measured["environment"].pop("commit").split("+")
+    line = "{device}, {processor}, {threads} threads, torch {torch}, commit `{commit}`; `{file}`.".format(
+        **measured["environment"], commit="+".join([commit[:8], *changes]), file=path.name
     )
     return f"{line}\n\n{_markdown(pd.DataFrame(measured[part])[columns].map(_shown))}"
 

@@ -45,8 +45,10 @@ def test_a_forked_kernel_lives_as_any_other(tmp_path, monkeypatch):
             assert shown(await answer(client, "shown = 'pytest' in sys.modules")) is False
             code = "import matplotlib; shown = matplotlib.get_backend()"
             assert "inline" in shown(await answer(client, code))
-            sleeping = asyncio.create_task(answer(client, "import time; shown = 1; time.sleep(600)"))
-            await asyncio.sleep(1)
+            begins = "import pathlib, time; shown = 1; pathlib.Path('begun').touch()"
+            sleeping = asyncio.create_task(answer(client, f"{begins}; time.sleep(600)"))
+            while not (tmp_path / "begun").exists():
+                await asyncio.sleep(0.05)
             await manager.interrupt_kernel()
             assert (await sleeping)["content"]["ename"] == "KeyboardInterrupt"
             assert await manager.is_alive()

@@ -310,25 +310,33 @@ def test_a_clock_that_is_set_back_changes_nothing(monkeypatch, expected, begun):
 
 
 HOLD = """
-import filelock, sys, time
+import filelock, sys
 lock = filelock.FileLock(sys.argv[1])
 lock.acquire()
 print("held", flush=True)
-time.sleep(float(sys.argv[2]))
+sys.stdin.read()
 """
 
 
-def holder_of(lock: FileLock, seconds: float) -> subprocess.Popen:
-    """Another process, which holds the lock for so long."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, lock.lock_file, str(seconds)], stdout=subprocess.PIPE)
+def holder_of(lock: FileLock) -> subprocess.Popen:
+    """Another process, which holds the lock until its input is closed."""
+    command = [sys.executable, "-c", HOLD, lock.lock_file]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout.readline()
     return process
 
 
-def test_a_run_that_another_process_trains_is_waited_for(tiny_suite, capsys):
+def test_a_run_that_another_process_trains_is_waited_for(tiny_suite, capsys, monkeypatch):
     suite = tiny_suite()
     config, other = (suite.student("labels", weight_bits=bits) for bits in (1, 2))
-    holder = holder_of(suite.store.lock(config), 3)
+    holder, say = holder_of(suite.store.lock(config)), Progress.say
+
+    def say_and_release(self, text: str) -> None:
+        say(self, text)
+        if "waiting for it" in text:
+            holder.stdin.close()
+
+    monkeypatch.setattr(Progress, "say", say_and_release)
     records = suite.run([config, other])
     assert holder.wait() == 0
     out = capsys.readouterr().out
@@ -355,7 +363,7 @@ def test_what_was_finished_elsewhere_meanwhile_is_not_trained_again(tiny_suite, 
 def test_a_dead_process_holds_no_lock(tiny_suite):
     suite = tiny_suite()
     config = suite.student("labels", weight_bits=1)
-    holder = holder_of(suite.store.lock(config), 60)
+    holder = holder_of(suite.store.lock(config))
     with suite.store.lock_available([config]) as ours:
         assert ours == []
     holder.kill()

@@ -1,18 +1,19 @@
 """Charts and the style of all figures. Every chart takes a DataFrame and returns a matplotlib Figure.
 
-Figures are closed in pyplot, so that a notebook shows each figure once: as the value of a cell. Matplotlib and seaborn
-take seconds to import, so they are imported with the first figure.
+Figures are closed in pyplot, so that a notebook shows each figure once: as the value of a cell, or as the file that
+:func:`save` wrote. Matplotlib and seaborn take seconds to import, so they are imported with the first figure.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,7 @@ plt, sns, ticker = (LazyModule(name) for name in ("matplotlib.pyplot", "seaborn"
 
 Run = RunConfig | RunRecord  # both name a run
 WIDTH = 9.0  # inches: the text width of a notebook
+SCREEN_DPI, FILE_DPI = 100, 150
 # Seaborn's colour-blind safe colours, without the pale pink, which is hard to see in thin lines on white.
 PALETTE = ["#0173B2", "#DE8F05", "#029E73", "#D55E00", "#CC78BC", "#CA9161", "#949494", "#ECE133", "#56B4E9"]
 RUNS_KEY, NOTE_KEY = "Runs", "Note"  # keys of a figure's metadata
@@ -47,8 +49,9 @@ def style() -> Iterator[None]:
         sns.set_theme(
             style="whitegrid", palette=PALETTE, font_scale=0.85,
             rc={
-                "figure.dpi": 100, "savefig.dpi": 150, "axes.titlesize": "medium", "axes.titleweight": "bold",
-                "grid.color": "0.9", "legend.frameon": True, "legend.framealpha": 0.9, "legend.edgecolor": "0.85",
+                "figure.dpi": SCREEN_DPI, "savefig.dpi": FILE_DPI,
+                "axes.titlesize": "medium", "axes.titleweight": "bold", "grid.color": "0.9",
+                "legend.frameon": True, "legend.framealpha": 0.9, "legend.edgecolor": "0.85",
                 "pdf.fonttype": 42,  # text stays text
             },
         )  # fmt: skip
@@ -78,8 +81,21 @@ def new_figure(
             plt.close(figure)
 
 
-def save(figure: Figure, folder: Path, name: str, runs: Iterable[Run] = (), note: str = "") -> list[Path]:
-    """Write ``<folder>/<name>.png`` and ``.pdf``, each whole or not at all; returns both paths.
+class SavedFigure(NamedTuple):
+    """The files of a figure. A notebook shows the PNG, so what is seen is what was saved."""
+
+    png: Path
+    pdf: Path
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> tuple[dict, dict]:
+        """The PNG for IPython, as wide as the figure is on the screen."""
+        data = self.png.read_bytes()
+        width = int.from_bytes(data[16:20], "big") * SCREEN_DPI // FILE_DPI  # the PNG's header has its pixels
+        return {"image/png": base64.b64encode(data).decode()}, {"image/png": {"width": width}}
+
+
+def save(figure: Figure, folder: Path, name: str, runs: Iterable[Run] = (), note: str = "") -> SavedFigure:
+    """Write ``<folder>/<name>.png`` and ``.pdf``, each whole or not at all.
 
     Args:
         runs: behind the figure; written into the metadata, as ``Runs`` of the PNG and keywords of the PDF.
@@ -97,7 +113,7 @@ def save(figure: Figure, folder: Path, name: str, runs: Iterable[Run] = (), note
             write = partial(figure.savefig, format=kind, metadata=about)
             paths.append(atomic_write(Path(folder) / f"{name}.{kind}", write))
             figure.set_layout_engine("none")  # keep the layout: finding it takes half the time of drawing
-    return paths
+    return SavedFigure(*paths)
 
 
 def _require(frame: pd.DataFrame, *columns: str) -> None:

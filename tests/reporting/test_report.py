@@ -1,11 +1,13 @@
 """The report: everything is in it, it needs no network, and it names the runs behind what it shows."""
 
+import base64
 import re
 from html.parser import HTMLParser
 
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
+from IPython.core.formatters import DisplayFormatter
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from test_tables import save
 
@@ -154,8 +156,11 @@ def test_every_formula_of_the_series_becomes_mathml():
 
 def test_figures_name_their_runs(suite, tmp_path):
     figure = plt.figure()
-    png, pdf = charts.save(figure, tmp_path, "x", [suite.teacher(), suite.teacher()])
+    saved = png, pdf = charts.save(figure, tmp_path, "x", [suite.teacher(), suite.teacher()])
     plt.close(figure)
+    shown, about = DisplayFormatter().format(saved)
+    assert base64.b64decode(shown["image/png"]) == png.read_bytes()
+    assert about["image/png"]["width"] == 640  # 6.4 inches
     assert report.Picture.read(png).runs == [suite.teacher().run_id]
     assert suite.teacher().run_id.encode() in pdf.read_bytes()
 

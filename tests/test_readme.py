@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from faqd_lib.cli.pages import pages
+from faqd_lib.cli.pages import MARKED, pages
 from faqd_lib.cli.run_all import parser
 from faqd_lib.reporting import study_claims, study_curves
 from faqd_lib.runs.profile import PROFILES
@@ -54,12 +54,13 @@ def test_the_typed_numbers_of_the_study_are_those_of_its_records():
     family = judged[judged["family"] == "when"]
     assert f"KD's accuracy at 400 updates after [{reach.loc[400, 'share']:.2f} times as many]" in TEXT
     without = int((family["difference"] == "not run").sum())
-    assert f"Of {len(family)} claims, which\nshare an error rate" in TEXT
-    assert f"{without} have no runs yet" in TEXT
+    assert f"{len(family)} claims share an error rate" in TEXT
+    assert f"{without} of them have no runs yet" in TEXT
 
 
 def test_the_readme_is_short_and_shows_both_commands():
-    assert len(TEXT.splitlines()) <= 120
+    own = MARKED.sub("", TEXT)  # the table of claims grows with the study
+    assert len(own.splitlines()) <= 115
     assert all(command in TEXT for command in ("./run_all.sh", "./run_tests.sh", "./run_all.sh lab"))
 
 

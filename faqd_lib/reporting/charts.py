@@ -87,6 +87,9 @@ class SavedFigure(NamedTuple):
     png: Path
     pdf: Path
 
+    def __repr__(self) -> str:
+        return f"{self.png.name}, {self.pdf.name}"  # without the machine's folders
+
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> tuple[dict, dict]:
         """The PNG for IPython, as wide as the figure is on the screen."""
         data = self.png.read_bytes()

@@ -196,10 +196,14 @@ def table(suite: Suite) -> Table:
         behind = dict.fromkeys([*measured.runs, *(assay.runs if assay else ())])
         rows.append({**row, **numbers, "family": claim.family, RUNS: " ".join(behind)})
     looks = " and ".join(map(str, study.looks))
+    own = suite.profile.teacher_per_seed
+    teachers = (
+        "each with its own teacher" if own else "all with one teacher, so that intervals are not for other teachers"
+    )
     caption = (
         f"Claims of the study {suite.profile.name} (design {suite.profile.design_digest}) on {suite.caption}. "
-        f"Contrasts of last-epoch test {suite.metric} in percentage points, on complete seeds, each with its own "
-        "teacher; where the contrast says so, of the natural logarithm of the exact affinity loss on test images. "
+        f"Contrasts of last-epoch test {suite.metric} in percentage points, on complete seeds, {teachers}; "
+        "where the contrast says so, of the natural logarithm of the exact affinity loss on test images. "
         f"95 % interval for other seeds and, of {suite.metric}, other test images. Looks at {looks} seeds, Holm's "
         "procedure over each family. The level is that of one side."
         + (f" Learned nothing: {', '.join(sorted(dead))}. A look with such runs gives no verdict." if dead else "")

@@ -207,7 +207,11 @@ def reach_table(suite: Suite, step: StepRatio | None = None) -> Table:
     caption = (
         f"Updates that FAQD needs for KD's accuracy, study {suite.profile.name} on {suite.caption}. Interpolated over "
         "the logarithm of updates, seed by seed; geometric mean, 95 % interval for other seeds."
-        + ("" if step is None else f" A step with FA takes {step.ratio:.2f} times as long as one without.")
     )
+    if step is not None:
+        caption += (
+            f" A step with FA takes {step.ratio:.2f} times as long as one without. The interval of time takes updates "
+            "and steps as independent."
+        )
     rows = pd.DataFrame([shown(row) for row in reach_frame(suite).itertuples()])
     return Table("updates_to_accuracy", f"Updates to an accuracy, {suite.dataset}", caption, rows)

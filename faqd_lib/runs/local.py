@@ -84,7 +84,7 @@ def _train_cohort(
     if cohort[0].optimization.compiled:
         progress.say(f"{label}: compiling {'teacher and ' if teacher is not None else ''}{len(learners)} network(s)")
     report = _CohortReport(progress, label, learners)
-    # A run on fewer images has shorter epochs, but is evaluated after as many updates.
+    # A run on fewer images has shorter epochs, but is evaluated after about as many updates.
     steps = len(splits.training) // cohort[0].optimization.batch_size
     result = train(
         learners,
@@ -97,7 +97,7 @@ def _train_cohort(
         checkpoint_due=due_every(profile.checkpoint_seconds),
         checkpoint=lambda learner: save_checkpoint(store.run_folder(learner.config), learner, machine),
         cuda_graphs=profile.cuda_graphs,
-        evaluate_every=profile.evaluate_every * max(1, steps // len(batches)),
+        evaluate_every=profile.evaluate_every * max(1, round(steps / len(batches))),
         time_is_up=lambda: deadline is not None and time.monotonic() >= deadline,
     )
     for trained in result.trained:

@@ -47,8 +47,9 @@ def test_a_forked_kernel_lives_as_any_other(tmp_path, monkeypatch):
             assert "inline" in shown(await answer(client, code))
             begins = "import pathlib, time; shown = 1; pathlib.Path('begun').touch()"
             sleeping = asyncio.create_task(answer(client, f"{begins}; time.sleep(600)"))
-            while not (tmp_path / "begun").exists():
-                await asyncio.sleep(0.05)
+            async with asyncio.timeout(120):
+                while not (tmp_path / "begun").exists():
+                    await asyncio.sleep(0.05)
             await manager.interrupt_kernel()
             assert (await sleeping)["content"]["ename"] == "KeyboardInterrupt"
             assert await manager.is_alive()

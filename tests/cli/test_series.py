@@ -87,35 +87,39 @@ def test_interrupted_and_killed_it_continues_to_the_same_weights_and_tables(whol
     command += ["--results", str(results)]
     settings = {"cwd": tmp_path, "env": environment(tmp_path / "cache"), "text": True}
 
-    def begun(runs: int) -> tuple[subprocess.Popen, list[psutil.Process]]:
-        """The series and its kernel, once so many runs are finished."""
+    def kernels(process: subprocess.Popen) -> list[psutil.Process]:
+        children = psutil.Process(process.pid).children(recursive=True)
+        return [child for child in children if leads_a_session(child.pid)]
+
+    def begun(runs: int) -> subprocess.Popen:
+        """The series, once so many runs are finished and a kernel is there."""
         with (tmp_path / "errors").open("w") as errors:
             process = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True, **settings
             )
         deadline = time.monotonic() + 900
         while process.poll() is None and time.monotonic() < deadline:
-            children = psutil.Process(process.pid).children(recursive=True)
-            kernel = [child for child in children if leads_a_session(child.pid)]
-            if kernel and len(digests(results)) >= runs:
-                return process, kernel
+            if kernels(process) and len(digests(results)) >= runs:
+                return process
             time.sleep(0.05)
         process.kill()
         raise AssertionError((tmp_path / "errors").read_text())
 
-    process, (kernel,) = begun(1)
+    process = begun(1)
     deadline = time.monotonic() + 900
     while process.poll() is None and time.monotonic() < deadline:  # a kernel between two cells ignores a signal
         with contextlib.suppress(psutil.NoSuchProcess):
-            kernel.send_signal(signal.SIGINT)
-        time.sleep(0.2)
+            for kernel in kernels(process):
+                kernel.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=3)
     assert process.wait(timeout=60) == 1
     errors = (tmp_path / "errors").read_text()
     assert re.search(r"0[48]_\w+\.ipynb, cell", errors)
     assert "KeyboardInterrupt" in errors
     first = digests(results)
 
-    process, _ = begun(2)
+    process = begun(2)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(timeout=900)
     kept = digests(results)

@@ -161,6 +161,7 @@ def test_figures_name_their_runs(suite, tmp_path):
     shown, about = DisplayFormatter().format(saved)
     assert base64.b64decode(shown["image/png"]) == png.read_bytes()
     assert about["image/png"]["width"] == 640  # 6.4 inches
+    assert shown["text/plain"] == "x.png, x.pdf"
     assert report.Picture.read(png).runs == [suite.teacher().run_id]
     assert suite.teacher().run_id.encode() in pdf.read_bytes()
 

@@ -139,6 +139,7 @@ def test_claims_of_a_study_are_judged_by_mean_iou(study):
     found = study_claims.table(study)
     row = found.frame.iloc[0]
     assert "mean IoU" in found.caption
+    assert "all with one teacher" in found.caption
     assert row["n (seeds)"] == "5 of 8"
     assert row["verdict"] == "reproduced"
     frame = tables.segmentation(study).frame.set_index("arm")

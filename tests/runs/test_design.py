@@ -282,13 +282,16 @@ def test_evaluated_less_often_is_the_same_run_with_fewer_tests(tiny_suite):
 
 
 def test_a_run_on_fewer_images_is_evaluated_after_as_many_updates(tiny_suite):
-    """Its epochs have a single step. Evaluations would outweigh the training otherwise."""
+    """Evaluations would outweigh the training otherwise. Epochs of 1 and of 2 steps, where all images give 3."""
     suite = tiny_suite("fewer")
-    steps = len(suite.splits.training) // 16
-    config = suite.student("KD", weight_bits=1, images=16, schedule={"epochs": 2 * steps + 1})
-    (record,) = suite.run([config])
-    tested = [epoch for epoch, row in enumerate(record.history, start=1) if "test_accuracy" in row]
-    assert tested == [steps, 2 * steps, 2 * steps + 1]
+    assert len(suite.splits.training) // 16 == 3
+
+    def tested(**settings) -> list[int]:
+        (record,) = suite.run([suite.student("KD", weight_bits=1, **settings)])
+        return [epoch for epoch, row in enumerate(record.history, start=1) if "test_accuracy" in row]
+
+    assert tested(images=16, schedule={"epochs": 7}) == [3, 6, 7]
+    assert tested(images=32, schedule={"epochs": 3}) == [2, 3]
 
 
 def test_labelled_and_label_free_students_side_by_side_have_the_bits_of_each_alone(tiny_suite):

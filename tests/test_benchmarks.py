@@ -264,10 +264,11 @@ def test_rivals_of_compress_are_compared_seed_by_seed_at_their_best_rate(benchma
     rows = {(row["student"], row["learning rates"]): row for row in module.rows_of(made)}
     assert rows["Brevitas", "0.02"]["seeds"] == 3
     assert rows["Brevitas", "0.005"]["agreement (%)"] == "70.50 ± 6.35"  # t(0.975, 1) = 12.706, times 0.5
-    beside_rounded, beside_brevitas = module.differences(made)
+    beside_rounded, beside_brevitas, of_others = module.differences(made)
     assert beside_rounded["agreement (%)"] == "30.00"
     assert beside_brevitas["seeds"] == 2
     assert beside_brevitas["agreement (%)"] == "2.00 ± 12.71"  # of 1 and 3 points
+    assert (of_others["compared"], of_others["agreement (%)"]) == ("Brevitas − rounded", "29.00")
 
 
 def test_kill_at_toy_size():

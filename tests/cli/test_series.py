@@ -92,7 +92,7 @@ def test_interrupted_and_killed_it_continues_to_the_same_weights_and_tables(whol
         return [child for child in children if leads_a_session(child.pid)]
 
     def begun(runs: int) -> subprocess.Popen:
-        """The series, once so many runs are finished and a kernel is there."""
+        """The series, once ``runs`` are finished and a kernel is there."""
         with (tmp_path / "errors").open("w") as errors:
             process = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True, **settings

@@ -139,7 +139,7 @@ def execute(notebook: Path, copy: Path, parameters: dict[str, object], manager: 
 
 
 def kernel_manager(notebooks: int) -> type[AsyncKernelManager]:
-    """The manager for so many notebooks. For few, imports before the fork would cost more than they save."""
+    """The manager for a series of this length. In a short one, imports before the fork cost more than they save."""
     if notebooks == 1:
         return AsyncKernelManager
     return ForkingKernelManager if notebooks <= FEW else SeriesKernelManager

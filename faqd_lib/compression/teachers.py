@@ -62,7 +62,7 @@ def load_teacher(
 def build_network(spec: str, **arguments: Any) -> nn.Module:
     """Build a network with random weights, to load a packed file into; errors as in :func:`load_teacher`.
 
-    Raises TeacherError, too, for one of the arguments :data:`LOADING` to timm or torchvision.
+    It also raises TeacherError if timm or torchvision is given one of the arguments :data:`LOADING`.
     """
     library, _, name = spec.partition(":")
     builder = {"timm": _of_timm, "torchvision": _of_torchvision}.get(library)

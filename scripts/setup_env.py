@@ -181,7 +181,8 @@ def install() -> None:
         make_venv()
     say(f"installing the packages of {VERSIONS.name}: some minutes, much longer with CUDA libraries")
     options = ("--no-input", "--no-user", "--disable-pip-version-check", "--progress-bar=off")
-    options += ("--no-compile",)  # most modules of Jupyter are never imported
+    if not sys.dont_write_bytecode:  # Python then keeps the bytecode of what is imported; most of Jupyter never is
+        options += ("--no-compile",)
     status = run(PYTHON, "-I", "-m", "pip", "install", *options, "-c", VERSIONS, "-e", f"{ROOT}[{','.join(EXTRAS)}]")
     if status > 0:  # pip ended by itself, and left no package half-installed
         STAMP.write_text(json.dumps(before))

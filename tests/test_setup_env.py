@@ -136,6 +136,18 @@ def test_an_incomplete_environment_is_made_anew(installed, monkeypatch):
     assert installed.usable()
 
 
+@pytest.mark.parametrize("no_bytecode", [False, True])
+def test_where_python_writes_no_bytecode_pip_does(installed, monkeypatch, no_bytecode):
+    """Else every process would compile torch and what it imports again: seconds each."""
+    installed.VERSIONS.write_text("# changed")
+    commands = []
+    monkeypatch.setattr(installed, "failure", lambda *command: "")
+    monkeypatch.setattr(installed, "run", lambda *command: commands.append(command) or 0)
+    monkeypatch.setattr(sys, "dont_write_bytecode", no_bytecode)
+    installed.install()
+    assert ("--no-compile" in commands[0]) is not no_bytecode
+
+
 def test_an_environment_made_by_the_user_is_not_changed(setup_env, monkeypatch):
     setup_env.VENV.mkdir()
     (setup_env.VENV / "mine").touch()

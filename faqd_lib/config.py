@@ -1,6 +1,7 @@
 """Configurations of runs: validated, frozen, and named by a digest of every setting that changes numbers."""
 
-from typing import Annotated, Any, Literal, Self
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
@@ -20,6 +21,11 @@ Stages = Annotated[tuple[Count, ...], Field(strict=False)]  # a list in records
 WeightBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
 ActivationBits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 32]
 Precision = Literal["float32", "bf16"]
+LogitLoss = Literal["mse", "kl"]
+Regime = Literal["end-to-end", "fine-tuning"]
+Taps = Literal["output", "before ReLU"]  # maps of a stage: those after its last ReLU, or the sums that this ReLU gets
+StepGradient = Literal["lsq", "coarse", "frozen"]  # see faqd_lib.quantization.relu
+ClassWeights = Literal["equal", "root median frequency"]  # of dense label losses, see faqd_lib.training.segmentation
 Affinity = Literal["none", "fa", "ffa", "sp", "at", "hint", "cka", "channel", "squat"]
 Method = Literal[
     "labels", "KD", "FA", "FAQD", "FFAQD", "KD+SP", "KD+AT", "KD+FitNet", "KD+CKA", "KD+CWD", "KD+SQuaT"
@@ -78,12 +84,16 @@ def _explain(model: type[BaseModel], error: ValidationError, where: str) -> str:
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Names of the settings of the model at ``location``, in alphabetical order."""
+    at: Any = model
     for part in location:
-        inner = getattr(model.model_fields.get(part), "annotation", None) if isinstance(part, str) else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            break
-        model = inner
-    return sorted(model.model_fields)
+        fields = at.model_fields if isinstance(at, type) and issubclass(at, BaseModel) else None
+        if fields is None and get_origin(at) is dict:  # the location goes on with a key of the user's own
+            at = get_args(at)[1]
+        else:
+            at = fields[part].annotation if fields and part in fields else None
+        if get_origin(at) is UnionType:  # a table that may be absent
+            at = next(inner for inner in get_args(at) if inner is not NoneType)
+    return sorted(at.model_fields if isinstance(at, type) and issubclass(at, BaseModel) else model.model_fields)
 
 
 class DataConfig(StrictModel):
@@ -130,7 +140,7 @@ class QuantizationConfig(StrictModel):
     last_layer: Literal["quantize", "float"] = "float"
     shortcuts: Literal["quantize", "float"] = omitted_at_default("quantize")
     per_channel: bool = omitted_at_default(False)
-    step_gradient: Literal["lsq", "coarse", "frozen"] = omitted_at_default("lsq")
+    step_gradient: StepGradient = omitted_at_default("lsq")
     blending: Annotated[float, Field(ge=0, lt=1)] = omitted_at_default(0.0)
     quantizer_recipe: int | None = omitted_at_default(None)
 
@@ -172,7 +182,7 @@ class QuantizationConfig(StrictModel):
 class ObjectiveConfig(StrictModel):
     """Weights and kinds of the loss terms; see :class:`faqd_lib.training.objective.DistillationObjective`."""
 
-    logit_loss: Literal["none", "mse", "kl"] = "none"
+    logit_loss: Literal["none", LogitLoss] = "none"
     logit_weight: Weight = 1.0
     temperature: Positive = 4.0
     affinity: Affinity = "none"  # the loss between maps; all but "fa" and "ffa" are of faqd_lib.affinity.rivals
@@ -182,10 +192,8 @@ class ObjectiveConfig(StrictModel):
     label_weight: Weight = 0.0
     adapters: bool = False
     stages: Stages = omitted_at_default(())  # whose maps are compared, numbered from 1; () for all
-    # Maps of a stage are those after its last ReLU, or the sums that this ReLU gets.
-    taps: Literal["output", "before ReLU"] = omitted_at_default("output")
-    # How classes count in the label loss of dense logits; see faqd_lib.training.segmentation.
-    class_weights: Literal["equal", "root median frequency"] = omitted_at_default("equal")
+    taps: Taps = omitted_at_default("output")
+    class_weights: ClassWeights = omitted_at_default("equal")
     affinity_recipe: int | None = omitted_at_default(None)
 
     @model_validator(mode="before")
@@ -215,7 +223,7 @@ class ObjectiveConfig(StrictModel):
         if self.affinity_recipe != (None if self.affinity == "none" else AFFINITY_RECIPE):
             raise ValueError(f"affinity_recipe {self.affinity_recipe} is not that of this version ({AFFINITY_RECIPE})")
         if (self.adapters or self.stages or self.taps != "output") and self.affinity == "none":
-            raise ValueError("adapters, stages and taps need an affinity loss: set affinity to 'fa' or 'ffa'")
+            raise ValueError("adapters, stages and taps need an affinity loss: set affinity to 'fa', 'ffa' or a rival")
         if self.class_weights != "equal" and self.label_free:
             raise ValueError(f"class_weights = {self.class_weights!r} is for a label loss: set label_weight above 0")
         if self.stages != tuple(sorted(set(self.stages))):
@@ -329,6 +337,8 @@ class RunConfig(TrainingConfig):
             raise ValueError("a teacher is needed if and only if the objective has a logit loss or an affinity loss")
         if self.initial is not None and self.initial.model != self.model:
             raise ValueError(f"initial weights of {self.initial.model} do not fit {self.model}")
+        if self.initial is not None and self.initial.bits != "32W32A":
+            raise ValueError(f"initial weights must be those of a float network, got one of {self.initial.bits}")
         if self.optimization.epochs == 0 and (self.initial is None or self.objective.uses_teacher):
             raise ValueError("epochs = 0 is quantization after training: it needs initial weights and no teacher")
         if self.objective.affinity == "squat" and self.quantization.activation_bits == 32:

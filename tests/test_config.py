@@ -327,7 +327,13 @@ def test_dataset_settings_change_only_what_they_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "hint"), [("sedes = 3", "did you mean 'seeds'"), ("[losses]\nlabel_wieght = 1.0", "mean 'label_weight'")]
+    ("text", "hint"),
+    [
+        ("sedes = 3", "did you mean 'seeds'"),
+        ("[losses]\nlabel_wieght = 1.0", "mean 'label_weight'"),
+        ("[study]\nlokks = [5]", "mean 'looks'"),
+        ("[study.arms.kd]\nmetod = 'KD'", "mean 'method'"),
+    ],
 )
 def test_a_misspelled_setting_gets_a_hint(tmp_path, text, hint):
     with pytest.raises(ConfigurationError, match=hint):

@@ -50,12 +50,16 @@ def test_a_network_is_loaded_by_hand_as_the_results_page_says(tmp_path):
 
 def test_the_typed_numbers_of_the_study_are_those_of_its_records():
     suite = Suite.read(project_root() / "results" / "reference" / "short-cifar10-jpeg")
-    reach, judged = study_curves.reach_frame(suite).set_index("updates"), study_claims.table(suite).frame
+    reach, judged = study_curves.reach_frame(suite).set_index(["updates", "arm"]), study_claims.table(suite).frame
     family = judged[judged["family"] == "when"]
-    assert f"KD's accuracy at 400 updates after [{reach.loc[400, 'share']:.2f} times as many]" in TEXT
+    shares = reach["share"].xs(400)
+    assert f"KD's accuracy at 400 updates after [{shares['kd']:.2f} times as many]" in TEXT
+    arms = study_curves.arms_frame(suite).query("cells in ['updates-400', 'kd-tuned-400']").set_index("arm")["accuracy"]
+    assert arms.loc[list(shares.index)].idxmax() == "kd-10-slow"
+    assert f"(weight 10, rate 0.03) after {shares['kd-10-slow']:.2f} times" in TEXT
     without = int((family["difference"] == "not run").sum())
-    assert f"{len(family)} claims share an error rate" in TEXT
-    assert f"{without} of them have no runs yet" in TEXT
+    assert f"correct for {len(family)} claims and two looks" in TEXT
+    assert f"{without} of the {len(family)} have no runs yet" in TEXT
 
 
 def test_the_readme_is_short_and_shows_both_commands():

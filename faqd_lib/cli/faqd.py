@@ -153,7 +153,8 @@ def compress(arguments: argparse.Namespace) -> int:
     teacher = teachers.load_teacher(spec, arguments.weights, pretrained=arguments.pretrained, **options)
     about, student = {"teacher": spec, "teacher_arguments": options}, None
     if arguments.student:
-        about["student"], about["student_arguments"] = name, values = _spec(arguments.student)
+        name, values = _spec(arguments.student)
+        about |= {"student": name, "student_arguments": values}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(arguments.seed)  # a call after a kill must begin with the same weights
             student = teachers.build_network(name, **values)
@@ -274,8 +275,8 @@ def classify(arguments: argparse.Namespace) -> int:
     path = _existing(arguments.file)
     run, metadata = (_onnx_network if path.suffix == ".onnx" else _packed_network)(path, arguments)
 
-    named = metadata.get("preprocessing")
-    preprocessing = _preprocessing(arguments, lambda: named and Preprocessing(**named))
+    expects = metadata.get("preprocessing")
+    preprocessing = _preprocessing(arguments, lambda: expects and Preprocessing(**expects))
     normalizer, classes = preprocessing.normalizer("cpu"), metadata.get("classes", ())
     failed = 0
     for picture in _below(arguments.pictures):
@@ -316,8 +317,15 @@ def _onnx_network(path: Path, arguments: argparse.Namespace):
         raise ValueError(f"{path} is damaged, or no file for this ONNX Runtime: {first_line(error)}") from error
     texts = session.get_modelmeta().custom_metadata_map
     metadata = {key: json.loads(texts[key]) for key in ("preprocessing", "classes") if key in texts}
-    name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0]), metadata
+    (taken,) = session.get_inputs()
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        shapes = [" × ".join(map(str, shape)) for shape in (taken.shape[1:], images.shape[1:])]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{path} takes pictures of {shapes[0]}, got {shapes[1]}: leave out --image-size")
+        return torch.from_numpy(session.run(None, {taken.name: images.numpy()})[0])
+
+    return run, metadata
 
 
 def _packed_network(path: Path, arguments: argparse.Namespace):
@@ -364,10 +372,8 @@ def main(argv: Sequence[str] | None = None) -> int:
               "--out", file=sys.stderr)  # fmt: skip
         return 1
     except ERRORS as error:
-        if isinstance(error, BrokenPipeError) and arguments.command in (
-            "inspect",
-            "classify",
-        ):  # the reader, such as `head`, has what it wants
+        if isinstance(error, BrokenPipeError) and arguments.command != "compress":
+            # The reader, such as `head`, has what it wants.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:
             print(f"faqd {arguments.command}: {error}", file=sys.stderr)

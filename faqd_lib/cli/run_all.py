@@ -26,8 +26,10 @@ from ..data.datasets import DatasetError
 from ..reporting.grids import everything
 from ..runs.profile import PROFILES, Profile, suite_folder
 from ..runs.ray import EngineError, RayEngine
-from ..runs.store import ResultsError
+from ..runs.store import ResultsError, RunStore
 from ..runs.suite import Suite
+from ..training.compile import CompilationError
+from ..training.loss_log import NonFiniteLossError
 from ..utils.files import project_root, require_writable
 from ..utils.progress import clock
 from . import environment
@@ -48,6 +50,13 @@ class SeriesError(RuntimeError):
     """The series cannot start or has stopped; the message says why and what to do."""
 
 
+# Errors whose message says what to do. OSError: a folder that cannot be written, a full disk.
+STOPPED_BY = (
+    SeriesError, ConfigurationError, DatasetError, EngineError, ResultsError, NonFiniteLossError, CompilationError,
+    OSError,
+)  # fmt: skip
+
+
 def notebooks_folder() -> Path:
     """``notebooks/`` of the project; SeriesError if there is no such folder."""
     folder = project_root() / "notebooks"
@@ -65,6 +74,8 @@ def select(only: Sequence[str], both_parts: bool = False) -> list[Path]:
     wanted = [number.zfill(2) for item in only for number in item.split(",") if number]
     if unknown := [number for number in wanted if number not in notebooks]:
         raise SeriesError(f"there is no notebook {unknown[0]!r}: choose from {' '.join(notebooks)}")
+    if only and not wanted:
+        raise SeriesError(f"--only {' '.join(only)} names no notebook: choose from {' '.join(notebooks)}")
     if only:
         return [path for number, path in notebooks.items() if number in wanted]
     return [path for number, path in notebooks.items() if both_parts or int(number) < SECOND_PART]
@@ -217,20 +228,37 @@ def run_series(
 
 def study(arguments: argparse.Namespace, profile: Profile) -> None:
     """Run the study of a profile in place of notebooks; ConfigurationError names an option that studies lack."""
-    for option in ("only", "all", "seeds"):
-        if getattr(arguments, option):
+    for option, absent in {"only": [], "all": False, "seeds": None}.items():
+        if getattr(arguments, option) != absent:
             raise ConfigurationError(f"--{option} is not for a study: its design says what is trained")
     if arguments.hours is not None and not 0 <= arguments.hours < float("inf"):
         raise ConfigurationError(f"--hours must be a number of at least 0, got {arguments.hours:g}")
     name, reason = profile.resolve_dataset(arguments.dataset, arguments.data_root)
     print(f"\n=== study {profile.name}, dataset {reason}")
-    if arguments.fresh:
-        move_old_results(suite_folder(profile, name, arguments.results))
+    folder = suite_folder(profile, name, arguments.results)
+    if arguments.fresh and folder.exists():
+        require_unused(RunStore(folder), profile.study.seeds)
+        move_old_results(folder)
     places = arguments.dataset, arguments.data_root, arguments.results
     suite = Suite.open(profile, *places, engine=environment.engine(), bar=False)
-    if arguments.hours != 0:
-        run_study(suite, arguments.hours)
+    try:
+        if arguments.hours != 0:
+            run_study(suite, arguments.hours)
+    except NonFiniteLossError:
+        report_study(suite)  # of all other runs
+        raise
     report_study(suite)
+
+
+def require_unused(store: RunStore, seeds: Iterable[int]) -> None:
+    """Raise SeriesError if a process trains one of these seeds of a study."""
+    for seed in seeds:
+        try:
+            store.group_lock(f"seed{seed}").acquire(timeout=0).lock.release()
+        except filelock.Timeout:
+            raise SeriesError(
+                f"another process trains seed {seed} in {store.folder}: wait for it, or leave out --fresh"
+            ) from None
 
 
 def summarise(folder: Path, seconds: Mapping[str, float]) -> None:
@@ -330,11 +358,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         fresh: set[Path] = set()
         for dataset in datasets:
             run_series(arguments, profile, dataset, arguments.only, fresh)
-        if len(datasets) > 1 and (not arguments.only or READER in arguments.only):
+        numbers = {path.name[:2] for path in select(arguments.only)}
+        if len(datasets) > 1 and READER in numbers:
             for dataset in datasets:  # once more: now the tables can show all datasets
                 run_series(arguments, profile, dataset, [READER], fresh)
-    except (SeriesError, ConfigurationError, DatasetError, EngineError, ResultsError, PermissionError) as error:
-        print(f"\nstopped: {error}", file=sys.stderr)
+    except STOPPED_BY as error:
+        print(f"\nstopped: {error}", *getattr(error, "__notes__", ()), sep="\n  ", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; finished runs are kept, call again to go on", file=sys.stderr)

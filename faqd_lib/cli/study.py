@@ -22,6 +22,7 @@ from ..reporting.tables import NOT_RUN, Table, segmentation, segmentation_classe
 from ..reporting.tuning import tuning_table
 from ..runs.suite import Suite
 from ..training.loop import OutOfTimeError
+from ..training.loss_log import NonFiniteLossError
 from ..utils.files import require_writable
 from ..utils.measure import environment
 from ..utils.progress import clock
@@ -36,15 +37,19 @@ def run_study(suite: Suite, hours: float | None = None) -> bool:
 
     Returns:
         False if time was up; True if nothing is left but what other processes train.
+
+    Raises:
+        NonFiniteLossError: that of the first run that diverged; its notes name the others. All other groups of cells
+            that the time sufficed for are finished.
     """
     deadline = None if hours is None else time.monotonic() + 3600 * hours
-    started, trained = time.monotonic(), True
-    while trained:  # again, for seeds that another process had and has left
+    started, trained, in_time = time.monotonic(), True, True
+    diverged: dict[tuple[str, int], NonFiniteLossError] = {}
+    while trained and in_time:  # again, for seeds that another process had and has left
         trained, elsewhere = False, set()
         for cells, seed in wanted(suite):
-            lock = suite.store.group_lock(f"seed{seed}")
             try:
-                lock.acquire(timeout=0)
+                lock = suite.store.group_lock(f"seed{seed}").acquire(timeout=0)
             except filelock.Timeout:
                 if seed not in elsewhere:
                     print(f"seed {seed}: another process trains it", flush=True)
@@ -52,15 +57,25 @@ def run_study(suite: Suite, hours: float | None = None) -> bool:
                 continue
             with lock:
                 runs = list(suite.study_runs(cells, seed).values())
-                if all(suite.store.record(run) for run in runs):  # another process was here meanwhile
+                # Another process may have been here meanwhile.
+                if (cells, seed) in diverged or all(suite.store.record(run) for run in runs):
                     continue
                 try:
                     suite.run(runs, f"{cells}, seed {seed}", deadline)
                 except OutOfTimeError:
                     print(f"time is up after {clock(time.monotonic() - started)}: call again to go on", flush=True)
-                    return False
+                    in_time = False
+                    break
+                except NonFiniteLossError as error:
+                    print(f"{cells}, seed {seed}: {error}", flush=True)
+                    diverged[cells, seed] = error
                 trained = True
-    return True
+    if diverged:
+        first, *others = diverged.values()
+        for other in others:
+            first.add_note(str(other))
+        raise first
+    return in_time
 
 
 def wanted(suite: Suite) -> list[tuple[str, int]]:

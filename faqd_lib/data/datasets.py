@@ -27,7 +27,8 @@ __all__ = [
 ]  # fmt: skip
 
 
-CACHE_FORMAT = 2  # raise this number when pictures are decoded to other pixels than before
+ASKED, FOUND = "asked for", "found on disk"  # ends of reasons that a caption need not give
+CACHE_FORMAT = 3  # raise this number when pictures are decoded to other pixels than before
 
 
 def data_roots(data_root: str | os.PathLike | None = None) -> list[Path]:
@@ -101,10 +102,10 @@ def resolve(
     roots = data_roots(data_root)
     if name != "auto":
         _source(name, roots)
-        return name, f"{name}: asked for"
+        return name, f"{name}: {ASKED}"
     for candidate in ("cifar10", "cifar10-jpeg"):
         if on_disk(candidate, data_root):
-            return candidate, f"{candidate}: found on disk"
+            return candidate, f"{candidate}: {FOUND}"
     places = " and ".join(map(str, roots))
     if allow_download:
         return "cifar10", f"cifar10: not on disk in {places}; to be downloaded"

@@ -54,11 +54,6 @@ class Preprocessing:
         self.normalizer("cpu")  # raises ValueError for other values
 
     @property
-    def crop_ratio(self) -> float:
-        """Side of the crop as a share of the resized short side, in (0, 1]."""
-        return self.image_size / self.resize_size
-
-    @property
     def geometry(self) -> dict[str, Any]:
         """What determines the pixels of a picture; mean and std do not."""
         names = ("image_size", "resize_size", "interpolation", "squeeze")

@@ -267,12 +267,13 @@ def weight_histograms(frame: pd.DataFrame) -> Figure:
         return figure
 
 
-def scale_scan(frame: pd.DataFrame, chosen: pd.DataFrame) -> Figure:
-    """Squared error of quantized weights against the scale, and the chosen scales.
+def scale_scan(frame: pd.DataFrame, chosen: pd.DataFrame, x_label: str = "scale") -> Figure:
+    """Squared error of quantized values against the scale, or step, and the chosen ones.
 
     Args:
         frame: columns ``bits`` (a number, or the panel's title), ``scale`` and ``error``.
         chosen: the same columns, and ``rule``: the formula that chose the scale.
+        x_label: what the scale is called.
     """
     _require(frame, "bits", "scale", "error")
     _require(chosen, "bits", "scale", "error", "rule")
@@ -286,7 +287,7 @@ def scale_scan(frame: pd.DataFrame, chosen: pd.DataFrame) -> Figure:
                     point.scale, point.error, markers[point.rule], color=hues[point.rule], markersize=8, linestyle="",
                     label=point.rule, clip_on=False,
                 )  # fmt: skip
-            axis.set(title=_bits_title(bits), xlabel="scale", ylim=(0, None))
+            axis.set(title=_bits_title(bits), xlabel=x_label, ylim=(0, None))
         axes[0].set_ylabel("squared error / squared norm")
         _legend_below(figure, axes)
         return figure
@@ -416,7 +417,7 @@ def affinity_frontier(frame: pd.DataFrame) -> Figure:
     _require(frame, "loss", "accuracy", "step_milliseconds")
     losses = frame.groupby("loss", sort=False)
     with new_figure(height=4.0) as (figure, (axis,)):
-        for (loss, part), colour, marker in zip(losses, colours(len(losses)), MARKERS, strict=False):
+        for (loss, part), colour, marker in zip(losses, colours(len(losses)), cycle(MARKERS), strict=False):
             mean = part[["step_milliseconds", "accuracy"]].mean()
             if len(part) > 1:
                 axis.plot(part["step_milliseconds"], part["accuracy"], marker, color=colour, markersize=4, alpha=0.5)

@@ -112,7 +112,8 @@ def _quantization_cells(
         cells.append(
             _students(
                 suite, {"teacher": teacher, "regime": regime}, column.title, trained, method=column.method,
-                labels=column.labels, weight_bits=weights, activation_bits=activations, regime=regime, teacher=teacher,
+                labels=column.labels, weight_bits=weights, activation_bits=activations, regime=regime,
+                teacher=None if column.method == "labels" else teacher,
             )
         )  # fmt: skip
     return cells

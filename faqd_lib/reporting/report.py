@@ -103,16 +103,9 @@ def write_report(suite: Suite, shown: Sequence[tables.Table] | None = None) -> P
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.globals["style"] = Markup(environment.loader.get_source(environment, "style.css")[0])
+    environment.filters["html"] = _html
     environment.globals["code_style"] = Markup(HtmlFormatter(style="friendly").get_style_defs(".highlight"))
-    pages = []
-    for copy in sorted((suite.folder / "notebooks").glob("*.ipynb")):
-        try:
-            body = notebook_html(copy)
-        except nbformat.reader.NotJSONError:
-            print(f"the report leaves out {copy}: it is cut short; --only {copy.name[:2]} executes its notebook again")
-            continue
-        page = environment.get_template("notebook.html").render(title=copy.stem.replace("_", " "), body=body)
-        pages.append(atomic_write_text(folder / "notebooks" / f"{copy.stem}.html", page))
+    pages = _notebook_pages(suite.folder / "notebooks", folder / "notebooks", environment.get_template("notebook.html"))
     records = suite.store.records()
     verdicts = claims.table(suite)
     beside = [*tables.all_tables(suite), signs.table(suite)] if shown is None else shown
@@ -123,11 +116,11 @@ def write_report(suite: Suite, shown: Sequence[tables.Table] | None = None) -> P
         seeds=_seeds(suite),
         written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         finished=tables.span(record.finished[:10] for record in records),
-        claims=_shown(verdicts),
+        claims=verdicts,
         cards=_cards(verdicts),
         forest=forest,
         rule=_ROLE.sub(r"\1", (claims if suite.profile.study is None else verdict_rule).__doc__.partition("\n\n")[2]),
-        tables=[_shown(table) for table in beside],
+        tables=beside,
         pictures=[picture for picture in pictures if picture.name != FOREST],
         environments=_environments(records),
         seconds=clock(sum(record.cost["training_seconds"] for record in records)),
@@ -136,6 +129,20 @@ def write_report(suite: Suite, shown: Sequence[tables.Table] | None = None) -> P
         notebooks=[(page.stem.replace("_", " "), f"notebooks/{page.name}") for page in pages],
     )
     return atomic_write_text(folder / "index.html", text)
+
+
+def _notebook_pages(executed: Path, folder: Path, template: jinja2.Template) -> list[Path]:
+    """Write a page of each notebook in ``executed`` to ``folder``. One that is cut short is named and left out."""
+    pages = []
+    for copy in sorted(executed.glob("*.ipynb")):
+        try:
+            body = notebook_html(copy)
+        except nbformat.reader.NotJSONError:
+            print(f"the report leaves out {copy}: it is cut short; --only {copy.name[:2]} executes its notebook again")
+            continue
+        page = template.render(title=copy.stem.replace("_", " "), body=body)
+        pages.append(atomic_write_text(folder / f"{copy.stem}.html", page))
+    return pages
 
 
 def _seeds(suite: Suite) -> str:
@@ -176,23 +183,6 @@ def _environments(records: Sequence[RunRecord]) -> list[dict[str, object]]:
     """Machine and software of the runs: each setting once, with all its values."""
     frame = pd.DataFrame([record.environment for record in records])
     return [{"what": name, "values": ", ".join(sorted({*map(str, values.dropna())}))} for name, values in frame.items()]
-
-
-@dataclass(frozen=True)
-class HtmlTable:
-    """A table as HTML: overview, all rows, and the runs behind it."""
-
-    name: str
-    title: str
-    caption: str
-    overview: Markup | None
-    rows: Markup
-    runs: list[str]
-
-
-def _shown(table: tables.Table) -> HtmlTable:
-    overview = None if table.overview is None else _html(table.overview)
-    return HtmlTable(table.name, table.title, table.caption, overview, _html(table.readable), table.runs)
 
 
 def _html(frame: pd.DataFrame) -> Markup:

@@ -59,6 +59,9 @@ def gains(ours: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Gain, list[
 
     Returns:
         The gain of the mean IoU, and one gain a class.
+
+    Raises:
+        ValueError: unequal numbers of runs.
     """
     if len(ours) != len(others) or not ours:
         raise ValueError(f"runs are compared in pairs, got {len(ours)} and {len(others)}: give as many of both")

@@ -57,11 +57,7 @@ def failure_signs(gaps: pd.DataFrame, pairs: pd.DataFrame, steps: pd.DataFrame) 
     _require(gaps, "run", "method", "progress", "gap")
     _require(steps, "run", "affinity_weight", "epoch", "norm")
     with new_figure(1, 3, height=3.2) as (figure, axes):
-        methods = sorted(gaps["method"].unique())
-        for (_, method), rows in gaps.groupby(["run", "method"]):
-            axes[0].plot(rows["progress"], rows["gap"], color=colours(9)[methods.index(method)], linewidth=1)
-        for place, method in enumerate(methods):
-            axes[0].plot([], [], color=colours(9)[place], label=method)
+        _runs(axes[0], gaps, "progress", "gap", "method", "{}")
         axes[0].axhline(signs.GAP, color="0.6", linestyle=":")
         axes[0].set(xlabel="share of the epochs", ylabel="points below the teacher", title="Plateau")
         axes[1].axhspan(-signs.APART, signs.APART, color="0.93")
@@ -69,17 +65,23 @@ def failure_signs(gaps: pd.DataFrame, pairs: pd.DataFrame, steps: pd.DataFrame) 
         for ratio in (1 / signs.AFFINITY_RATIO, signs.AFFINITY_RATIO):
             axes[1].axvline(ratio, color="0.6", linestyle=":")
         axes[1].set(xlabel="affinity loss, FFA / FA", ylabel="FFA − FA (points)", title="FFA is not FA")
-        weights = sorted(steps["affinity_weight"].unique())
-        for (_, weight), rows in steps.groupby(["run", "affinity_weight"]):
-            axes[2].plot(rows["epoch"], rows["norm"], color=colours(9)[weights.index(weight) % 9], linewidth=1)
-        for place, weight in enumerate(weights):
-            axes[2].plot([], [], color=colours(9)[place % 9], label=f"weight {weight:g}")
+        _runs(axes[2], steps, "epoch", "norm", "affinity_weight", "weight {:g}")
         axes[2].axhline(1, color="0.6", linestyle=":")
         axes[2].set(xlabel="epoch", ylabel="gradient norm / clipping norm", title="Instability", yscale="log")
         for axis in (axes[0], axes[2]):
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(fontsize="small")
         return figure
+
+
+def _runs(axis: Axes, frame: pd.DataFrame, x: str, y: str, by: str, label: str) -> None:
+    """Draw one line a run, coloured by the column ``by``, whose values ``label`` writes into the legend."""
+    values = sorted(frame[by].unique())
+    hues = dict(zip(values, colours(len(values)), strict=True))
+    for (_, value), rows in frame.groupby(["run", by]):
+        axis.plot(rows[x], rows[y], color=hues[value], linewidth=1)
+    for value, hue in hues.items():
+        axis.plot([], [], color=hue, label=label.format(value))
 
 
 def _lines(axis: Axes, groups: Mapping[str, pd.DataFrame], column: str) -> None:

@@ -73,15 +73,22 @@ class Contrast:
         return Estimate.of(self.surprise.mean(1), self.surprise, scale=1)
 
 
-def contrast(suite: Suite, claim: PlannedClaim, weights: Mapping[str, float]) -> Contrast | None:
-    """Measure a contrast of a claim on complete seeds; None if no seed is complete.
+def contrast(
+    suite: Suite, cells: Mapping[str, str], weights: Mapping[str, float], endpoint: str = "accuracy"
+) -> Contrast | None:
+    """Measure a contrast on complete seeds; None if no seed is complete.
 
     Seeds are taken in planned order, up to the first that is not complete.
+
+    Args:
+        suite: of the study.
+        cells: for each arm, the name of its cells.
+        weights: of the arms.
+        endpoint: see :meth:`Measured.endpoint`.
     """
-    study = suite.profile.study
     values, right, surprise, records, dead = [], [], [], [], []
-    for seed in study.seeds:
-        found = {arm: _arm(suite, study.where(claim, arm), arm, seed) for arm in weights}
+    for seed in suite.profile.study.seeds:
+        found = {arm: _arm(suite, cells[arm], arm, seed) for arm in weights}
         if any(measured is None for measured in found.values()):
             break
         everything = [run for measured in found.values() for run in measured]
@@ -90,10 +97,10 @@ def contrast(suite: Suite, claim: PlannedClaim, weights: Mapping[str, float]) ->
         least = max(2 * everything[0].chance, most / 2)  # twice chance, half of the best partner
         dead.append([run.record.run_id for run in everything if run.record.last_accuracy < least])
         share = {arm: weight / len(found[arm]) for arm, weight in weights.items()}
-        values.append(sum(share[arm] * run.endpoint(claim.endpoint) for arm in weights for run in found[arm]))
+        values.append(sum(share[arm] * run.endpoint(endpoint) for arm in weights for run in found[arm]))
         right.append(sum(share[arm] * run.right for arm in weights for run in found[arm]))
         surprise.append(sum(share[arm] * run.surprise for arm in weights for run in found[arm]))
-    by_image = np.array(right) if claim.endpoint == "accuracy" else None
+    by_image = np.array(right) if endpoint == "accuracy" else None
     return Contrast(values, by_image, np.array(surprise), records, dead) if values else None
 
 
@@ -113,10 +120,12 @@ def _measured(suite: Suite, config: RunConfig) -> Measured | None:
 
 def all_contrasts(suite: Suite) -> dict[str, tuple[Contrast | None, Contrast | None]]:
     """The contrast of each claim and that of its assay, by the claim's name; None without a complete seed."""
-    return {
-        name: (contrast(suite, claim, claim.contrast), contrast(suite, claim, claim.assay) if claim.assay else None)
-        for name, claim in suite.profile.study.claims.items()
-    }
+    study, found = suite.profile.study, {}
+    for name, claim in study.claims.items():
+        cells = {arm: study.where(claim, arm) for arm in claim.contrast | claim.assay}
+        assay = contrast(suite, cells, claim.assay) if claim.assay else None
+        found[name] = contrast(suite, cells, claim.contrast, claim.endpoint), assay
+    return found
 
 
 def open_cells(suite: Suite) -> set[str]:

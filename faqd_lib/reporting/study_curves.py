@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from ..runs.study import Cells, PlannedClaim
+from ..runs.study import Cells, Study
 from ..runs.suite import Suite
 from .study_claims import contrast
 from .tables import NOT_A_RESULT, RUNS, Table, with_origin
@@ -35,7 +35,7 @@ def arms_frame(suite: Suite) -> pd.DataFrame:
     rows = []
     for name, cells in suite.profile.study.cells.items():
         for arm in cells.arms:
-            found = contrast(suite, _of_cells(name), {arm: 1.0})
+            found = contrast(suite, {arm: name}, {arm: 1.0})
             if found is None:
                 continue
             affinity = [math.log(record.test_affinity) for record in found.records if record.test_affinity]
@@ -61,49 +61,64 @@ def gain_frame(suite: Suite) -> pd.DataFrame:
     """
     rows = []
     for name, cells in _compared(suite).items():
-        if found := contrast(suite, _of_cells(name), {TAUGHT: 1.0, BASE: -1.0}):
+        if found := contrast(suite, dict.fromkeys((TAUGHT, BASE), name), {TAUGHT: 1.0, BASE: -1.0}):
             spread = _spread(found.estimate(), "gain")
             rows.append(_place(suite, name, cells) | {"n": len(found.values)} | spread)
     return pd.DataFrame(rows, columns=["cells", *_PLACE, "n", "gain", "low", "high"])
 
 
 def reach_frame(suite: Suite) -> pd.DataFrame:
-    """How many updates FAQD needs for the accuracy that KD has after a budget.
+    """How many updates FAQD needs for the accuracy that an arm of KD has after a budget.
 
     FAQD's accuracy is interpolated over the logarithm of updates, seed by seed. Only budgets with all images and
-    complete seeds are used.
+    complete seeds are used, and arms of KD with FAQD's regime, labels and activation bits.
 
     Returns:
-        One row for each budget and bit-width: ``weight_bits``; ``updates`` of KD; ``n``, the number of seeds;
-        ``share``, the geometric mean over seeds of FAQD's updates / KD's; ``low`` and ``high``, the 95 % interval for
-        other seeds, NaN with one seed; and ``bound``. ``bound`` is ``"below"`` where FAQD is ahead in its shortest
-        budget already, in any seed, so that ``share`` is an upper bound. It is ``"above"`` where FAQD does not get
-        there in its longest budget, so that ``share`` is a lower bound, and ``"open"`` where seeds differ in this. The
-        interval is then NaN.
+        One row for each arm of KD, budget and bit-width: ``weight_bits``; ``arm`` and its ``updates``; ``n``, the
+        number of seeds; ``share``, the geometric mean over seeds of FAQD's updates / the arm's; ``low`` and ``high``,
+        the 95 % interval for other seeds, NaN with one seed; and ``bound``. ``bound`` is ``"below"`` where FAQD is
+        ahead in its shortest budget already, in any seed, so that ``share`` is an upper bound. It is ``"above"`` where
+        FAQD does not get there in its longest budget, so that ``share`` is a lower bound, and ``"open"`` where seeds
+        differ in this. The interval is then NaN.
     """
-    points: dict[str, list[tuple[int, list[float], list[float]]]] = {}
-    for name, cells in _compared(suite).items():
-        kd, fa = (contrast(suite, _of_cells(name), {arm: 1.0}) for arm in (BASE, TAUGHT))
+    study = suite.profile.study
+    curves: dict[str, list[tuple[int, list[float]]]] = {}  # of FAQD: updates and accuracies, by bits
+    goals: list[tuple[str, int, str, list[float]]] = []  # bits, updates, arm and its accuracies
+    for name, cells in study.cells.items():
         place = _place(suite, name, cells)
-        if kd and fa and place["images"] == suite.state.training_count:
-            points.setdefault(place["weight_bits"], []).append((place["updates"], kd.values, fa.values))
+        if not cells.has_own(set()) or place["images"] != suite.state.training_count:
+            continue
+        for arm in cells.arms:
+            if found := contrast(suite, {arm: name}, {arm: 1.0}):
+                if arm == TAUGHT:
+                    curves.setdefault(place["weight_bits"], []).append((place["updates"], found.values))
+                elif _is_rival(study, arm):
+                    goals.append((place["weight_bits"], place["updates"], arm, found.values))
     rows = []
-    for bits, curve in points.items():
-        curve.sort()
-        for updates, kd, _ in curve if len(curve) > 1 else ():
-            seeds = min(len(kd), *(len(fa) for _, _, fa in curve))
-            found = [_updates_to(kd[seed], [(count, fa[seed]) for count, _, fa in curve]) for seed in range(seeds)]
-            bounds = {bound for _, bound in found if bound}
-            share = Estimate.of([math.log(count / updates) for count, _ in found])
-            low, high = share.interval() if seeds > 1 and not bounds else (float("nan"),) * 2
-            rows.append(
-                {
-                    "weight_bits": bits, "updates": updates, "n": seeds, "share": math.exp(share.mean),
-                    "low": math.exp(low), "high": math.exp(high),
-                    "bound": bounds.pop() if len(bounds) == 1 else "open" if bounds else "",
-                }
-            )  # fmt: skip
-    return pd.DataFrame(rows, columns=["weight_bits", "updates", "n", "share", "low", "high", "bound"])
+    for bits, updates, arm, values in sorted(goals, key=lambda goal: goal[:2]):
+        curve = sorted(curves.get(bits, ()))
+        if len(curve) < 2:
+            continue
+        seeds = min(len(values), *(len(fa) for _, fa in curve))
+        found = [_updates_to(values[seed], [(count, fa[seed]) for count, fa in curve]) for seed in range(seeds)]
+        bounds = {bound for _, bound in found if bound}
+        share = Estimate.of([math.log(count / updates) for count, _ in found])
+        low, high = share.interval() if seeds > 1 and not bounds else (float("nan"),) * 2
+        rows.append(
+            {
+                "weight_bits": bits, "arm": arm, "updates": updates, "n": seeds, "share": math.exp(share.mean),
+                "low": math.exp(low), "high": math.exp(high),
+                "bound": bounds.pop() if len(bounds) == 1 else "open" if bounds else "",
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows, columns=["weight_bits", "arm", "updates", "n", "share", "low", "high", "bound"])
+
+
+def _is_rival(study: Study, arm: str) -> bool:
+    """Whether an arm is KD that differs from FAQD in nothing but its losses and learning rate."""
+    settings, taught = study.arms[arm], study.arms[TAUGHT]
+    same = ("labels", "regime", "activation_bits", "step_gradient", "epochs")
+    return settings.method == "KD" and all(getattr(settings, name) == getattr(taught, name) for name in same)
 
 
 def _updates_to(accuracy: float, curve: list[tuple[int, float]]) -> tuple[float, str]:
@@ -139,10 +154,6 @@ def _place(suite: Suite, name: str, cells: Cells) -> dict[str, object]:
 def _compared(suite: Suite) -> dict[str, Cells]:
     """The groups of the profile's own networks and images that have both arms."""
     return {name: cells for name, cells in suite.profile.study.cells.items() if cells.has_own({BASE, TAUGHT})}
-
-
-def _of_cells(name: str) -> PlannedClaim:
-    return PlannedClaim(statement="", contrast={}, cells=name)
 
 
 def _spread(estimate: Estimate, name: str) -> dict[str, float]:
@@ -190,12 +201,12 @@ def reach_table(suite: Suite, step: StepRatio | None = None) -> Table:
         share = row.bound if row.bound == "open" else f"{row.bound} {row.share:.2f}".strip()
         interval = "" if math.isnan(row.low) else f"{row.low:.2f} to {row.high:.2f}"
         found = {
-            "weight bits": row.weight_bits, "KD's updates": f"{row.updates:,}", "n (seeds)": row.n,
-            "FAQD's updates / KD's": share if shows else NOT_A_RESULT, "95 % interval": interval if shows else "",
+            "weight bits": row.weight_bits, "arm": row.arm, "its updates": f"{row.updates:,}", "n (seeds)": row.n,
+            "FAQD's updates / its": share if shows else NOT_A_RESULT, "95 % interval": interval if shows else "",
         }  # fmt: skip
         if step is not None and shows:
             time = row.share * step.ratio
-            found["FAQD's time / KD's"] = row.bound if row.bound == "open" else f"{row.bound} {time:.2f}".strip()
+            found["FAQD's time / its"] = row.bound if row.bound == "open" else f"{row.bound} {time:.2f}".strip()
             # Half-widths on the logarithmic axis; NaN where the updates have no interval.
             below = math.hypot(math.log(row.share / row.low), math.log(step.ratio / step.low))
             above = math.hypot(math.log(row.high / row.share), math.log(step.high / step.ratio))
@@ -205,8 +216,8 @@ def reach_table(suite: Suite, step: StepRatio | None = None) -> Table:
         return found
 
     caption = (
-        f"Updates that FAQD needs for KD's accuracy, study {suite.profile.name} on {suite.caption}. Interpolated over "
-        "the logarithm of updates, seed by seed; geometric mean, 95 % interval for other seeds."
+        f"Updates that FAQD needs for the accuracy of an arm of KD, study {suite.profile.name} on {suite.caption}. "
+        "Interpolated over the logarithm of updates, seed by seed; geometric mean, 95 % interval for other seeds."
     )
     if step is not None:
         caption += (

@@ -28,13 +28,6 @@ def tuning_frame(suite: Suite) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["cells", "arm", "n", "validation", "runs"])
 
 
-def choose(frame: pd.DataFrame, cells: str, arms: list[str], threshold: float = 0.0) -> str:
-    """The arm with the highest validation accuracy; the first one unless another is better by ``threshold`` points."""
-    found = frame[frame["cells"] == cells].set_index("arm")["validation"].loc[arms]
-    best = str(found.idxmax())
-    return best if found[best] >= found[arms[0]] + threshold else arms[0]
-
-
 def tuning_table(suite: Suite) -> Table:
     """The table of :func:`tuning_frame`, in percent with two digits."""
     frame = tuning_frame(suite).rename(columns={"validation": "validation accuracy (%)", "runs": RUNS})

@@ -7,8 +7,8 @@ affinity loss is paired with the KD student of its seed. Seeds without both reco
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
-import torch
 
 from ..runs.store import RunRecord
 from ..runs.suite import Suite
@@ -53,7 +53,7 @@ def _measured(suite: Suite, pairs: list[tuple[RunRecord, RunRecord]]) -> dict[st
         return {"n": 0, **unknown, "interval": "", RUNS: ""}
     kd, fa = ([record.last_accuracy for record in side] for side in zip(*pairs, strict=True))
     by_image = [_right(suite, taught) - _right(suite, plain) for plain, taught in pairs]
-    estimate = Estimate.of([two - one for one, two in zip(kd, fa, strict=True)], torch.stack(by_image))
+    estimate = Estimate.of([two - one for one, two in zip(kd, fa, strict=True)], np.stack(by_image))
     low, high = estimate.interval()
     nearer = [taught.test_affinity / plain.test_affinity for plain, taught in pairs if plain.test_affinity]
     return {
@@ -64,9 +64,9 @@ def _measured(suite: Suite, pairs: list[tuple[RunRecord, RunRecord]]) -> dict[st
     }  # fmt: skip
 
 
-def _right(suite: Suite, record: RunRecord) -> torch.Tensor:
+def _right(suite: Suite, record: RunRecord) -> np.ndarray:
     """The share of each test image in a run's accuracy or mean IoU: (N,), float64."""
-    return torch.from_numpy(answers(suite.store.predictions(record))).double()
+    return answers(suite.store.predictions(record)).astype(float)
 
 
 def forest_frame(frame: pd.DataFrame, name: str) -> pd.DataFrame:

@@ -126,9 +126,10 @@ class Configurations:
             seed: at least 1.
 
         Raises:
-            ConfigurationError: an argument is unknown or out of range; student and teacher have other numbers of
-                stages, do not fit the dataset, or lack ReLUs to tap; the folder does not know the ``source``, or the
-                images have a class for each pixel.
+            ConfigurationError: an argument is unknown, out of range or without effect on the method; student and
+                teacher have other numbers of stages, do not fit the dataset, or lack ReLUs to tap; there are fewer
+                images than a batch has; the folder does not know the ``source``, or the images have a class for each
+                pixel.
         """
         if seed < 1:
             raise ConfigurationError(f"students have seeds from 1 on (seed 0 is the teachers'), got {seed}")
@@ -138,6 +139,10 @@ class Configurations:
         check_choice("regime", regime, ("end-to-end", "fine-tuning"), ConfigurationError)
         fine_tuning, taught = regime == "fine-tuning", method != "labels"
         changes = {**(losses or {}), **({} if affinity_weight is None else {"affinity_weight": affinity_weight})}
+        given = {**changes, "logit_loss": logit_loss, "k": k, "stages": stages, "teacher": teacher}
+        _check_effects(method, labels, {name for name, value in given.items() if value})
+        if images is not None and (isinstance(images, bool) or not isinstance(images, int) or images < 1):
+            raise ConfigurationError(f"images must be a whole number of at least 1, got {images!r}")
         elsewhere = None if source is None else self._source(source, images)
         count = self.state.training_count if images is None else images
         if elsewhere is None and count > self.state.training_count:
@@ -148,6 +153,12 @@ class Configurations:
         data = self.state.data if whole else self.state.data.model_copy(update={"train_images": count})
         times = self.profile.fine_tuning_schedule if fine_tuning else self.profile.student_schedule
         times = Schedule.parse(times.model_dump() | dict(schedule or {}), "schedule")
+        if count < times.batch_size:
+            raise ConfigurationError(
+                f"images = {count} is less than a batch of {times.batch_size}: take more images, or lower batch_size"
+            )
+        times = times if updates is None else _of_updates(times, updates, count)
+        times.steps(count // times.batch_size)
         teacher_run = self.teacher(teacher, seed) if taught else None
         if AFFINITY_OF_METHOD[method] != "none":
             _check_stages(model, teacher_run.model, stages)
@@ -156,7 +167,7 @@ class Configurations:
             data=data,
             images=elsewhere,
             model=model,
-            optimization=self._optimization(times if updates is None else _of_updates(times, updates, count)),
+            optimization=self._optimization(times),
             objective=(
                 self._distillation(method, labels, fine_tuning, logit_loss, k, tuple(stages), taps, changes)
                 if taught
@@ -242,10 +253,13 @@ class Configurations:
         Args:
             weight_bits, activation_bits, quantization: as in :meth:`student`.
             seed: of the float student.
-            student: the run whose weights are taken. None: the float student trained on labels.
+            student: the float run whose weights are taken. None: the float student trained on labels.
+
+        Raises:
+            ConfigurationError: the bits are none that there are, or ``student`` is quantized.
         """
         student = self.float_student(seed) if student is None else student
-        return RunConfig(
+        settings = dict(
             data=self.state.data,
             model=student.model,
             optimization=OptimizationConfig(
@@ -260,6 +274,7 @@ class Configurations:
             seed=student.seed,
             initial=student,
         )
+        return RunConfig.parse(settings, "post_training")
 
     def _on_labels(self, model: str, schedule: Schedule, seed: int) -> RunConfig:
         return RunConfig(
@@ -304,6 +319,22 @@ class Configurations:
             "taps": taps,
         }
         return ObjectiveConfig.parse(settings, "student")
+
+
+def _check_effects(method: str, labels: bool, given: set[str]) -> None:
+    """Raise ConfigurationError if a method does not read one of the ``given`` settings of :meth:`student`."""
+    affinity = AFFINITY_OF_METHOD[method]
+    unread = set(given) if method == "labels" else set()
+    if not labels:
+        unread |= {"label_weight", "class_weights"}
+    if method == "FA":
+        unread |= {"logit_loss", "logit_weight", "temperature"}
+    if affinity == "none":
+        unread |= {"affinity_weight", "adapters", "stages"}
+    if affinity != "ffa":
+        unread |= {"k"}
+    if useless := sorted(given & unread):
+        raise ConfigurationError(f"{useless[0]} has no effect on the method {method}: leave it out")
 
 
 def _check_stages(student: str, teacher: str, stages: Sequence[int]) -> None:

@@ -5,13 +5,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import filelock
 from torch import nn
 
 from ..config import RunConfig
 from ..models import parameter_count, tap_names
 from ..quantization.description import weight_bytes
 from ..training.learner import Learner
-from ..training.loop import train
+from ..training.loop import OutOfTimeError, train
 from ..utils.measure import environment
 from ..utils.progress import ProgressReporter
 from . import planning
@@ -43,7 +44,8 @@ def train_here(
     """Train runs that do not need each other, and wait for those that another process trains.
 
     Raises:
-        OutOfTimeError: ``deadline`` (a time of ``time.monotonic``) has passed. Checkpoints are written.
+        OutOfTimeError: ``deadline`` (a time of ``time.monotonic``) has passed. Checkpoints are written. Waiting for
+            another process ends then, too.
         NonFiniteLossError: a loss stopped being finite. All other runs of its cohort are finished and saved.
     """
     store = workshop.store
@@ -60,8 +62,13 @@ def train_here(
                 elsewhere.append(others)
         if elsewhere:
             progress.say(f"another process trains {elsewhere[0][0].run_id}: waiting for it")
-            with store.lock(elsewhere[0][0]):
-                pass
+            # filelock takes -1 for no limit.
+            seconds = -1 if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                with store.lock(elsewhere[0][0]).acquire(timeout=seconds):
+                    pass
+            except filelock.Timeout as error:
+                raise OutOfTimeError("time was up while another process trained; call again to go on") from error
         left = elsewhere
 
 

@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
+import filelock
 from pydantic import Field, model_validator
 
 from ..config import (
@@ -13,25 +14,28 @@ from ..config import (
     QUANTIZER_RECIPE,
     RECIPE,
     ActivationBits,
+    ClassWeights,
     ConfigurationError,
     Count,
     DataConfig,
+    LogitLoss,
     Positive,
     Precision,
+    Regime,
     Schedule,
     StrictModel,
     WeightBits,
     omitted_at_default,
 )
 from ..data import datasets
-from ..models import MODEL_NAMES, is_dense
+from ..models import MODEL_NAMES, is_dense, stage_names
 from ..quantization.weights import FLOAT_BITS
-from ..utils.files import atomic_write_text, canonical_json, project_root, text_digest
+from ..utils.files import atomic_write_text, canonical_json, project_root, require_writable, text_digest
 from ..utils.messages import did_you_mean
 from .store import ResultsError
 from .study import ModelName, Study
 
-Regimes = Annotated[list[Literal["end-to-end", "fine-tuning"]], Field(min_length=1)]
+Regimes = Annotated[list[Regime], Field(min_length=1)]
 BitPair = Annotated[tuple[WeightBits, ActivationBits], Field(strict=False)]  # a list in TOML, which has no tuples
 PROFILES = (
     "smoke", "quick", "cpu", "paper",
@@ -46,15 +50,15 @@ FREE_SETTINGS = {
 class Losses(StrictModel):
     """Weights of the objective's terms, and the logit loss of each regime. T3 alone compares both logit losses."""
 
-    end_to_end_logit_loss: Literal["mse", "kl"] = "mse"
-    fine_tuning_logit_loss: Literal["mse", "kl"] = "kl"
+    end_to_end_logit_loss: LogitLoss = "mse"
+    fine_tuning_logit_loss: LogitLoss = "kl"
     logit_weight: Positive = 1.0
     temperature: Positive = 4.0
     affinity_weight: Positive = 30.0
     label_weight: Positive = 0.3
     k: Count = 6
     adapters: bool = False
-    class_weights: Literal["equal", "root median frequency"] = omitted_at_default("equal")  # of dense label losses
+    class_weights: ClassWeights = omitted_at_default("equal")
 
 
 class Grid(StrictModel):
@@ -120,7 +124,7 @@ class Profile(StrictModel):
     fine_tuning_schedule: Schedule
     losses: Losses = Losses()
     grid: Grid = Grid()
-    series_datasets: list[str] = ["auto"]
+    series_datasets: Annotated[list[str], Field(min_length=1)] = ["auto"]
     dataset_settings: dict[str, dict] = {}
     study: Study | None = omitted_at_default(None)  # claims to settle, written down before their runs
 
@@ -140,6 +144,15 @@ class Profile(StrictModel):
                 "teacher_per_seed = true is for a study: notebooks and tables have one teacher; leave it out, or add "
                 "the table [study]"
             )
+        for claim in self.study.claims.values() if self.study is not None else ():
+            for name in filter(None, (claim.cells, claim.reference)) if claim.endpoint == "affinity" else ():
+                cells = self.study.cells[name]
+                student, teacher = cells.student or self.student, cells.teacher or self.teachers[0]
+                if len(stage_names(student)) != len(stage_names(teacher)):
+                    raise ValueError(
+                        f"the claim {claim.statement!r} compares affinity losses, and {student} and {teacher} have "
+                        "other numbers of stages: choose another teacher, or the endpoint accuracy"
+                    )
         for dataset in self.dataset_settings:  # now, rather than after days of training on other datasets
             self.for_dataset(dataset)
         return self
@@ -150,11 +163,14 @@ class Profile(StrictModel):
         return text_digest(canonical_json(self.model_dump(mode="json", exclude=FREE_SETTINGS)))[:12]
 
     @classmethod
-    def load(cls, profile: str | Path) -> Self:
+    def load(cls, profile: str | Path, changed_by: tuple[Path, ...] = ()) -> Self:
         """A shipped profile by name, or a TOML file by path. Its key ``base`` names a profile that it changes.
 
+        A ``base`` that is a path is relative to the file's folder. ``changed_by`` has the files whose base this is.
+
         Raises:
-            ConfigurationError: no such profile, no valid TOML, unknown keys, wrong types, values out of range.
+            ConfigurationError: no such profile, no valid TOML, unknown keys, wrong types, values out of range, or a
+                profile that is its own base.
         """
         path = Path(profile)
         if str(profile) in PROFILES:
@@ -167,10 +183,16 @@ class Profile(StrictModel):
             raise ConfigurationError(f"{unknown}: choose {', '.join(PROFILES)}, or the path of a .toml file")
         try:
             values = tomllib.loads(file.read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"{profile}: not valid TOML: {error}") from error
         if "base" in values:
-            values = _merged(cls.load(values.pop("base")).model_dump(exclude={"name"}), values)
+            base, here = values.pop("base"), (*changed_by, path.resolve())
+            if not isinstance(base, str):
+                raise ConfigurationError(f"{profile}: base = {base!r} must be a profile's name or the path of a file")
+            base = base if base in PROFILES else (path.parent / base).resolve()
+            if base in here:
+                raise ConfigurationError(f"{profile}: base = {str(base)!r} leads back to this file: name another")
+            values = _merged(cls.load(base, here).model_dump(exclude={"name"}), values)
         return cls.parse({"name": path.stem, **values}, where=str(profile))
 
     def resolve_dataset(self, dataset: str, data_root: str | Path | None) -> tuple[str, str]:
@@ -243,8 +265,9 @@ class SuiteState(StrictModel):
         """The state of a profile on images.
 
         Raises:
-            ConfigurationError: a batch is larger than the training split, or networks of the profile do not predict
-                what the images have labels for.
+            ConfigurationError: no training image is left, a batch is larger than the training split, the updates of a
+                schedule do not end within its last epoch, or networks of the profile do not predict what the images
+                have labels for.
         """
         for model in (*profile.teachers, profile.student):
             check_fits(f"profile {profile.name}", model, dataset, images.train.is_dense)
@@ -265,12 +288,13 @@ class SuiteState(StrictModel):
         )
         training_count = data.train_images or rest
         for schedule in ("teacher_schedule", "student_schedule", "fine_tuning_schedule"):
-            size = getattr(profile, schedule).batch_size
-            if size > training_count:
+            chosen = getattr(profile, schedule)
+            if chosen.batch_size > training_count:
                 raise ConfigurationError(
-                    f"profile {profile.name}: {schedule}.batch_size = {size} is more than the {training_count} "
-                    f"training images of {dataset}: lower it"
+                    f"profile {profile.name}: {schedule}.batch_size = {chosen.batch_size} is more than the "
+                    f"{training_count} training images of {dataset}: lower it"
                 )
+            chosen.steps(training_count // chosen.batch_size)
         test_count = (data.test_images or len(images.test)) + data.held_out_images
         return cls(
             profile=profile, dataset=dataset, reason=reason, note=images.note, data=data, training_count=training_count,
@@ -289,7 +313,7 @@ class SuiteState(StrictModel):
         images = f"{self.training_count:,} training and {self.test_count:,} test images{subsets}{held_out}"
         compiled = ", compiled" if self.profile.compile else ""
         text = f"{self.dataset}{note}, {images}, profile {self.profile.name}{compiled}"
-        return text if ": found on disk" in self.reason or ": asked for" in self.reason else f"{text}; {self.reason}"
+        return text if self.reason.endswith((datasets.ASKED, datasets.FOUND)) else f"{text}; {self.reason}"
 
 
 def check_fits(setting: str, model: str, dataset: str, dense: bool) -> None:
@@ -345,6 +369,11 @@ def begin_or_continue(folder: Path, state: SuiteState, asked_seeds: int) -> Suit
     Raises:
         ResultsError: the folder was begun with another configuration; the message lists the differences.
     """
+    with filelock.FileLock(require_writable(folder / ".locks") / "suite"):
+        return _begin_or_continue(folder, state, asked_seeds)
+
+
+def _begin_or_continue(folder: Path, state: SuiteState, asked_seeds: int) -> SuiteState:
     path = folder / "suite.json"
     if path.exists():
         begun = read_state(folder)

@@ -107,8 +107,9 @@ class RayEngine:
         try:
             for cohort in planning.cohorts(wave, largest):
                 label = progress.number(len(cohort))
-                left = None if deadline is None else deadline - time.monotonic()
-                task = work.remote(workshop, cohort, QueueProgress(queue, label), self.cpus, folders, left)
+                # A worker may start late, and has a monotonic clock of its own.
+                ends = None if deadline is None else time.time() + deadline - time.monotonic()
+                task = work.remote(workshop, cohort, QueueProgress(queue, label), self.cpus, folders, ends)
                 tasks[label] = task, cohort
             failures = _follow(ray, tasks, queue, progress)
         finally:
@@ -116,17 +117,7 @@ class RayEngine:
                 ray.cancel(task, force=True)  # without effect on finished tasks
             queue.shutdown(force=True)
         if failures:
-            (cohort, error), *others = failures
-            raised = getattr(error, "cause", None)
-            if not isinstance(raised, Exception):  # Ray raised it, not the work
-                raised = EngineError(
-                    f"the worker that trained {cohort[0].run_id} died, and so did {_RETRIES} after it, most likely out "
-                    "of memory. Finished runs are kept: call again to go on, with fewer workers at a time "
-                    f"(--cpus-per-run) or a smaller cohort. Ray says: {first_line(error)}"
-                )
-            for other, what in others:
-                raised.add_note(f"{other[0].run_id} failed as well: {first_line(what)}")
-            raise raised from error
+            raise _joined(failures) from failures[0][1]
         _wait_for_records(workshop.store, wave)
 
     def _workers(self, nodes: list[dict[str, Any]]) -> int:
@@ -182,6 +173,21 @@ def _follow(
     return failures
 
 
+def _joined(failures: list[tuple[list[RunConfig], Exception]]) -> Exception:
+    """The error of the first cohort that failed, with notes that name the others; at least one failure."""
+    (cohort, error), *others = failures
+    joined = getattr(error, "cause", None)
+    if not isinstance(joined, Exception):  # Ray raised it, not the work
+        joined = EngineError(
+            f"the worker that trained {cohort[0].run_id} died, and so did {_RETRIES} after it, most likely out of "
+            "memory. Finished runs are kept: call again to go on, with fewer workers at a time (--cpus-per-run) or a "
+            f"smaller cohort. Ray says: {first_line(error)}"
+        )
+    for other, what in others:
+        joined.add_note(f"{other[0].run_id} failed as well: {first_line(what)}")
+    return joined
+
+
 def _wait_for_records(store: RunStore, wave: Sequence[RunConfig], seconds: float = 60) -> None:
     """Wait until the records are visible here: network file systems show new files late."""
     deadline = time.monotonic() + seconds
@@ -220,10 +226,13 @@ def _train_there(
     progress: QueueProgress,
     cpus: int,
     folders: dict[str, str],
-    seconds: float | None,
+    ends: float | None,
 ) -> None:
-    """The task of a worker: :func:`~faqd_lib.runs.local.train_here` with a number of threads, reporting to a queue."""
-    deadline = None if seconds is None else time.monotonic() + seconds
+    """The task of a worker: :func:`~faqd_lib.runs.local.train_here` with a number of threads, reporting to a queue.
+
+    ``ends`` is a time of ``time.time``; None for no limit.
+    """
+    deadline = None if ends is None else time.monotonic() + ends - time.time()
     os.environ.update(folders)
     torch.set_num_threads(cpus)
     host, folder = socket.gethostname(), workshop.store.folder

@@ -140,6 +140,10 @@ class RunStore:
             log_probabilities: log-probability (N,) of the true class of each test image; kept in float16.
             pixel_counts: in place of classes, for one prediction a pixel: int32 (N, 3, C) of
                 :func:`~faqd_lib.training.segmentation.pixel_counts`.
+
+        Raises:
+            PermissionError: the folder cannot be written to.
+            OSError: a file cannot be written, such as on a full disk.
         """
         folder = require_writable(self.run_folder(config))
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

@@ -8,13 +8,27 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ..config import ActivationBits, Count, Method, Positive, StrictModel, Weight, WeightBits, omitted_at_default
+from ..config import (
+    ActivationBits,
+    Count,
+    LogitLoss,
+    Method,
+    Positive,
+    Regime,
+    StepGradient,
+    StrictModel,
+    Taps,
+    Weight,
+    WeightBits,
+    omitted_at_default,
+)
 from ..data.elsewhere import MADE_HERE
 from ..models import MODEL_NAMES
 from ..quantization.weights import FLOAT_BITS
 
 FIRST_SEED = 2  # seed 1 was looked at while the method was worked out
 ModelName = Literal[MODEL_NAMES]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 FEWEST_SEEDS = 5  # with three seeds, a 5 % test errs in 7 to 8 % of studies
 
 
@@ -38,15 +52,15 @@ class Arm(StrictModel):
 
     method: Method
     labels: bool = False
-    regime: Literal["end-to-end", "fine-tuning"] = "end-to-end"
-    logit_loss: Literal["mse", "kl"] | None = None
+    regime: Regime = "end-to-end"
+    logit_loss: LogitLoss | None = None
     k: Count | None = None
     stages: list[Count] = omitted_at_default([])
-    taps: Literal["output", "before ReLU"] = omitted_at_default("output")
+    taps: Taps = omitted_at_default("output")
     adapters: bool = omitted_at_default(False)
     activation_bits: ActivationBits = omitted_at_default(32)
-    step_gradient: Literal["lsq", "coarse", "frozen"] | None = omitted_at_default(None)
-    losses: dict[str, float] = {}
+    step_gradient: StepGradient | None = omitted_at_default(None)
+    losses: dict[str, Finite] = {}
     epochs: Count | None = None
     learning_rate: Positive | None = None
 
@@ -117,13 +131,13 @@ class PlannedClaim(StrictModel):
     """
 
     statement: str
-    contrast: dict[str, float]
+    contrast: dict[str, Finite]
     endpoint: Literal["accuracy", "affinity"] = omitted_at_default("accuracy")
     cells: str
     reference: str | None = None
     margin: Weight = 0.0
     equivalence: Positive = 0.5
-    assay: dict[str, float] = {}
+    assay: dict[str, Finite] = {}
     family: str = "paper"
 
 
@@ -153,8 +167,8 @@ class Study(StrictModel):
         """All planned seeds."""
         return range(self.first_seed, self.first_seed + self.looks[-1])
 
-    def where(self, claim: PlannedClaim, arm: str) -> str:
-        """The name of the cells that an arm of a claim is in."""
+    def where(self, claim: PlannedClaim, arm: str) -> str | None:
+        """The name of the cells that an arm of a claim is in; None where the claim has no ``reference``."""
         return claim.cells if arm in self.cells[claim.cells].arms else claim.reference
 
     @model_validator(mode="after")
@@ -167,6 +181,8 @@ class Study(StrictModel):
             for arm in cells.arms:
                 if arm not in self.arms:
                     raise ValueError(f"cells.{name} has the arm {arm!r}; the arms are {', '.join(self.arms)}")
+                if cells.updates is not None and self.arms[arm].epochs is not None:
+                    raise ValueError(f"cells.{name} has updates, and its arm {arm!r} has epochs: leave one of them out")
                 if cells.source is not None and (self.arms[arm].labels or self.arms[arm].method == "labels"):
                     raise ValueError(f"cells.{name}: images from {cells.source} have no labels for the arm {arm!r}")
         for name, claim in self.claims.items():
@@ -190,6 +206,8 @@ class Study(StrictModel):
             for arm in claim.contrast:
                 if self.arms[arm].method == "labels":
                     raise ValueError(f"{where}: the arm {arm!r} has no teacher, so no affinity loss")
-        widths = {tuple(self.cells[self.where(claim, arm)].weight_bits) for arm in claim.contrast}
+        if not any(claim.contrast.values()):
+            raise ValueError(f"{where}: the contrast {claim.contrast} compares nothing")
+        widths = {tuple(self.cells[self.where(claim, arm)].weight_bits) for arm in claim.contrast | claim.assay}
         if len(widths) > 1:
             raise ValueError(f"{where}: its arms have different bit-widths, {sorted(widths)}")

@@ -85,8 +85,11 @@ class Suite(Configurations, Workshop):
         state = begin_or_continue(folder, state, seeds)
         data_root = str(Path(data_root).resolve()) if data_root else None
         suite = cls(state, RunStore(folder), torch_device, data_root, images, engine, bar)
-        for source in [] if chosen.study is None else chosen.study.sources:
-            suite = suite.with_source(source)
+        if chosen.study is not None:
+            for source in chosen.study.sources:
+                suite = suite.with_source(source)
+            for cells in chosen.study.cells:  # what is wrong with a design is said before its teachers are trained
+                suite.study_runs(cells, chosen.study.first_seed)
         return suite
 
     def with_source(self, dataset: str) -> Self:
@@ -148,13 +151,14 @@ class Suite(Configurations, Workshop):
             EngineError: the engine cannot work, or a worker died too often.
         """
         wanted = list(dict.fromkeys(configs))
-        waves = planning.waves(wanted)
-        finished = {config for wave in waves for config in wave if self.store.record(config) is not None}
+        waves = planning.waves([config for config in wanted if self.store.record(config) is None])
+        needed = dict.fromkeys([*wanted, *(config for wave in waves for config in wave)])
+        finished = {config for config in needed if self.store.record(config) is not None}
         for config in finished:  # a process that was killed may have left checkpoints behind
             remove_checkpoints(self.store.run_folder(config))
         if finished:
-            print(f"  {title}: {len(finished)} of {sum(map(len, waves))} runs are there", flush=True)
-        missing = [config for wave in waves for config in wave if config not in finished]
+            print(f"  {title}: {len(finished)} of {len(needed)} runs are there", flush=True)
+        missing = [config for config in needed if config not in finished]
         if missing:
             with self.progress(sum(map(units, missing)), title, len(missing)) as progress:
                 for wave in waves:

@@ -191,8 +191,8 @@ class Workshop:
     def test_affinity(self, student: nn.Module, teacher: nn.Module) -> float | None:
         """The exact affinity loss on test images, summed over stages; networks in evaluation mode.
 
-        The images are :data:`AFFINITY_IMAGES` of the test split, evenly spread, in float32. None where the networks
-        have other numbers of stages.
+        The images are every n-th of the test split, in float32, with n = test images // :data:`AFFINITY_IMAGES`: at
+        least so many, if there are, and fewer than twice as many. None where the networks have other numbers of stages.
         """
         if len(student.feature_names) != len(teacher.feature_names):
             return None

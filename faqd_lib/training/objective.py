@@ -71,8 +71,9 @@ class DistillationObjective(nn.Module):
         class_weights: of the label loss of dense logits, (classes,); None for 1.
 
     Raises:
-        ValueError: an unknown loss, a negative weight, an objective without any term, or lattices that are missing or
-            superfluous.
+        ValueError: an unknown loss or distribution, a negative weight, a ``temperature`` that is not finite and above
+            0, ``k`` below 1, an objective without any term, or lattices that are missing or superfluous.
+        TypeError: ``k`` is no integer.
     """
 
     def __init__(
@@ -94,8 +95,8 @@ class DistillationObjective(nn.Module):
         super().__init__()
         check_choice("logit_loss", logit_loss, LOGIT_LOSSES)
         check_choice("affinity", affinity, AFFINITY_LOSSES)
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature!r}")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be finite and above 0, got {temperature!r}")
         weights = {"logit_weight": logit_weight, "affinity_weight": affinity_weight, "label_weight": label_weight}
         for name, weight in weights.items():
             if not 0 <= weight < float("inf"):

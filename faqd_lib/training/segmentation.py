@@ -26,6 +26,9 @@ def dense_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | 
         logits: (batch, C, height, width).
         labels: int64 (batch, height, width).
         class_weights: w (C,), each above 0; None for 1.
+
+    Raises:
+        ValueError: more classes than label maps can hold.
     """
     check_classes(logits.shape[1])
     total = F.cross_entropy(logits, labels, class_weights, ignore_index=IGNORED, reduction="sum")
@@ -124,7 +127,10 @@ def dense_evaluation(measured: list[tuple[Tensor, Tensor]]) -> DenseEvaluation:
 
 
 def measure(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixel counts of a batch, and the cross-entropy of each image summed over its pixels, (batch,), float64."""
+    """Pixel counts of a batch, and the cross-entropy of each image summed over its pixels, (batch,), float64.
+
+    Raises ValueError for more classes than label maps can hold.
+    """
     check_classes(logits.shape[1])
     surprise = F.cross_entropy(logits, labels.long(), ignore_index=IGNORED, reduction="none").double().sum((1, 2))
     return pixel_counts(logits.argmax(1), labels, logits.shape[1]), surprise

@@ -102,6 +102,7 @@ def test_classify_takes_folders_and_goes_on_after_a_damaged_picture(made, tmp_pa
         (["classify", "{}/out/student-1w32a.safetensors", "x.jpg"], "from faqd_lib.models:build_model name=resnet8"),
         (["classify", "{}/out/student-1w32a.onnx", "{}/classes.txt"], "not a picture"),
         (["classify", "{}/out/student-1w32a.onnx", "x.jpg", "--top", "0"], "--top must be"),
+        (["classify", "{}/out/student-1w32a.onnx", "{}/my photos", "--image-size", "24"], "leave out --image-size"),
         (["compress", "--teacher", "nothing", "--images", "{}", "--out", "{}/o"], "a teacher must be timm:NAME"),
         (["compress", "--teacher", "no_such:f", "--images", "{}", "--out", "{}/o"], "there is no module 'no_such'"),
         (["compress", "--teacher", "torchvision:resnet18", "--images", "{}", "--out", "{}/o"], "random weights"),

@@ -69,6 +69,21 @@ def test_what_cannot_run_is_said_before_anything_runs(tmp_path, capsys, argument
     assert not list(tmp_path.rglob("*.ipynb"))
 
 
+@pytest.mark.parametrize(("only", "calls"), [(["9"], 4), (["08,09"], 4), (["08"], 2), ([], 4)])
+def test_tables_of_several_datasets_are_written_a_second_time(tmp_path, monkeypatch, only, calls):
+    profile = tmp_path / "mine.toml"
+    profile.write_text('base = "smoke"\nseries_datasets = ["digits", "digit-strokes"]')
+    called = []
+    monkeypatch.setattr(run_all, "run_series", lambda *arguments: called.append(arguments))
+    assert run_all.main([str(profile), "--results", str(tmp_path), *(["--only", *only] if only else [])]) == 0
+    assert len(called) == calls
+
+
+def test_no_notebook_at_all_is_an_error():
+    with pytest.raises(run_all.SeriesError, match="--only , names no notebook"):
+        run_all.select([","])
+
+
 @pytest.mark.parametrize("only", [["0", "1"], ["00,1"], ["01", "00"]])
 def test_numbers_of_notebooks_may_be_written_as_people_do(only):
     assert [path.name[:2] for path in run_all.select(only)] == ["00", "01"]

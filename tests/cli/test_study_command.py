@@ -4,6 +4,8 @@ import pytest
 
 from faqd_lib.cli import run_all
 from faqd_lib.cli.study import hours_left, report_study, run_study, seed_runs
+from faqd_lib.runs.suite import Suite
+from faqd_lib.training.loss_log import NonFiniteLossError
 
 STUDY = {
     "looks": [2],
@@ -17,6 +19,7 @@ STUDY = {
     [
         (["claims", "--only", "05"], "--only is not for a study"),
         (["claims", "--seeds", "3"], "--seeds is not for a study"),
+        (["claims", "--seeds", "0"], "--seeds is not for a study"),
         (["claims", "--hours", "-1"], "--hours must be a number of at least 0, got -1"),
         (["claims", "--hours", "nan"], "--hours must be a number of at least 0, got nan"),
         (["smoke", "--hours", "1"], "--hours is for a study, and the profile smoke has none"),
@@ -25,6 +28,31 @@ STUDY = {
 def test_options_that_do_not_fit_are_named(options, message, capsys):
     assert run_all.main(options) == 1
     assert message in capsys.readouterr().err
+
+
+def test_fresh_leaves_a_folder_that_another_process_works_in(tmp_path, capsys):
+    profile = tmp_path / "mine.toml"
+    profile.write_text('base = "short"\nheld_out_images = 0')
+    suite = Suite.open(profile, "digits", results=tmp_path)
+    arguments = [str(profile), "--dataset", "digits", "--results", str(tmp_path), "--fresh", "--hours", "0"]
+    with suite.store.group_lock("seed3"):
+        assert run_all.main(arguments) == 1
+    assert "another process trains seed 3" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.old-*"))
+
+
+def test_a_study_whose_run_diverged_is_reported_and_fails(tmp_path, monkeypatch, capsys):
+    def diverge(suite, hours):
+        raise NonFiniteLossError("no number")
+
+    monkeypatch.setattr(run_all, "run_study", diverge)
+    monkeypatch.setattr(run_all, "report_study", lambda suite: print("reported"))
+    profile = tmp_path / "mine.toml"
+    profile.write_text('base = "short"\nheld_out_images = 0')
+    assert run_all.main([str(profile), "--dataset", "digits", "--results", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "reported" in said.out
+    assert "stopped: no number" in said.err
 
 
 def test_a_study_of_tuning_is_trained_and_reported(tiny_suite, capsys):

@@ -58,7 +58,7 @@ def scale_scan() -> Figure:
     chosen = pd.DataFrame(
         [(1, 1.0, 0.0, "best"), (1, 0.9, 0.01, "mean"), (2, 1.0, 0.0, "best")], columns=[*columns, "rule"]
     )
-    return charts.scale_scan(frame, chosen)
+    return charts.scale_scan(frame, chosen, x_label="step α")
 
 
 def learning_curves() -> Figure:
@@ -182,3 +182,7 @@ def test_every_public_chart_is_drawn_here():
         if inspect.signature(function).return_annotation == "Figure"
     }
     assert public == {draw.__name__ for draw in MARKS}
+
+
+def test_a_scan_names_what_it_scans():
+    assert {axis.get_xlabel() for axis in scale_scan().axes} == {"step α"}

@@ -125,7 +125,7 @@ def test_runs_that_beat_no_constant_prediction_learned_nothing(study):
     for seed, found in ((first, None), (second, constant)):
         for config in study.study_runs("four-bits", seed).values():
             save(study, config, 0.95, found)
-    measured = study_claims.contrast(study, claim, claim.contrast)
+    measured = study_claims.contrast(study, dict.fromkeys(claim.contrast, claim.cells), claim.contrast)
     assert all(1.8 < record.last_accuracy < 200 / CLASSES for record in measured.records[:2])
     assert [len(dead) for dead in measured.dead] == [0, 2]
 

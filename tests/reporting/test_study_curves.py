@@ -21,11 +21,11 @@ def suite(tmp_path, tiny_data):
     return make_tiny_suite(tmp_path / "s", tiny_data, shows_results=True, teacher_per_seed=True, study=study)
 
 
-def save(suite: Suite, seed: int, shift: float = 0.0) -> None:
-    labels = torch.arange(IMAGES) % 10
-    for name in CELLS:
+def save(suite: Suite, seed: int, shift: float = 0.0, accuracy: dict[tuple[str, int], int] = ACCURACY) -> None:
+    labels, of_cell = torch.arange(IMAGES) % 10, accuracy
+    for name in suite.profile.study.cells:
         for (arm, _), config in suite.study_runs(name, seed).items():
-            accuracy = ACCURACY[arm, suite.profile.study.cells[name].updates] + (shift if arm == "fa" else 0.0)
+            accuracy = of_cell[arm, suite.profile.study.cells[name].updates] + (shift if arm == "fa" else 0.0)
             right = torch.arange(IMAGES) < IMAGES * accuracy / 100
             suite.store.save(
                 config, torch.nn.Linear(1, 1), labels=labels,
@@ -63,10 +63,10 @@ def test_updates_to_an_accuracy_are_interpolated_on_a_logarithmic_axis(suite):
     assert frame.loc[8, "share"] == pytest.approx(4 * 2 ** (5 / 6) / 8)
     assert frame.loc[4, "low"] == pytest.approx(frame.loc[4, "share"])  # both seeds agree
     assert (frame.loc[2, "bound"], frame.loc[2, "share"]) == ("below", 1)  # ahead after the shortest budget already
-    shown = study_curves.reach_table(suite).frame["FAQD's updates / KD's"]
+    shown = study_curves.reach_table(suite).frame["FAQD's updates / its"]
     assert list(shown) == ["below 1.00", "0.71", "0.89"]
     timed = study_curves.reach_table(suite, study_curves.StepRatio(1.5, 1.2, 1.8))
-    assert list(timed.frame["FAQD's time / KD's"]) == ["below 1.50", "1.06", "1.34"]
+    assert list(timed.frame["FAQD's time / its"]) == ["below 1.50", "1.06", "1.34"]
     # Both seeds agree on the updates: the interval is that of the step.
     assert list(timed.frame["95 % interval of time"]) == ["", "0.85 to 1.27", "1.07 to 1.60"]
     assert "1.50 times as long" in timed.caption
@@ -77,7 +77,21 @@ def test_an_accuracy_that_is_never_reached_has_a_lower_bound(suite):
     frame = study_curves.reach_frame(suite).set_index("updates")
     assert (frame.loc[8, "bound"], frame.loc[8, "share"]) == ("above", 1)  # 51 at 8 updates, and KD has 60
     assert math.isnan(frame.loc[8, "low"])
-    assert list(study_curves.reach_table(suite).frame["FAQD's updates / KD's"]) == ["1.41", "1.78", "above 1.00"]
+    assert list(study_curves.reach_table(suite).frame["FAQD's updates / its"]) == ["1.41", "1.78", "above 1.00"]
+
+
+def test_every_arm_of_kd_is_a_goal_and_no_other_arm(tmp_path, tiny_data):
+    arms = ARMS | {
+        "slow": {"method": "KD", "learning_rate": 0.01}, "labels": {"method": "labels"}, "alone": {"method": "FA"},
+        "kd-4a": {"method": "KD", "activation_bits": 4},
+    }  # fmt: skip
+    cells = CELLS | {"tuned": {"arms": ["slow", "labels", "alone", "kd-4a"], "weight_bits": [1], "updates": 4}}
+    study = {"looks": [5], "arms": arms, "cells": cells}
+    suite = make_tiny_suite(tmp_path / "t", tiny_data, shows_results=True, teacher_per_seed=True, study=study)
+    save(suite, 2, accuracy=ACCURACY | {(arm, 4): 53 for arm in arms if arm not in ARMS})
+    frame = study_curves.reach_frame(suite)
+    assert list(zip(frame["updates"], frame["arm"], strict=True)) == [(2, "kd"), (4, "kd"), (4, "slow"), (8, "kd")]
+    assert frame["share"][2] == pytest.approx(2 * 2 ** (8 / 10) / 4)  # 45 at 2, 55 at 4: 53
 
 
 def test_seeds_on_both_sides_leave_it_open(suite):

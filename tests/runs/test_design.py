@@ -1,6 +1,7 @@
 """Studies: designs that are checked, the runs they ask for, and what trains them."""
 
 import json
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,11 +15,12 @@ from faqd_lib.data import datasets
 from faqd_lib.data.batches import Batch
 from faqd_lib.reporting import study_claims
 from faqd_lib.runs.configurations import TEACHER_SEEDS
-from faqd_lib.runs.profile import Profile
+from faqd_lib.runs.profile import Profile, SuiteState
 from faqd_lib.runs.store import ResultsError
 from faqd_lib.runs.suite import Suite, _precision
 from faqd_lib.training.learner import Learner
 from faqd_lib.training.loop import OutOfTimeError, TeacherPass
+from faqd_lib.training.loss_log import NonFiniteLossError
 
 DESIGN = {
     "looks": [5],
@@ -115,6 +117,15 @@ def study_suite(tiny_suite):
         ),
         ({"arms": {"x": {"method": "FAQD", "stages": [2, 1]}}}, "must rise"),
         ({"arms": {"x": {"method": "FA", "logit_loss": "kl"}}}, "the method FA compares no logits"),
+        ({"claims": {"x": {"statement": "", "contrast": {}, "cells": "main"}}}, "compares nothing"),
+        (
+            {"claims": {"x": {"statement": "", "contrast": {"kd": float("nan"), "fa": 0.0}, "cells": "main"}}},
+            "finite number",
+        ),
+        (
+            {"cells": {"x": {"arms": ["long"], "weight_bits": [1], "updates": 4}}},
+            "cells.x has updates, and its arm 'long' has epochs",
+        ),
         ({"arms": {"x": {"method": "KD", "step_gradient": "coarse"}}}, "needs activation_bits below 32"),
     ],
 )
@@ -177,6 +188,42 @@ def test_the_digest_is_of_all_that_changes_a_verdict():
         {"held_out_images": 5000},
     ):
         assert profile.model_copy(update=other).design_digest != profile.design_digest
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base = 5", "base = 5 must be a profile's name"), ('base = "mine.toml"', "leads back to this file"),
+        ('base = "other.toml"', "leads back"), ("\xff", "not valid TOML"),
+    ],
+)  # fmt: skip
+def test_a_base_that_is_none_is_named(tmp_path, text, message):
+    (tmp_path / "mine.toml").write_text(text, "latin-1")
+    (tmp_path / "other.toml").write_text('base = "mine.toml"')
+    with pytest.raises(ConfigurationError, match=message):
+        Profile.load(tmp_path / "mine.toml")
+
+
+def test_a_base_is_found_beside_its_file(tmp_path, monkeypatch):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "base.toml").write_text('base = "smoke"\nseeds = 3')
+    (tmp_path / "mine.toml").write_text('base = "below/base.toml"')
+    monkeypatch.chdir("/")
+    assert Profile.load(tmp_path / "mine.toml").seeds == 3
+
+
+def test_affinity_of_networks_with_other_stages_is_no_endpoint(study_suite):
+    claim = {"statement": "Nearer", "contrast": {"kd": 1.0, "fa": -1.0}, "cells": "main", "endpoint": "affinity"}
+    with pytest.raises(ConfigurationError, match="resnet8 and resnet18 have other numbers of stages"):
+        study_suite(teachers=["resnet18"], study=changed(claims={"helps": claim}))
+
+
+def test_what_is_wrong_with_a_design_is_said_before_training(study_suite, tiny_data, tmp_path, monkeypatch):
+    few = {"arms": ["kd"], "weight_bits": [1], "images": 4}
+    profile = study_suite(study=changed(cells={"short": few})).profile
+    monkeypatch.setattr(datasets, "load", lambda *arguments, **options: tiny_data)
+    with pytest.raises(ConfigurationError, match="images = 4 is less than a batch of 16"):
+        Suite.open(profile, "digits", results=tmp_path)
 
 
 def test_a_profile_on_a_base_changes_only_what_it_names(tmp_path):
@@ -384,7 +431,7 @@ def test_a_source_that_the_folder_does_not_know_is_named(tiny_suite, monkeypatch
     with pytest.raises(ConfigurationError, match="set images to the number of images"):
         suite.student("KD", source="noise")
     with pytest.raises(ConfigurationError, match="images from 'noise' have no labels"):
-        suite.student("labels", source="noise", images=4)
+        suite.student("labels", source="noise", images=16)
     other = replace(make_tiny_data(), name="pets", fingerprint="2" * 64)
     monkeypatch.setattr(datasets, "load", lambda *arguments, **options: other)
     knowing = suite.with_source("pets")
@@ -456,9 +503,52 @@ def test_stages_that_make_no_sense_are_refused(tiny_suite, settings, message):
         tiny_suite().student("FAQD", weight_bits=1, **settings)
 
 
+@pytest.mark.parametrize("images", [0, -3, 2.5, True])
+@pytest.mark.parametrize("source", [None, "noise"])
+def test_a_number_of_images_that_is_none_is_refused(tiny_suite, images, source):
+    with pytest.raises(ConfigurationError, match="images must be a whole number of at least 1"):
+        tiny_suite().student("KD", images=images, source=source)
+
+
+@pytest.mark.parametrize("settings", [{}, {"updates": 5}])
+def test_fewer_images_than_a_batch_are_refused(tiny_suite, settings):
+    with pytest.raises(ConfigurationError, match="images = 10 is less than a batch of 16"):
+        tiny_suite().student("KD", images=10, **settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("labels", {"logit_loss": "mse"}), ("labels", {"losses": {"nonsense": 3.0}}),
+        ("labels", {"teacher": "resnet8"}), ("FA", {"logit_loss": "kl"}),
+        ("FA", {"losses": {"temperature": 2.0}}), ("KD", {"affinity_weight": 7.0}),
+        ("KD", {"k": 3}), ("FAQD", {"k": 3}), ("KD", {"losses": {"label_weight": 1.0}}),
+    ],
+)  # fmt: skip
+def test_a_setting_that_the_method_does_not_read_is_refused(tiny_suite, method, settings):
+    (name,) = settings.get("losses", settings)
+    with pytest.raises(ConfigurationError, match=f"{name} has no effect on the method {method}"):
+        tiny_suite().student(method, weight_bits=1, **settings)
+
+
+def test_updates_beyond_the_last_epoch_are_refused_before_training(tiny_suite, tiny_data):
+    schedule = {"epochs": 1, "batch_size": 16, "updates": 500, "warmup_epochs": 0.0}
+    profile = tiny_suite(student_schedule=schedule).profile
+    with pytest.raises(ConfigurationError, match="updates=500 does not end within epoch 1"):
+        SuiteState.describe(profile, "tiny", "", tiny_data, "float32")
+
+
+def test_a_quantized_network_is_not_quantized_again_after_training(tiny_suite):
+    suite = tiny_suite()
+    with pytest.raises(ConfigurationError, match="a float network, got one of 1W32A"):
+        suite.post_training(2, student=suite.student("KD", weight_bits=1))
+
+
 def test_stages_without_an_affinity_loss_are_refused(tiny_suite):
-    with pytest.raises(ConfigurationError, match="adapters, stages and taps need an affinity loss"):
+    with pytest.raises(ConfigurationError, match="stages has no effect on the method KD"):
         tiny_suite().student("KD", weight_bits=1, stages=(1,))
+    with pytest.raises(ConfigurationError, match="adapters, stages and taps need an affinity loss"):
+        tiny_suite().student("KD", weight_bits=1, taps="before ReLU")
 
 
 # ---- running
@@ -517,6 +607,33 @@ def test_a_seed_that_another_process_trains_is_left_to_it(study_suite, capsys):
     )  # once a pass, and the second is idle
     assert not any(suite.store.record(run) for run in seed_runs(suite, 2))
     assert all(suite.store.record(run) for run in seed_runs(suite, 3))
+
+
+def test_a_run_that_diverges_stops_no_other_group_of_cells(study_suite, capsys):
+    arms = {"wild": {"method": "KD", "learning_rate": 1e30}, "kd": {"method": "KD"}}
+    cells = {name: {"arms": [arm], "weight_bits": [1]} for name, arm in (("first", "wild"), ("second", "kd"))}
+    suite = study_suite(study={"looks": [2], "arms": arms, "cells": cells})
+    with pytest.raises(NonFiniteLossError) as caught:
+        run_study(suite)
+    assert len(caught.value.__notes__) == 1  # the other seed
+    assert wanted(suite) == [("first", 2), ("first", 3)]
+    assert "first, seed 2: " in capsys.readouterr().out
+
+
+def test_the_lock_of_a_seed_is_free_after_an_error(study_suite, monkeypatch):
+    suite = study_suite()
+    monkeypatch.setattr(Suite, "run", lambda *_: (_ for _ in ()).throw(ValueError("no")))
+    with pytest.raises(ValueError, match="no") as kept:  # its traceback keeps the frame, and what is held there
+        run_study(suite)
+    suite.store.group_lock("seed2").acquire(timeout=0).lock.release()
+    assert kept.tb is not None
+
+
+def test_waiting_for_another_process_ends_in_time(tiny_suite):
+    suite = tiny_suite()
+    config = suite.teacher()
+    with suite.store.lock(config), pytest.raises(OutOfTimeError, match="another process"):
+        suite.run([config], deadline=time.monotonic() + 0.2)
 
 
 def test_time_that_is_up_leaves_a_checkpoint_to_go_on_from_with_the_same_bits(tiny_suite, monkeypatch):

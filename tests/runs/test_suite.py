@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -24,7 +25,17 @@ def test_finished_runs_are_not_repeated(tiny_suite, monkeypatch, capsys):
     no_training(monkeypatch)
     again = tiny_suite()
     assert again.run([config, config]) == first
-    assert "2 of 2 runs are there" in capsys.readouterr().out  # the teacher, too
+    assert "1 of 1 runs are there" in capsys.readouterr().out
+
+
+def test_a_teacher_that_no_run_needs_any_more_is_not_trained_again(tiny_suite, monkeypatch):
+    suite = tiny_suite()
+    config = suite.student("KD", weight_bits=1)
+    first = suite.run([config])
+    shutil.rmtree(suite.store.run_folder(config.teacher))
+    no_training(monkeypatch)
+    assert suite.run([config]) == first
+    assert suite.store.record(config.teacher) is None
 
 
 def test_an_interrupted_suite_continues_where_it_stopped(tiny_suite):

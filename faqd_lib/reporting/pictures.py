@@ -184,7 +184,7 @@ def confusion(teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor
         left.set(title=title, ylabel="teacher says", xlabel="student says")
         shown = right.imshow(change.numpy(), vmin=-extent, vmax=extent, cmap="PuOr_r")
         figure.colorbar(shown, ax=right, label="student − teacher (points)", shrink=0.75)
-        right.set(title="what the student takes a class for", ylabel="true class", xlabel="taken for")
+        right.set(title="student's answers minus teacher's", ylabel="true class", xlabel="taken for")
         for axis in (left, right):
             axis.grid(visible=False)
             if count <= 20 and max(map(len, classes)) <= 16:

@@ -517,13 +517,13 @@ def stage_taps(model: nn.Module, example_images: Tensor) -> list[str]:
 
 def _outputs(model: nn.Module, images: Tensor) -> list[_Output]:
     """The last output of every module that returns a map or tokens, in the order of execution."""
-    caught: dict[str, tuple[Tensor, int]] = {}
+    caught: dict[str, tuple[Tensor, int | None]] = {}
 
     def hook(name: str):
         def catch(_module: nn.Module, _inputs: tuple, output: object) -> None:
             if isinstance(output, Tensor):
                 caught.pop(name, None)
-                caught[name] = output, output._version
+                caught[name] = output, None if output.is_inference() else output._version
 
         return catch
 
@@ -533,8 +533,9 @@ def _outputs(model: nn.Module, images: Tensor) -> list[_Output]:
         if name and "parametrizations" not in name.split(".")
     ]
     try:
-        with kept_modes(model):
-            model.eval()(images)
+        # Tensors of the inference mode would not tell which of them are overwritten.
+        with kept_modes(model), torch.inference_mode(False), torch.no_grad():
+            model.eval()(images.clone() if images.is_inference() else images)
     finally:
         for handle in handles:
             handle.remove()
@@ -546,7 +547,8 @@ def _outputs(model: nn.Module, images: Tensor) -> list[_Output]:
         pixels = (
             output.shape[1] if output.ndim == 3 else output.shape[1:3].numel() if last else output.shape[2:].numel()
         )
-        found.append(_Output(name, pixels, output.ndim == 3, last, output.data_ptr(), output._version == version))
+        intact = version is None or output._version == version
+        found.append(_Output(name, pixels, output.ndim == 3, last, output.data_ptr(), intact))
     return found
 
 

@@ -324,6 +324,10 @@ def test_a_stage_of_one_pixel_is_no_tap_and_nothing_within_it():
 def test_a_map_overwritten_in_place_is_not_tapped():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(4, 4, 1))
     assert stage_taps(model, torch.randn(2, 3, 8, 8)) == ["1", "3"]
+    with torch.inference_mode():  # whose tensors do not tell whether they were overwritten
+        assert stage_taps(model, torch.randn(2, 3, 8, 8)) == ["1", "3"]
+        made = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(2))
+        assert stage_taps(made, torch.randn(2, 3, 8, 8)) == ["0", "1"]
 
     class Functional(nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

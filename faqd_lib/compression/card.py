@@ -6,7 +6,7 @@ import datetime
 import io
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from ..export.onnx import OnnxExportError, export_onnx
 from ..export.packed import load_packed, save_packed
 from ..models import parameter_count
 from ..quantization.description import LayerBits, describe
+from ..quantization.module_calls import WEIGHTED
 from ..quantization.weights import FLOAT_BITS
 from ..reporting import signs
 from ..training.learner import Learner
@@ -259,6 +260,7 @@ def _student(
     by_class = agreement_by_class(logits, taught)
     bins, error = calibration(logits, taught)
     example = task.normalizer(pictures[:2].to(task.device))
+    weighted = [name for name, module in model.named_modules() if isinstance(module, WEIGHTED)]
     made = StudentCard(
         bits=bits,
         learning_rate=plan.chosen[bits].learning_rate,
@@ -271,7 +273,7 @@ def _student(
         packed=File(packed.name, packed.stat().st_size),
         onnx=onnx,
         onnx_agreement=through,
-        kept=kept_float(describe(model, example), task.widths[bits]),
+        kept=kept_float(describe(model, example), task.widths[bits], weighted),
         signs=[
             *failure_signs(learner, len(logits.argmax(1).unique()), len(taught.argmax(1).unique())),
             Sign("no gain", WITHOUT_GAIN, "yes" if agreement(logits, taught).count < before.count else "no"),
@@ -299,23 +301,27 @@ def _session(path: Path):
     return onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
 
 
-def kept_float(rows: Sequence[LayerBits], width: QuantizationConfig) -> list[Kept]:
-    """What stayed float, and why: one entry for all layers of one kind and reason."""
+def kept_float(rows: Sequence[LayerBits], width: QuantizationConfig, weighted: Collection[str]) -> list[Kept]:
+    """What stayed float, and why: one entry for all layers of one kind and reason.
+
+    ``weighted``: names of the layers whose weights can be quantized; their classes may have names of their own.
+    """
     found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.bits == FLOAT_BITS:
-            found.setdefault((row.kind, _why_float(row.kind, width)), []).append(row.layer or "the network itself")
+            reason = _why_float(row.kind, width, row.layer in weighted)
+            found.setdefault((row.kind, reason), []).append(row.layer or "the network itself")
     return [Kept(kind, len(layers), layers[0], reason) for (kind, reason), layers in found.items()]
 
 
-def _why_float(kind: str, width: QuantizationConfig) -> str:
+def _why_float(kind: str, width: QuantizationConfig, weighted: bool) -> str:
     if kind.endswith("()"):
         return "called as a function: only modules are quantized"
-    for kinds, what, bits in (
-        (("Conv2d", "ConvTranspose2d", "Linear"), "weights", width.weight_bits),
-        (("ReLU", "ReLU6"), "activations", width.activation_bits),
+    for quantizable, what, bits in (
+        (weighted, "weights", width.weight_bits),
+        (kind in ("ReLU", "ReLU6"), "activations", width.activation_bits),
     ):
-        if kind in kinds:
+        if quantizable:
             return f"32 bits asked for {what}" if bits == FLOAT_BITS else "kept by policy (the last layer by default)"
     return "no quantizer for this kind"
 
@@ -401,5 +407,6 @@ def _numbers(student: StudentCard) -> dict[str, Any]:
 
 
 def _cells(*values: object) -> str:
-    """A row of a Markdown table, with bars escaped."""
-    return f"| {' | '.join(str(value).replace('|', chr(92) + '|') for value in values)} |"
+    """A row of a Markdown table, with bars escaped and line breaks made spaces."""
+    lines = (" ".join(str(value).splitlines()) for value in values)
+    return f"| {' | '.join(line.replace('|', chr(92) + '|') for line in lines)} |"

@@ -95,7 +95,8 @@ def compress(
     train side by side and share one pass of the teacher. Neither ``teacher`` nor ``student`` is changed.
 
     Args:
-        teacher: any classifier of RGB pictures that returns logits (batch, classes).
+        teacher: any classifier of RGB pictures that returns logits (batch, classes). Wrappers of ``teacher`` and
+            ``student``, such as DataParallel, are left out.
         images: a folder of pictures; uint8 (count, 3, size, size); or pictures that are open already.
         out: folder for all outputs; new, empty, or of an earlier call with the same arguments.
         weight_bits, activation_bits: 1 to 8, or 32 for float.
@@ -127,11 +128,12 @@ def compress(
         say: shows a line of text.
 
     Raises:
-        CompressionError: the folder holds other files, arguments contradict each other or an earlier call, or no
-            student stayed finite.
+        CompressionError: the folder holds other files, arguments contradict each other or an earlier call, a network
+            cannot be copied (pruned, old weight norm) or has no maps to compare, or no student stayed finite.
         TeacherError: the teacher returns no finite logits; see :func:`faqd_lib.compression.teachers.check_teacher`.
         DatasetError: there are too few pictures, or too many damaged ones.
-        ValueError: a setting is out of range, or the network has nothing to quantize.
+        ValueError: a setting is out of range, or the network has nothing to quantize, or a parameter with a name that
+            packed files need.
         OSError: a folder cannot be written.
     """
     folder = _claim(Path(out))

@@ -10,12 +10,20 @@ import torch
 from torch import nn
 
 from ..config import Precision, QuantizationConfig
-from ..data.batches import Normalizer
+from ..data.batches import Normalizer, stream
 from ..data.images import Images
 from ..data.pictures import PHOTOGRAPH, PictureBatches, Pictures, PictureSet
 from ..data.preprocessing import Preprocessing
+from ..export.packed import check_names
 from ..models import FeatureTap, stage_taps
-from ..quantization.network import calibrate, quantize, reestimate_batch_norm
+from ..quantization.network import (
+    calibrate,
+    quantize,
+    quantized_weights,
+    reestimate_batch_norm,
+    unwrapped,
+    why_not_copied,
+)
 from ..training.learner import Learner, precision_that_pays, projection_seed
 from ..training.objective import DistillationObjective
 from ..utils.files import tensors_digest
@@ -76,8 +84,15 @@ class Task:
         affinity: bool,
         say: Callable[[str], None],
     ) -> "Task":
-        """Check teacher and taps, and quantize the students; see :func:`compress`. No maps without ``affinity``."""
+        """Check teacher and taps, and quantize the students; see :func:`compress`, also for errors.
+
+        Wrappers, such as DataParallel, are taken off. No maps are compared without ``affinity``.
+        """
+        teacher, student = unwrapped(teacher), None if student is None else unwrapped(student)
         say("the student is " + ("a copy of the teacher" if student is None else f"a {type(student).__name__}"))
+        for role, model in (("teacher", teacher), ("student", student)):
+            if model is not None and (reason := why_not_copied(model)):
+                raise CompressionError(f"the {role} cannot be copied: {reason}")
         initial = copy.deepcopy(teacher if student is None else student).requires_grad_(True)
         teacher = copy.deepcopy(teacher).requires_grad_(False).to(device, memory_format=torch.channels_last)
         initial = initial.to(device, memory_format=torch.channels_last)
@@ -114,8 +129,11 @@ class Task:
         prepared = {}
         for bits, width in widths.items():
             model = quantize(copy.deepcopy(initial), **width.quantize_arguments)
+            check_names(model, quantized_weights(model))
             calibrate(model, example)
-            reestimate_batch_norm(model, (batch.images for batch in islice(batches.epoch(0), STATISTICS_BATCHES)))
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout may draw
+                torch.manual_seed(stream(seed, "statistics").initial_seed())
+                reestimate_batch_norm(model, (batch.images for batch in islice(batches.epoch(0), STATISTICS_BATCHES)))
             prepared[bits] = model
         return cls(
             teacher, initial, prepared, widths, pictures, preprocessing, normalizer, taps, tuple(student_taps),
@@ -185,8 +203,11 @@ def thinned(pictures: PictureSet, most: int) -> PictureSet:
 
 
 def _taps(model: nn.Module, example: torch.Tensor) -> tuple[str, ...]:
-    """The network's own ``feature_names``, else those that :func:`stage_taps` finds."""
-    return tuple(getattr(model, "feature_names", None) or stage_taps(model, example[:2]))
+    """The network's own ``feature_names``, else those that :func:`stage_taps` finds; CompressionError without any."""
+    try:
+        return tuple(getattr(model, "feature_names", None) or stage_taps(model, example[:2]))
+    except ValueError as error:
+        raise CompressionError(f"{error}. With affinity_weight=0 logits alone are compared") from error
 
 
 @torch.no_grad()

@@ -202,8 +202,11 @@ def check_teacher(model: nn.Module, images: torch.Tensor) -> list[str]:
     try:
         logits = model(images)
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+        others = {str(one.dtype)[6:] for one in model.parameters() if one.is_floating_point()} - {"float32"}
+        kinds = ", ".join(sorted(others))
+        remedy = f"its weights are {kinds}, give teacher.float()" if others else "check the preprocessing"
         raise TeacherError(
-            f"the teacher takes no images {tuple(images.shape)} ({first_line(error)}): check the preprocessing"
+            f"the teacher takes no images {tuple(images.shape)} ({first_line(error)}): {remedy}"
         ) from error
     if not isinstance(logits, torch.Tensor):
         inside = f" with the items {', '.join(map(str, logits))}" if isinstance(logits, Mapping) else ""

@@ -91,7 +91,12 @@ def _upright(picture: Image.Image) -> tuple[Image.Image, list[str]]:
         turn = _TURNS.get(picture.getexif().get(_ORIENTATION))
     except (SyntaxError, ValueError, TypeError, KeyError, IndexError, OSError, struct.error):
         turn = None  # damaged EXIF says nothing of the picture
-    return (picture, []) if turn is None else (picture.transpose(turn), [TURNED])
+    if turn is None:
+        return picture, []
+    if picture.format == "TIFF":
+        picture.load()  # turns the picture: Pillow does so for TIFF only
+        return picture, [TURNED]
+    return picture.transpose(turn), [TURNED]
 
 
 def _rgb(name: str, picture: Image.Image, bits: int) -> tuple[Image.Image, list[str]]:

@@ -35,7 +35,7 @@ from .decoding import DEEP, EXTENSIONS, TRANSPARENT, TURNED, picture_names, summ
 from .images import DatasetError, Images, check_pixels
 from .preprocessing import Preprocessing
 
-CACHE_FORMAT = 1  # raise this number when pictures are decoded to other pixels than before
+CACHE_FORMAT = 2  # raise this number when pictures are decoded to other pixels than before
 PHOTOGRAPH = 64  # pixels; smaller pictures are shifted, all others are cropped and resized
 CROP_AREA = (0.35, 1.0)  # share of a picture's area that a random crop keeps
 CROP_ASPECT = (3 / 4, 4 / 3)  # width over height of a random crop

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..quantization.network import fix_weights, low_bit_weights, unwrapped
+from ..quantization.network import fix_weights, low_bit_weights, unwrapped, why_not_copied
 from ..utils.files import atomic_write
 from ..utils.messages import first_line
 from .onnx_operators import ALIASES, FUNCTIONS, KEYWORDS, MODULES, Handler, function_name
@@ -52,7 +52,8 @@ def export_onnx(
 
     Raises:
         OnnxExportError: a module or function is unknown, control flow depends on data, or the traced network gives
-            other outputs. Also: the network takes no images of that shape, or a package is missing.
+            other outputs. Also: a weight is pruned or under the old weight norm, the network takes no images of that
+            shape, or a package is missing.
         ValueError: a weight was changed after it was loaded from a packed file, or the metadata is not JSON.
         OSError: the file could not be written.
     """
@@ -62,6 +63,8 @@ def export_onnx(
         raise OnnxExportError(f"image_shape must be (channels, height, width) of one image, got {image_shape!r}")
     model = unwrapped(model)
     warn_of_uncalibrated(model)
+    if reason := why_not_copied(model):
+        raise OnnxExportError(reason)
     hooked = copy.deepcopy(model).cpu()
     quantized = low_bit_weights(hooked)  # before the conversion to float32
     fix_weights(hooked.float().eval(), quantized)
@@ -134,7 +137,8 @@ def _check_trace(model: nn.Module, traced: nn.Module, image_shape: Sequence[int]
     ):
         raise OnnxExportError(
             "traced, the network gives other outputs. It overwrites a value that is read again (write x = x + y "
-            "for x += y), drops at random in evaluation (give F.dropout training=self.training), or has hooks"
+            "for x += y), drops at random in evaluation (give F.dropout training=self.training), or has hooks, such as "
+            "that of torch.nn.utils.spectral_norm (take it off by torch.nn.utils.remove_spectral_norm)"
         )
 
 
@@ -159,7 +163,9 @@ def _write_call(writer: Writer, node: fx.Node) -> str:
         what, inplace = type(module).__name__, getattr(module, "inplace", False)
     else:
         what = function_name(node)
-        inplace = node.kwargs.get("inplace", False) or node.target in (operator.iadd, operator.imul)
+        # x.add_(1) and others: torch ends the names of methods that overwrite by an underscore.
+        overwrites = node.target in (operator.iadd, operator.imul) or str(what).endswith("_")
+        inplace = node.kwargs.get("inplace", False) or overwrites
         if unknown := {name for name, value in node.kwargs.items() if value is not None} - KEYWORDS:
             raise OnnxExportError(f"{what} with {', '.join(sorted(unknown))} is not known here (node {node.name})")
     if handler is None:
@@ -170,10 +176,15 @@ def _write_call(writer: Writer, node: fx.Node) -> str:
     if not node.args and "tensors" not in node.kwargs:
         raise OnnxExportError(f"{what} (node {node.name}): give its input by position, not by name")
     if inplace and handler not in ALIASES and isinstance(node.args[0], fx.Node):
-        same_memory = _aliases(writer, node.args[0])
+        same_memory, order = _aliases(writer, node.args[0]), list(node.graph.nodes)
         readers = {user for alias in same_memory for user in alias.users} - {node, *same_memory}
-        if any(isinstance(writer.values[reader], torch.Tensor) for reader in readers):  # others read its shape
-            raise OnnxExportError(f"{what} (node {node.name}) overwrites a value that is read again: use inplace=False")
+        readers -= set(order[: order.index(node)])  # these have read what is overwritten now
+        # Sizes are no tensors, and stay as they are. An attention returns a tuple.
+        if any(isinstance(value, torch.Tensor) or type(value) is tuple for value in map(writer.values.get, readers)):
+            raise OnnxExportError(
+                f"{what} (node {node.name}) overwrites a value that is read again: use inplace=False, or write "
+                "x = x + y for x.add_(y)"
+            )
     return handler(writer, node, module)
 
 

@@ -79,7 +79,7 @@ def _layer(w: Writer, node: fx.Node, module: nn.Module) -> str:
         output = w.add(
             "ConvTranspose" if transposed else "Conv", inputs, kernel_shape=list(module.kernel_size),
             strides=list(module.stride), pads=_pads(module), dilations=list(module.dilation), group=module.groups,
-            **({"output_padding": list(module.output_padding)} if transposed else {}),
+            **({"output_padding": _output_padding(w, node, module)} if transposed else {}),
         )  # fmt: skip
     if norm is not None:
         w.names[next(iter(node.users))] = output
@@ -92,6 +92,17 @@ def _pads(module: nn.Conv2d | nn.ConvTranspose2d) -> list[int]:
         total = [dilation * (size - 1) for dilation, size in zip(module.dilation, module.kernel_size, strict=True)]
         return [part // 2 for part in total] + [part - part // 2 for part in total]
     return [0] * 4 if module.padding == "valid" else [*module.padding, *module.padding]
+
+
+def _output_padding(w: Writer, node: fx.Node, module: nn.ConvTranspose2d) -> list[int]:
+    """Rows and columns that complete the output: the module's own, or what a call with ``output_size`` needs."""
+    return [
+        after - ((before - 1) * stride - 2 * padding + dilation * (size - 1) + 1)
+        for before, after, stride, padding, dilation, size in zip(
+            w.values[node.args[0]].shape[-2:], w.values[node].shape[-2:], module.stride, module.padding,
+            module.dilation, module.kernel_size, strict=True,
+        )
+    ]  # fmt: skip
 
 
 def _norm(w: Writer, node: fx.Node, module: nn.Module) -> str:
@@ -120,7 +131,8 @@ def _pool(w: Writer, node: fx.Node, module: nn.MaxPool2d | nn.AvgPool2d, kind: s
 
 
 def _max_pool(w: Writer, node: fx.Node, module: nn.MaxPool2d | None) -> str:
-    module = module or nn.MaxPool2d(*node.args[1:], **node.kwargs)
+    order = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")  # of the function
+    module = module or nn.MaxPool2d(**dict(zip(order, node.args[1:], strict=False)), **node.kwargs)
     if module.return_indices:
         raise OnnxExportError(f"{node.name}: return_indices has no ONNX form")
     return _pool(w, node, module, "MaxPool", dilations=_pair(module.dilation))
@@ -419,8 +431,12 @@ def _normalize(w: Writer, node: fx.Node, _: None) -> str:
 
 def _clamp(w: Writer, node: fx.Node, _: None) -> str:
     ends = (_argument(node, 1, "min", None), _argument(node, 2, "max", None))
-    inputs = [w.name_of(node.args[0]), *("" if end is None else w.name_of(end) for end in ends)]
-    return w.add("Clip", inputs)
+    source, *limits = w.name_of(node.args[0]), *("" if end is None else w.name_of(end) for end in ends)
+    if all(getattr(w.values.get(end), "shape", ()) in ((), (1,)) for end in ends):
+        return w.add("Clip", [source, *limits])
+    for kind, limit in zip(("Max", "Min"), limits, strict=True):  # Clip takes single numbers only
+        source = w.add(kind, [source, limit]) if limit else source
+    return source
 
 
 def _float(w: Writer, node: fx.Node, _: None) -> str:
@@ -484,7 +500,30 @@ def _same(w: Writer, node: fx.Node, _: Any) -> str:
 
 
 def _elementwise(kind: str, inputs: int = 1, **attributes: Any) -> Handler:
-    return lambda w, node, _: w.add(kind, [w.name_of(part) for part in node.args[:inputs]], **attributes)
+    def write(w: Writer, node: fx.Node, _: Any) -> str:
+        if len(node.args) > inputs:
+            raise OnnxExportError(
+                f"{node.name} must have {inputs} argument(s) by position, got {len(node.args)}: leave the others out"
+            )
+        return w.add(kind, [w.name_of(part) for part in node.args], **attributes)
+
+    return write
+
+
+def _copy(w: Writer, node: fx.Node, _: None) -> str:
+    """``clone``: a value in a memory of its own."""
+    return w.name_of(node.args[0])
+
+
+def _softplus(w: Writer, node: fx.Node, _: None) -> str:
+    beta, threshold = _argument(node, 1, "beta", 1), _argument(node, 2, "threshold", 20)
+    if threshold != 20:
+        raise OnnxExportError(f"{node.name}: softplus must have threshold = 20 for ONNX, got {threshold}")
+    source = w.name_of(node.args[0])
+    if beta == 1:
+        return w.add("Softplus", [source])
+    factor = w.constant(np.float32(beta))
+    return w.add("Div", [w.add("Softplus", [w.add("Mul", [source, factor])]), factor])
 
 
 def _silu(w: Writer, node: fx.Node, _: Any) -> str:
@@ -529,7 +568,7 @@ KEYWORDS = {
     "divisor_override", "return_indices", "_stacklevel", "weight", "bias", "running_mean", "running_var", "eps",
     "momentum", "normalized_shape", "num_groups", "groups", "attn_mask", "dropout_p", "is_causal", "scale", "shifts",
     "dims", "pad", "mode", "value", "min", "max", "dtype", "device", "size", "scale_factor", "align_corners",
-    "antialias",
+    "antialias", "beta", "threshold",
 }  # fmt: skip
 _ADD, _SUB, _MUL, _DIV = (_elementwise(kind, 2) for kind in ("Add", "Sub", "Mul", "Div"))
 _BOTH: dict[tuple[type[nn.Module], str], Handler] = {  # modules, and functions that do the same
@@ -553,10 +592,10 @@ FUNCTIONS: dict[str, Handler] = {
     "add_": _ADD, "mul_": _MUL, "div_": _DIV, "sub_": _SUB,
     "matmul": _elementwise("MatMul", 2), "bmm": _elementwise("MatMul", 2), "pow": _elementwise("Pow", 2),
     "neg": _elementwise("Neg"), "exp": _elementwise("Exp"), "sqrt": _elementwise("Sqrt"), "abs": _elementwise("Abs"),
-    "softplus": _elementwise("Softplus"), "mish": _elementwise("Mish"),
+    "softplus": _softplus, "mish": _elementwise("Mish"),
     "mean": partial(_reduce, "ReduceMean"), "sum": partial(_reduce, "ReduceSum"), "amax": partial(_reduce, "ReduceMax"),
     "view": _reshape, "reshape": _reshape, "unsqueeze": _reshape, "squeeze": _reshape, "unflatten": _reshape,
-    "transpose": _transpose, "permute": _transpose, "getattr": _transpose, "contiguous": _same, "clone": _same,
+    "transpose": _transpose, "permute": _transpose, "getattr": _transpose, "contiguous": _same, "clone": _copy,
     "detach": _same, "float": _float, "to": _float, "type_as": _float,
     "expand": _expand, "repeat": _expand, "roll": _roll, "pad": _pad, "stack": _stack, "clamp": _clamp,
     "cat": _concatenate, "getitem": _part, "chunk": _same, "split": _same, "unbind": _same,  # getitem writes each piece

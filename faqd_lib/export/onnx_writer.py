@@ -50,18 +50,24 @@ class Writer:
         return output
 
     def constant(self, values: Any, name: str = "") -> str:
-        """Add an initialiser and return its name. A name that exists already is not added again."""
-        name = name or f"constant_{len(self.constants)}"
-        if name not in self.constants:  # a layer that is called twice has it already
-            self.constants[name] = self.onnx.numpy_helper.from_array(np.asarray(values), name)
-        return name
+        """Add an initialiser and return its name, which has a number added where other values have the name already.
+
+        The same values are added once under a name: a layer that is called twice has them already.
+        """
+        name, count = name or f"constant_{len(self.constants)}", 1
+        made = self.onnx.numpy_helper.from_array(np.asarray(values), name)
+        # A layer's weight differs from the same weight with a batch normalisation folded into it.
+        while self.constants.setdefault(made.name, made) != made:
+            count += 1
+            made.name = f"{name}.{count}"
+        return made.name
 
     def name_of(self, argument: Any) -> str:
-        """The name of a node's value; a number or a parameter becomes a constant."""
+        """The name of a node's value; a number or a parameter becomes a constant, float32 as all values of a graph."""
         value = self.values[argument] if isinstance(argument, fx.Node) else argument
         if isinstance(value, torch.Tensor):
             if argument.op == "get_attr":
-                return self.constant(value.detach().numpy(), str(argument.target))
+                return self.constant(value.detach().float().numpy(), str(argument.target))
             return self.names[argument]
         if value != self._three.get(argument, value):  # a plain number is the same for any number of images
             raise OnnxExportError(f"a value depends on the number of images (node {argument.name})")

@@ -14,7 +14,7 @@ A packed file is a safetensors file with these parts:
 import inspect
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,8 @@ def save_packed(
 
     Raises:
         ValueError: nothing in the network is quantized, a weight was changed after it was loaded from a packed file,
-            ``architecture`` builds a different network, or the metadata is not JSON.
+            a parameter has a name that the file needs (see :func:`check_names`), ``architecture`` builds a different
+            network, or the metadata is not JSON.
         OSError: the file could not be written.
     """
     model = unwrapped(model)
@@ -108,6 +109,7 @@ def save_packed(
         codes = levels > 0 if low.bits == 1 else levels + (2 ** (low.bits - 1) - 1)  # from 0 on
         tensors[join(name, "levels")], tensors[join(name, "scale")] = pack_bits(codes, low.bits), low.scale.cpu()
         described[name] = {"bits": low.bits, "shape": list(levels.shape), "dtype": str(low.dtype)[6:]}
+    check_names(model, described)
     for name, module in modules.items():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine and module.track_running_stats:
             rows = [getattr(module, part).detach().cpu() for part in _BATCH_NORM]
@@ -134,6 +136,20 @@ def save_packed(
     header["digest"] = tensors_digest(tensors, canonical_json(header))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
     return atomic_write(Path(path), lambda temporary: save_file(tensors, temporary, {"faqd": text}))
+
+
+def check_names(model: nn.Module, layers: Collection[str]) -> None:
+    """Raise ValueError if a parameter or buffer has a name under which a packed file stores something else.
+
+    Such names are ``levels`` and ``scale`` in the ``layers`` with low-bit weights, and ``batch_norm`` everywhere.
+    """
+    for key in model.state_dict():
+        owner, _, name = key.rpartition(".")
+        if name == "batch_norm" or (name in ("levels", "scale") and owner in layers):
+            raise ValueError(
+                f"a packed file stores something else under the name {key}: rename this parameter or buffer, for "
+                f"example to own_{name}"
+            )
 
 
 def _tied(model: nn.Module, layers: Mapping[str, LowBitWeight]) -> dict[str, str]:
@@ -218,8 +234,8 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Args:
         path: path of the file.
-        model: a newly built float network of the same architecture, changed in place; it stays on its device. None
-            builds the architecture that the file names.
+        model: a newly built float network of the same architecture, changed in place; it stays on its device and in
+            its wrappers, such as DataParallel. None builds the architecture that the file names.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -233,6 +249,7 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         if header["architecture"] is None:
             raise PackedFileError(f"{path} names no architecture: give load_packed a float network")
         model = build_model(**header["architecture"])
+    wrapped, model = model, unwrapped(model)
     if low_bit_weights(model) or any(isinstance(module, QuantizedReLU) for module in model.modules()):
         raise PackedFileError("the network to load into is quantized: give load_packed a float one")
     state, scales = {}, {}
@@ -269,7 +286,7 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         setattr(model.get_submodule(place), key, getattr(model.get_submodule(source), source_key))
         if source in scales and key == "weight":
             mark_unpacked(model.get_submodule(place), header["layers"][source]["bits"], scales[source])
-    return model.to(device).eval()
+    return wrapped.to(device).eval()
 
 
 def _misfits(header: dict[str, Any], state: Mapping[str, torch.Tensor], model: nn.Module) -> Iterator[str]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .module_calls import WEIGHTED, ActivationCalls, is_activation, kept_modes
-from .network import low_bit_weights, uncalibrated, unwrapped
+from .network import LowBitWeight, low_bit_weights, uncalibrated, unwrapped
 from .relu import QuantizedReLU
 from .weights import FLOAT_BITS
 
@@ -84,10 +84,11 @@ def describe(model: nn.Module, images: Tensor | None = None, *others: object, **
     for name, module in model.named_modules():
         kind = type(module).__name__.removeprefix("Parametrized")
         if isinstance(module, WEIGHTED):
-            if (owner := first.setdefault(_stored(module), name)) != name:
-                notes.setdefault(name, []).append(f"the weight of {owner}")
             bits, levels, scale = FLOAT_BITS, 0, torch.tensor([])
-            if (low := low_bits.get(name)) is not None:
+            low = low_bits.get(name)
+            if (owner := first.setdefault(_stored(_weight_of(module), low), name)) != name:
+                notes.setdefault(name, []).append(f"the weight of {owner}")
+            if low is not None:
                 bits, scale = low.bits, low.scale
                 levels = int(low.levels.add(2**7).int().flatten().bincount().count_nonzero())
             size = (module.weight.numel() * bits + scale.numel() * FLOAT_BITS) / 8 if owner == name else 0.0
@@ -109,18 +110,24 @@ def describe(model: nn.Module, images: Tensor | None = None, *others: object, **
 
 def weight_bytes(model: nn.Module) -> float:
     """Bytes of all parameters: low-bit weights in their bits, with their scales in 32, all others in 32."""
-    bits = sum(parameter.numel() * FLOAT_BITS for parameter in model.parameters())
-    once = {_stored(model.get_submodule(name)): low for name, low in low_bit_weights(model).items()}
-    for low in once.values():
-        bits += low.levels.numel() * (low.bits - FLOAT_BITS) + low.scale.numel() * FLOAT_BITS
-    return bits / 8
+    low_bits, stored = low_bit_weights(model), {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        layer, _, part = key.replace("parametrizations.weight.original", "weight").rpartition(".")
+        low = low_bits.get(layer) if part == "weight" else None
+        bits, scales = (FLOAT_BITS, 0) if low is None else (low.bits, low.scale.numel())
+        stored[_stored(parameter, low)] = parameter.numel() * bits + scales * FLOAT_BITS
+    return sum(stored.values()) / 8
 
 
-def _stored(layer: nn.Module) -> int:
-    """Identity of a layer's stored weight; layers that share a weight have the same."""
-    if parametrize.is_parametrized(layer, "weight"):
-        return id(next(layer.parametrizations.weight.parameters(recurse=False)))
-    return id(layer.weight)
+def _weight_of(layer: nn.Module) -> nn.Parameter:
+    """The latent weight of a layer with quantizer, the weight of any other."""
+    parametrized = parametrize.is_parametrized(layer, "weight")
+    return next(layer.parametrizations.weight.parameters(recurse=False)) if parametrized else layer.weight
+
+
+def _stored(weight: nn.Parameter, low: LowBitWeight | None) -> tuple[int, object]:
+    """Identity of a stored weight: a weight that layers share is stored once for each of its widths."""
+    return id(weight), None if low is None else (low.bits, low.scale.shape)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import copy
 import fnmatch
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -131,12 +131,33 @@ def _check_quantizable(
             raise ValueError(f"the weight of {name or 'the network'} ({type(layer).__name__}) {_how_to_free(layer)}")
 
 
-def _how_to_free(layer: nn.Module) -> str:
+def why_not_copied(model: nn.Module) -> str:
+    """What keeps :func:`copy.deepcopy` from copying a network, and what to do about it; empty if nothing does.
+
+    torch copies no intermediate results, such as weights that pruning and the old weight norm compute from others.
+    """
+    for name, module in model.named_modules():
+        for part, value in {**vars(module), **module._buffers}.items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                which = f"the {part} of {name or 'the network'} ({type(module).__name__})"
+                if {f"{part}_orig", f"{part}_g"} & module._parameters.keys():
+                    return f"{which} {_how_to_free(module, part)}"
+                return f"{which} is an intermediate result with a gradient, which torch cannot copy: detach it"
+    return ""
+
+
+def _how_to_free(layer: nn.Module, part: str = "weight") -> str:
     """What keeps a weight from being a plain parameter, and what to do about it."""
-    if hasattr(layer, "weight_orig"):
+    for kind, own in (("spectral_norm", f"{part}_u"), ("weight_norm", f"{part}_g")):
+        if hasattr(layer, own):
+            return (
+                f"is computed by torch.nn.utils.{kind}: make it a plain parameter first, by "
+                f'torch.nn.utils.remove_{kind}(layer, "{part}")'
+            )
+    if hasattr(layer, f"{part}_orig"):
         return (
             "is pruned by torch.nn.utils.prune: make the zeros permanent first, by "
-            'torch.nn.utils.prune.remove(layer, "weight"). Quantized to 2 bits or more, small weights may stay zero'
+            f'torch.nn.utils.prune.remove(layer, "{part}"). Quantized to 2 bits or more, small weights may stay zero'
         )
     return (
         "is no plain parameter: run a lazy layer once, and take weight norm or another parametrization off, before you "
@@ -284,12 +305,12 @@ def calibrate(model: nn.Module, images: Tensor, *others: object, **named: object
     network = unwrapped(model)  # hooks need a forward that is not compiled
     calls = ActivationCalls(network)
 
-    def fit(relu: QuantizedReLU, inputs: tuple) -> None:
-        seen[relu].append(sample(inputs[0]))  # a ReLU called in several places fits all its inputs
+    def fit(relu: QuantizedReLU, inputs: tuple, named: dict) -> None:
+        seen[relu].append(sample(inputs[0] if inputs else named["input"]))  # a ReLU called twice fits all its inputs
         relu.fit(torch.cat(seen[relu]))
 
-    handles = [relu.register_forward_pre_hook(fit) for relu in relus]
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    handles = [relu.register_forward_pre_hook(fit, with_kwargs=True) for relu in relus]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with kept_modes(model), calls:
             for module in model.modules():
@@ -298,8 +319,9 @@ def calibrate(model: nn.Module, images: Tensor, *others: object, **named: object
     finally:
         for handle in handles:
             handle.remove()
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
+        for buffer, before in buffers:  # a buffer that the network replaced by another one stays replaced
+            if not torch.allclose(buffer, before, rtol=0, atol=0, equal_nan=True):
+                buffer.copy_(before)
     rectifiers = sum(count for (_, name), count in calls.functions.items() if name.rstrip("_") in ("relu", "relu6"))
     if rectifiers:
         warnings.warn(
@@ -362,7 +384,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Mod
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     before = [(norm, norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
 
-    def checked() -> Iterable[Tensor]:
+    def checked() -> Iterator[Tensor]:
         seen = False
         for batch in batches:
             _check_images("a batch", batch)
@@ -373,7 +395,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Mod
 
     try:
         with kept_modes(model):
-            update_bn(checked(), model)
+            update_bn(given := checked(), model)
+            next(given, None)  # update_bn looks at no batch if there is nothing to estimate
     except BaseException:  # update_bn begins by wiping the statistics
         for norm, momentum, state in before:
             norm.momentum = momentum

@@ -64,9 +64,10 @@ class QuantizedReLU(nn.Module):
         """Whether the step still has its first value: neither fitted nor trained."""
         return bool(self.step.detach().cpu() == torch.tensor(gaussian_step(self.highest), dtype=self.step.dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # named as in nn.ReLU: callers may give it by name
         step = self.step.detach() if self.step_gradient == "frozen" else self.step
-        return quantized_relu(x, step, self.highest, self.step_gradient == "coarse", self.compiled and self.training)
+        coarse, compiled = self.step_gradient == "coarse", self.compiled and self.training
+        return quantized_relu(input, step, self.highest, coarse, compiled)
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:

@@ -18,6 +18,8 @@ FLOAT_BITS = 32
 class _StraightThrough(torch.autograd.Function):
     """Forward: the given quantized values. Backward: the gradient unchanged, to the float values."""
 
+    generate_vmap_rule = True  # for gradients of single images by torch.func
+
     @staticmethod
     def forward(values, quantized):
         return quantized

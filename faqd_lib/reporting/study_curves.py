@@ -92,7 +92,7 @@ def reach_frame(suite: Suite) -> pd.DataFrame:
             if found := contrast(suite, {arm: name}, {arm: 1.0}):
                 if arm == TAUGHT:
                     curves.setdefault(place["weight_bits"], []).append((place["updates"], found.values))
-                elif _is_rival(study, arm):
+                elif TAUGHT in study.arms and _is_rival(study, arm):
                     goals.append((place["weight_bits"], place["updates"], arm, found.values))
     rows = []
     for bits, updates, arm, values in sorted(goals, key=lambda goal: goal[:2]):

@@ -8,6 +8,7 @@ import torch
 from conftest import Killed, killed_after, random_images
 from PIL import Image
 from torch import nn
+from torch.nn.utils import prune
 
 from faqd_lib import build_model, load_packed
 from faqd_lib.compression import compress as module
@@ -217,9 +218,10 @@ def with_nan() -> nn.Module:
         (Wrapped(lambda logits: logits.log() * torch.nan), "logits hold NaN"),
         (Wrapped(torch.zeros_like), "the same logits"),
         (with_nan(), r"the teacher's 3\.weight holds NaN"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(5, 3)), "takes no images"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(5, 3)), "takes no images .*: check the preprocessing"),
+        (network().half(), r"takes no images .*: its weights are float16, give teacher\.float\(\)"),
     ],
-    ids=["tuple", "dict", "one class", "NaN logits", "constant", "NaN weight", "other images"],
+    ids=["tuple", "dict", "one class", "NaN logits", "constant", "NaN weight", "other images", "half"],
 )
 def test_teachers_that_cannot_teach(tmp_path, teacher, message):
     with pytest.raises(TeacherError, match=message):
@@ -341,6 +343,69 @@ def test_dropout_draws_the_same_after_a_kill_and_beside_others(tmp_path, monkeyp
     with killed_after(monkeypatch, module, 1):
         run(tmp_path / "killed", **options)
     assert_same_bits(weights(whole), weights(run(tmp_path / "killed", **options)))
+
+
+def test_dropout_before_a_batch_norm_draws_from_the_seed(tmp_path):
+    teacher = network()
+    teacher.insert(3, nn.Dropout(0.5))
+    files = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        run(tmp_path / f"{seed}", teacher=teacher.eval(), affinity_weight=0.0)
+        files.append((tmp_path / f"{seed}" / "student-1w32a.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_wrappers_of_teacher_and_student_are_left_out(tmp_path):
+    def bare(model: nn.Module) -> nn.Module:
+        return model
+
+    files = []
+    for wrap in (bare, nn.DataParallel):
+        run(tmp_path / wrap.__name__, teacher=wrap(network()), student=wrap(network()), affinity_weight=0.0)
+        files.append((tmp_path / wrap.__name__ / "student-1w32a.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+class OwnLinear(nn.Linear):
+    pass
+
+
+def test_a_layer_of_ones_own_class_is_kept_by_policy(tmp_path):
+    teacher = network()
+    last = teacher[-1]
+    teacher[-1] = OwnLinear(8, 3)
+    teacher[-1].load_state_dict(last.state_dict())
+    (card,) = run(tmp_path / "out", teacher=teacher.eval(), affinity_weight=0.0).card.students
+    assert {one.kind: one.reason for one in card.kept}["OwnLinear"].startswith("kept by policy")
+
+
+def pruned() -> nn.Module:
+    model = network()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+def with_scale() -> nn.Module:
+    model = network()
+    model[0].register_buffer("scale", torch.tensor(1.0))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": pruned()}, r"the teacher cannot be copied: the weight of 0 .*prune\.remove"),
+        ({"student": pruned()}, r"the student cannot be copied: the weight of 0 .*prune\.remove"),
+        ({"teacher": with_scale()}, r"under the name 0\.scale: rename"),
+        ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE**2, 3))}, "With affinity_weight=0 logits alone"),
+    ],
+    ids=["pruned teacher", "pruned student", "own scale", "no maps"],
+)
+def test_networks_that_cannot_be_compressed_are_refused_before_training(tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(module.Learner, "step", None)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "out", **options)
 
 
 def test_logits_alone_need_no_maps(tmp_path):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from faqd_lib.compression.card import Kept, failure_signs, kept_float
+from faqd_lib.compression.card import Kept, _cells, failure_signs, kept_float
 from faqd_lib.compression.measures import Share, agreement, agreement_by_class, calibration, latencies
 from faqd_lib.config import ObjectiveConfig, OptimizationConfig, QuantizationConfig, TrainingConfig
 from faqd_lib.quantization.description import LayerBits
@@ -52,15 +52,21 @@ def test_reasons_for_what_stays_float():
     rows = [
         LayerBits("a", "Conv2d", bits=1), LayerBits("b", "SiLU"), LayerBits("c", "SiLU"), LayerBits("d", "ReLU"),
         LayerBits("e", "Linear"), LayerBits("", "relu()"), LayerBits("f", "Conv1d"),
+        LayerBits("g", "MyLinear"),
     ]  # fmt: skip
     policy = "kept by policy (the last layer by default)"
-    assert kept_float(rows, QuantizationConfig(weight_bits=1)) == [
+    assert kept_float(rows, QuantizationConfig(weight_bits=1), {"a", "e", "g"}) == [
         Kept("SiLU", 2, "b", "no quantizer for this kind"),
         Kept("ReLU", 1, "d", "32 bits asked for activations"),
         Kept("Linear", 1, "e", policy),
         Kept("relu()", 1, "the network itself", "called as a function: only modules are quantized"),
         Kept("Conv1d", 1, "f", "no quantizer for this kind"),
+        Kept("MyLinear", 1, "g", policy),  # a class of the user's, derived from nn.Linear
     ]
+
+
+def test_names_do_not_break_the_rows_of_a_table():
+    assert _cells("a|b", "one\ntwo\r\nthree", 0.5, "") == "| a\\|b | one two three | 0.5 |  |"
 
 
 class _Learner(NamedTuple):

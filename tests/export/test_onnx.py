@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_networks import BUILDERS, googlenet, vgg_with_dropout
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from faqd_lib.export.onnx import OnnxExportError, export_onnx
 from faqd_lib.export.packed import load_packed, save_packed
@@ -286,6 +286,32 @@ class ShiftsAView(nn.Module):
         return x
 
 
+class AddsToACopy(nn.Module):
+    """As a residual block with a method that overwrites; a trace records no other value for ``out``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        out = self.conv(x)
+        out.add_(x)
+        return nn.functional.relu(out).mean((2, 3))
+
+
+class ScalesImages(nn.Module):
+    def forward(self, x):
+        x.mul_(3)
+        return x
+
+
+class Standardises(nn.Module):
+    def forward(self, x):
+        x.sub_(0.5)
+        x.div_(2)
+        return x
+
+
 class AlwaysDrops(nn.Module):
     def forward(self, x):
         return nn.functional.dropout(x)
@@ -351,7 +377,9 @@ class Together(nn.Module):
      (Chunked(), "overwrites"), (Parted(), "flattened together, or counted"),
      (nn.Sequential(nn.Bilinear(8, 8, 2)), "cannot take"), (PerImage(), "number of images"),
      (AddsInPlace(), "read again"), (ScalesAPiece(), "read again"), (ShiftsAView(), "read again"),
-     (AlwaysDrops(), "read again"), (hooked(), "read again"), (Joined(), "list of tensors"),
+     (AddsToACopy(), "add_ .* overwrites a value that is read again"), (ScalesImages(), "mul_ .* overwrites"),
+     (Standardises(), "sub_ .* overwrites"), (AlwaysDrops(), "read again"),
+     (hooked(), "read again"), (Joined(), "list of tensors"),
      (ByName(nn.Conv2d(3, 3, 1)), "by position"),
      (nn.Sequential(nn.MaxPool2d(2, return_indices=True)), "one tensor"),
      (nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")), "reflect"),
@@ -426,6 +454,47 @@ def test_a_shared_layer_has_the_normalisation_of_each_call(tmp_path, bits, norms
     assert len(levels) == len(set(levels)) == (0 if bits == 32 else 1)  # the integers are stored once
 
 
+class ReadTwice(nn.Module):
+    """A layer with a batch normalisation, whose weight a function reads, too."""
+
+    def __init__(self, linear: bool, module_first: bool) -> None:
+        super().__init__()
+        self.module_first, self.relu = module_first, nn.ReLU()
+        self.layer, self.norm = (
+            (nn.Linear(3, 3), nn.BatchNorm1d(3)) if linear else (nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3))
+        )
+        nn.init.uniform_(self.norm.weight, 2, 3)
+
+    def forward(self, x):
+        layer, f = self.layer, nn.functional
+        x = x.mean((2, 3)) if isinstance(layer, nn.Linear) else x
+        for is_module in (self.module_first, not self.module_first):
+            if is_module:
+                x = self.norm(layer(x))
+            elif isinstance(layer, nn.Linear):
+                x = f.linear(x, layer.weight, layer.bias)
+            else:
+                x = f.conv2d(x, layer.weight, layer.bias, padding=1)
+            x = self.relu(x)
+        return x
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+@pytest.mark.parametrize("module_first", [True, False])
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_weight_with_and_without_a_folded_normalisation(tmp_path, linear, module_first, bits):
+    images = torch.randn(5, 3, 8, 8)
+    model = ReadTwice(linear, module_first)
+    model = settle(model if bits == 32 else quantize(model, bits, last_layer="quantize"), images)
+    with torch.no_grad():
+        expected = model(images)
+    path = export_onnx(model, tmp_path / "net.onnx", (3, 8, 8))
+    torch.testing.assert_close(run(path, images), expected, rtol=1e-4, atol=1e-5)
+    part = "weight" if bits == 32 else "scale"
+    names = [tensor.name for tensor in onnx.load(path).graph.initializer if tensor.name.startswith(f"layer.{part}")]
+    assert names == [f"layer.{part}", f"layer.{part}.2"]
+
+
 def test_a_norm_of_images_behind_a_linear_layer_is_not_folded(tmp_path):
     images = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(2))
     model = settle(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm2d(3)), images)
@@ -495,6 +564,63 @@ def test_transposed_convolutions(tmp_path, bits, groups, options, per_channel):
         assert torch.equal(loaded(IMAGES), expected)
     folded = not any(node.op_type == "Mul" for node in onnx.load(path).graph.node)
     assert folded == (groups == 1)  # the groups of a transposed convolution share their scales
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+@pytest.mark.parametrize(
+    "call",
+    [lambda up, x: up(x[..., ::2, ::2], output_size=x.shape[2:]), lambda up, x: up(x, (16, 15)), lambda up, x: up(x)],
+    ids=["keyword", "position", "none"],
+)
+def test_transposed_convolutions_to_a_given_size(tmp_path, call, bits):
+    class Doubles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose2d(3, 2, 3, 2, 1)
+
+        def forward(self, x):
+            return call(self.up, x)
+
+    images = torch.randn(2, 3, 8, 8)
+    model = Doubles().eval() if bits == 32 else quantize(Doubles(), bits, last_layer="quantize").eval()
+    with torch.no_grad():
+        expected = model(images)
+    found = run(export_onnx(model, tmp_path / "net.onnx", (3, 8, 8)), images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def computed(by) -> nn.Sequential:
+    """A network whose first weight is computed by hooks before each pass."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))
+    by(model[0])
+    model(torch.ones(2, 3, 8, 8))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("bits", [4, 32])
+@pytest.mark.parametrize(
+    ("by", "message"),
+    [
+        (lambda layer: prune.l1_unstructured(layer, "weight", 1), r"weight of 0 .Conv2d. is pruned .*prune\.remove"),
+        (lambda layer: prune.l1_unstructured(layer, "bias", 1), r'the bias of 0 .Conv2d. is pruned .*layer, "bias"'),
+        (nn.utils.weight_norm, r"is computed by torch.nn.utils.weight_norm: .*remove_weight_norm\(layer"),
+        (nn.utils.spectral_norm, r"is computed by torch.nn.utils.spectral_norm: .*remove_spectral_norm\(layer"),
+        (lambda layer: vars(layer).update(kept=layer.weight * 2), "the kept of 0 .Conv2d. is an intermediate result"),
+    ],
+    ids=["pruned", "pruned bias", "weight norm", "spectral norm", "intermediate"],
+)
+def test_weights_that_are_computed_before_each_pass_are_named(tmp_path, by, message, bits):
+    model = computed(by) if bits == 32 else quantize(computed(by), bits, overrides={"0": 32}, last_layer="quantize")
+    with pytest.raises(OnnxExportError, match=message):
+        export_onnx(model, tmp_path / "net.onnx", (3, 8, 8))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_spectral_norm_that_never_ran_is_hinted_at(tmp_path):
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 3, 1)))
+    with pytest.raises(OnnxExportError, match="remove_spectral_norm"):
+        export_onnx(model, tmp_path / "net.onnx", (3, 8, 8))
 
 
 def test_a_module_that_cannot_be_traced_is_named(tmp_path):

@@ -43,6 +43,12 @@ def windows(x: torch.Tensor, _) -> torch.Tensor:
     return x.reshape(n, c, h, w) if len(x.shape) == 6 else x
 
 
+def read_before(x: torch.Tensor, _) -> torch.Tensor:
+    x = x * 2
+    before = x.exp()
+    return before - x.mul_(3)
+
+
 FUNCTIONS = {
     "windows": windows,
     "roll": lambda x, _: torch.roll(x, shifts=(-2, 3), dims=(2, 3)),
@@ -71,6 +77,17 @@ FUNCTIONS = {
     "linear": lambda x, v: F.linear(x.permute(0, 2, 3, 1), v.view(1, 4) * 2, v[:1]),
     "conv2d": lambda x, v: F.conv2d(x, v.view(4, 1, 1, 1).expand(4, 1, 3, 3), v, 2, 1, groups=4),
     "made beside": lambda x, _: x + x.new_ones(6, 8).cumsum(0),
+    "overwritten, and read by its new name": lambda x, _: F.relu((x * 2).add_(x)).sub_(0.5).div_(2),
+    "read, then overwritten": read_before,
+    "copied, then overwritten": lambda x, _: x.clone().mul_(2) + x,
+    "softplus": lambda x, _: F.softplus(x, 2) + F.softplus(x, beta=0.5, threshold=20),
+    "whole numbers": lambda x, _: x * torch.tensor(2) + torch.arange(8) * torch.tensor([True, False] * 4),
+    "whole numbers for each image": lambda x, v: x.sum(3) * (v * 3).long().view(4, 1).expand(x.shape[0], 4, 6),
+    "clamp by whole numbers": lambda x, _: x.clamp(min=torch.tensor(0)) - x.clamp(max=torch.tensor([1])),
+    "clamp by tensors": lambda x, v: (
+        x.clamp(v.view(4, 1, 1), v.view(4, 1, 1) + 0.5) - x.clamp(max=v.view(4, 1, 1)) * x.clamp(min=v.view(4, 1, 1))
+    ),
+    "max pool": lambda x, _: torch.max_pool2d(x, 3, 2, 1, 1, True),
     "unchanged": lambda x, _: x.float().to(torch.float32).clone().detach().contiguous() * 1,
 }  # fmt: skip
 
@@ -149,6 +166,13 @@ class Masked(Attention):
         return self.attention(tokens, tokens, tokens, attn_mask=torch.zeros(48, 48))[0]
 
 
+class Overwrites(Attention):
+    def forward(self, x):
+        tokens = x.flatten(2).mT.clone()
+        tokens.add_(1)
+        return self.attention(tokens, tokens, tokens)[0]
+
+
 class Weights(Attention):
     def forward(self, x):
         tokens = x.flatten(2).mT
@@ -158,6 +182,9 @@ class Weights(Attention):
 @pytest.mark.parametrize(
     ("model", "message"),
     [(Masked(batch_first=True), "no attn_mask"), (Weights(batch_first=True), "attention weights"),
+     (Overwrites(batch_first=True), "add_ .* overwrites a value that is read again"),
+     (nn.Sequential(nn.Softplus(threshold=0.1)), "softplus must have threshold = 20 for ONNX, got 0.1"),
+     (Call(lambda x, v: torch.add(x, 2, x)), "must have 2 argument.s. by position"),
      (Call(lambda x, v: attend(x, v, is_causal=True)), "attention must be"),
      (Call(lambda x, v: x[:2] * 2), "images would be parted|one tensor"),
      (Call(lambda x, v: x.roll(1, 0)), "images would be rolled"),

@@ -172,6 +172,64 @@ def test_batch_norm_that_cannot_be_estimated_stays_as_it_was(batches, images):
     assert [name for name, module in model.named_children() if module.training] == ["3"]
 
 
+@pytest.mark.parametrize("batches", [[], iter(()), ["no images"]])
+def test_batches_are_asked_for_without_a_batch_norm_too(batches):
+    with pytest.raises(ValueError, match=r"batches held nothing|a batch must be a float tensor"):
+        reestimate_batch_norm(nn.Sequential(nn.Linear(3, 3)), batches)
+
+
+class Buffered(nn.Module):
+    """A network whose forward makes or replaces a buffer, as one that caches positions does."""
+
+    def __init__(self, pos: torch.Tensor | None) -> None:
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+        if pos is not None:
+            self.register_buffer("pos", pos)
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        self.calls += 1
+        if not hasattr(self, "pos"):
+            self.register_buffer("pos", torch.full((6,), 0.25))
+        elif self.pos.ndim == 1:
+            self.pos = torch.linspace(0, 1, x.shape[-1])
+        return self.relu(x + self.pos.nan_to_num())
+
+
+@pytest.mark.parametrize(
+    ("pos", "expected"),
+    [
+        (torch.zeros(1), torch.linspace(0, 1, 6)),
+        (torch.zeros(3), torch.linspace(0, 1, 6)),
+        (None, torch.full((6,), 0.25)),
+        (torch.tensor(0.5).expand(1, 4, 1, 1), torch.full((1, 4, 1, 1), 0.5)),
+        (torch.tensor(torch.nan).expand(1, 4, 1, 1), torch.full((1, 4, 1, 1), torch.nan)),
+    ],
+    ids=["broadcast", "other size", "new", "expanded", "NaN"],
+)
+def test_calibration_leaves_what_the_network_puts_into_buffers(pos, expected, images):
+    model = quantize(Buffered(pos), activation_bits=2)
+    model.norm.running_mean.fill_(7)
+    calibrate(model, images)
+    assert torch.equal(model.pos.nan_to_num(9), expected.nan_to_num(9))
+    assert model.norm.running_mean.unique().tolist() == [7]
+    assert (model.norm.num_batches_tracked, model.calls) == (0, 0)
+
+
+def test_a_relu_may_be_given_its_input_by_name(images):
+    class Named(nn.Sequential):
+        def forward(self, x):
+            return self[1](input=self[0](x))
+
+    model = quantize(Named(nn.Conv2d(3, 4, 3), nn.ReLU()), activation_bits=4)
+    before = float(model[1].step.detach())
+    calibrate(model, images)
+    assert float(model[1].step.detach()) != before
+    assert torch.equal(model(images), model[1](model[0](images)))
+
+
 @pytest.mark.parametrize("called", [False, True])
 def test_a_compiled_network_is_calibrated(called, images):
     model = quantize(small_network(), 4, 4)

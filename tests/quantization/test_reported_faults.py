@@ -227,6 +227,17 @@ def test_a_layer_of_zeros_is_calibrated_and_packed_without_a_warning(tmp_path):
         save_packed(quantize(network(), 1, 4), tmp_path / "fresh.safetensors")
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm"])
+def test_old_norms_of_weights_are_named(kind):
+    model = network()
+    getattr(nn.utils, kind)(model[0])
+    with pytest.raises(ValueError, match=rf"the weight of 0 \(Conv2d\) is computed by .*\.{kind}: .*remove_{kind}"):
+        quantize(model, 2)
+    getattr(nn.utils, f"remove_{kind}")(model[0])
+    quantize(model, 2)
+
+
 def test_pruning_is_named():
     model = network()
     prune.l1_unstructured(model[0], "weight", 0.5)
@@ -302,6 +313,21 @@ def test_quantized_relus_are_differentiated_by_torch_func():
     loss(parameters).backward()
     for name, parameter in parameters.items():
         assert torch.allclose(found[name], parameter.grad, rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_torch_func_gives_gradients_of_single_images(bits):
+    model = quantize(network(), bits, 4, per_channel=True)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict, image: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, (image.unsqueeze(0),)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, IMAGES)
+    for index, image in enumerate(IMAGES):
+        expected = torch.func.grad(loss)(parameters, image)
+        for name, gradient in expected.items():
+            assert torch.allclose(found[name][index], gradient, rtol=1e-4, atol=1e-5), name
 
 
 def test_a_network_of_ours_taps_and_quantizes_as_before():

@@ -19,6 +19,7 @@ from ..utils.files import atomic_write_text, project_root
 SUITE = Path("results/reference/cpu-cifar10-jpeg")
 STUDY = Path("results/reference/short-cifar10-jpeg")
 LOSSES = Path("results/reference/losses-cifar10-jpeg")
+SEGMENTATION = Path("results/reference/segmentation-camvid")
 WHERE = Path("results/reference/where-cifar10-jpeg")
 BENCHMARKS = Path("results/reference/benchmarks")
 STEPS = "step|how|teacher|batch|n|median_ms|iqr_ms|time / float"
@@ -72,9 +73,10 @@ def generated(root: Path) -> dict[str, str]:
 
     ``claims``: one row a claim. ``loss_claims``: claims about the losses. ``accuracies``: table T1, without rows that
     were not run. ``study``, ``study_arms`` and ``study_reach``: claims of the study with a complete seed, accuracies
-    behind them, and the updates and time that FAQD needs for KD's accuracy. ``losses`` and ``losses_arms``: the first
-    two of the study of logit losses. ``where``: rows of table T6 with a pair of runs. Tables of ``MEASURED``: a part of
-    a benchmark's JSON, in four significant digits, under a line with machine and versions.
+    behind them, and the updates and time that FAQD needs for KD's accuracy. ``losses``, ``losses_arms``,
+    ``segmentation`` and ``segmentation_arms``: the first two of other studies. ``where``: rows of table T6 with a pair
+    of runs. Tables of ``MEASURED``: a part of a benchmark's JSON, in four significant digits, under a line with machine
+    and versions.
     """
     suite = Suite.read(root / SUITE)
     verdicts = claims.table(suite).readable.rename(columns={"n (seeds)": "seeds"})
@@ -88,8 +90,12 @@ def generated(root: Path) -> dict[str, str]:
         for name in ("affinity", "proposition")
     )
     parts["loss_claims"] = _markdown(loss_claims.loss_claims(affinity, proposition))
-    study, losses = (Suite.read(root / folder) for folder in (STUDY, LOSSES))
-    for name, of, hidden in (("study", study, ["cells"]), ("losses", losses, ["weight bits", "images"])):
+    study, losses, dense = (Suite.read(root / folder) for folder in (STUDY, LOSSES, SEGMENTATION))
+    for name, of, hidden in (
+        ("study", study, ["cells"]),
+        ("losses", losses, ["weight bits", "images"]),
+        ("segmentation", dense, ["cells", "images", "updates"]),
+    ):
         judged = study_claims.table(of).frame.rename(columns={"contrast": "compared", "n (seeds)": "seeds"})
         parts[name] = _markdown(judged.loc[judged["difference"] != tables.NOT_RUN, columns])
         arms = study_curves.arms_table(of).frame

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jinja2
@@ -326,14 +327,6 @@ def _why_float(kind: str, width: QuantizationConfig, weighted: bool) -> str:
     return "no quantizer for this kind"
 
 
-class _Run(NamedTuple):
-    """The parts of a run record that :mod:`faqd_lib.reporting.signs` reads."""
-
-    run_id: str
-    configuration: Any
-    history: list[dict[str, float]]
-
-
 def failure_signs(learner: Learner, named: int, by_teacher: int) -> list[Sign]:
     """The failure signs of :mod:`faqd_lib.reporting.signs` with agreement in place of accuracy, and a collapse.
 
@@ -345,7 +338,8 @@ def failure_signs(learner: Learner, named: int, by_teacher: int) -> list[Sign]:
         for row in learner.history
         if "test_accuracy" in row
     ]
-    run = _Run(bits, learner.config, learner.history)
+    # What the sign reads of a run record.
+    run = SimpleNamespace(run_id=bits, configuration=learner.config, history=learner.history)
     judged = {
         "plateau": signs.plateaus(pd.DataFrame(gaps, columns=["run", "method", "progress", "gap"])),
         "instability": signs.unstable(signs.stability_frame([run])),

@@ -34,7 +34,7 @@ from ..runs.checkpoints import due_every, remove_unfinished_writes
 from ..runs.local import resume, save_checkpoint
 from ..training.cuda_graphs import own_stream
 from ..training.learner import Learner
-from ..training.loop import Cohort, CohortResult, evaluate, train
+from ..training.loop import Cohort, evaluate, train
 from ..utils.files import atomic_write_text, require_writable
 from ..utils.measure import environment, exact_kernels
 from ..utils.messages import kind_of
@@ -158,18 +158,16 @@ def compress(
         }  # fmt: skip
         _mark(folder, task.settings | given)
         plan = _planned(folder, task, epochs, ends, learning_rate, affinity_weight, say)
-        result = _trained(folder, task, plan, say)
-        trained = {learner.config.bits for learner in result.trained}
-        reasons = {run.partition("-")[0].upper(): str(error) for run, error in result.failed.items()}
-        failed = plan.failed | {bits: reasons[bits] for bits in plan.chosen if bits not in trained}
-        if not result.trained:
+        trained, diverged = _trained(folder, task, plan, say)
+        failed = plan.failed | diverged
+        if not trained:
             raise CompressionError(f"no student stayed finite: {next(iter(failed.values()))}")
-        made = card.examine(task, plan, result.trained, failed, folder, dict(about or {}), say)
+        made = card.examine(task, plan, trained, failed, folder, dict(about or {}), say)
         card.write(made, folder)
         for width, reason in failed.items():
             say(f"there is no student of {width}: {reason}")
         say(f"written: {folder / 'card.md'}, {folder / 'index.html'}")
-        return Compressed(folder, {one.config.bits: one.model.cpu() for one in result.trained}, made, failed)
+        return Compressed(folder, {one.config.bits: one.model.cpu() for one in trained}, made, failed)
 
 
 def _claim(folder: Path) -> Path:
@@ -188,14 +186,13 @@ def _claim(folder: Path) -> Path:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    lock = filelock.FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        held = filelock.FileLock(folder / ".lock").acquire(timeout=0)
     except filelock.Timeout:
         raise CompressionError(
             f"another process compresses into {folder}: wait for it, or name another folder"
         ) from None
-    with lock:
+    with held:
         yield
 
 
@@ -323,32 +320,11 @@ def _planned(
         except ValidationError as error:
             raise CompressionError(f"{folder / PLAN} is damaged: remove it, and the plan is made anew") from error
     else:
-        seconds, picture_seconds = _seconds_of_an_update(task, batches)
-        watching = picture_seconds * len(thinned(task.pictures.held_out, WATCHED))
-        judging = picture_seconds * len(_judged(task))
-
-        def updates_beside(trials: float) -> int:
-            if ends is None:
-                return planning.updates_within(epochs, None, len(batches), seconds, trials)
-            updates = 1
-            for _ in range(2):  # the evaluations follow from the epochs, and the epochs from the time left by them
-                passes = -(-updates // len(batches))
-                evaluations = -(-passes // planning.evaluate_every(passes))
-                left = max(0.0, ends - time.perf_counter() - evaluations * watching - trials * judging)
-                updates = planning.updates_within(epochs, left, len(batches), seconds, trials)
-            return updates
-
-        updates, chosen = updates_beside(trials), {}
-        if not planning.trial_updates(updates, trials):
-            usual = Chosen(
-                learning_rate=planning.LEARNING_RATE if learning_rate is None else learning_rate,
-                affinity_weight=planning.AFFINITY_WEIGHT if affinity_weight is None else affinity_weight,
-            )
-            updates, chosen = updates_beside(0), dict.fromkeys(task.widths, usual)
-        plan = Plan(
-            updates=updates, steps_per_epoch=len(batches), seconds=seconds, picture_seconds=picture_seconds,
-            chosen=chosen,
-        )  # fmt: skip
+        usual = Chosen(
+            learning_rate=planning.LEARNING_RATE if learning_rate is None else learning_rate,
+            affinity_weight=planning.AFFINITY_WEIGHT if affinity_weight is None else affinity_weight,
+        )
+        plan = _estimated(task, batches, epochs, ends, trials, usual)
         atomic_write_text(folder / PLAN, plan.model_dump_json(indent=1))
     trial_updates = planning.trial_updates(plan.updates, trials)
     search = trials * (trial_updates * plan.seconds + len(_judged(task)) * plan.picture_seconds)
@@ -374,6 +350,36 @@ def _planned(
     for bits, choice in plan.chosen.items():
         say(f"{bits}: learning rate {choice.learning_rate:g}, affinity weight {choice.affinity_weight:g}")
     return plan
+
+
+def _estimated(
+    task: Task, batches: PictureBatches, epochs: float | None, ends: float | None, trials: float, usual: Chosen
+) -> Plan:
+    """Time a few updates, and plan as many as fit beside ``trials`` candidates a student.
+
+    Where candidates would be too short, there is no search: all students take ``usual``.
+    """
+    seconds, picture_seconds = _seconds_of_an_update(task, batches)
+    watching = picture_seconds * len(thinned(task.pictures.held_out, WATCHED))
+    judging = picture_seconds * len(_judged(task))
+
+    def updates_beside(trials: float) -> int:
+        if ends is None:
+            return planning.updates_within(epochs, None, len(batches), seconds, trials)
+        updates = 1
+        for _ in range(2):  # the evaluations follow from the epochs, and the epochs from the time left by them
+            passes = -(-updates // len(batches))
+            evaluations = -(-passes // planning.evaluate_every(passes))
+            left = max(0.0, ends - time.perf_counter() - evaluations * watching - trials * judging)
+            updates = planning.updates_within(epochs, left, len(batches), seconds, trials)
+        return updates
+
+    updates, chosen = updates_beside(trials), {}
+    if not planning.trial_updates(updates, trials):
+        updates, chosen = updates_beside(0), dict.fromkeys(task.widths, usual)
+    return Plan(
+        updates=updates, steps_per_epoch=len(batches), seconds=seconds, picture_seconds=picture_seconds, chosen=chosen
+    )
 
 
 def _choice(trials: list[Trial], bits: str) -> Chosen | None:
@@ -520,8 +526,12 @@ def _steps_shown(
     return shown
 
 
-def _trained(folder: Path, task: Task, plan: Plan, say: Callable[[str], None]) -> CohortResult:
-    """Train all students side by side, from their checkpoints if there are any."""
+def _trained(folder: Path, task: Task, plan: Plan, say: Callable[[str], None]) -> tuple[list[Learner], dict[str, str]]:
+    """Train all students side by side, from their checkpoints if there are any.
+
+    Returns:
+        The finished students; and by the bits of all others, why their loss stopped being finite.
+    """
     batches = task.batches(task.pictures.train)
     learners = [
         task.learner(Candidate(bits, choice.learning_rate, choice.affinity_weight), plan.updates, batches)
@@ -532,7 +542,7 @@ def _trained(folder: Path, task: Task, plan: Plan, say: Callable[[str], None]) -
     with Progress(plan.updates, "compress", len(learners)) as progress:
         for learner, place in places.items():
             remove_unfinished_writes(place)
-            resume(place, learner, machine, _Told(say))
+            resume(place, learner, machine, say)
         begun = min(learner.steps for learner in learners)
         progress.skip(begun)
         shown = _steps_shown(progress, len(batches), plan.updates, ", ".join(plan.chosen), begun)
@@ -546,7 +556,7 @@ def _trained(folder: Path, task: Task, plan: Plan, say: Callable[[str], None]) -
             for learner in finished if epoch + 1 == plan.epochs else ():
                 save_checkpoint(places[learner], learner, machine)
 
-        return train(
+        result = train(
             learners,
             batches,
             task.teacher,
@@ -559,18 +569,10 @@ def _trained(folder: Path, task: Task, plan: Plan, say: Callable[[str], None]) -
             cuda_graphs=False,
             evaluate_every=planning.evaluate_every(plan.epochs),
         )
+    errors = {learner.config.bits: result.failed.get(learner.config.run_id) for learner in learners}
+    return result.trained, {bits: str(error) for bits, error in errors.items() if error is not None}
 
 
 def _agreements(learners: Sequence[Learner]) -> str:
     rows = {learner.config.bits: learner.history[-1].get("test_accuracy") for learner in learners}
     return "".join(f"; {bits} agrees on {value:.1f} %" for bits, value in rows.items() if value is not None)
-
-
-class _Told:
-    """The part of a progress display that :func:`faqd_lib.runs.local.resume` needs."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
-
-    def skip(self, units: float) -> None:
-        """Do nothing: the caller counts the updates of a resumed run."""

@@ -110,9 +110,8 @@ def calibration(student: torch.Tensor, teacher: torch.Tensor) -> tuple[list[Bin]
         )
         for number in place.unique().tolist()
     ]
-    return bins, sum(one.agreement.total * abs(one.confidence - one.agreement.percent / 100) for one in bins) / len(
-        said
-    )
+    errors = [one.agreement.total * abs(one.confidence - one.agreement.percent / 100) for one in bins]
+    return bins, sum(errors) / len(said)
 
 
 def latencies(calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, Latency]:

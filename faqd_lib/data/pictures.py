@@ -276,14 +276,12 @@ def cropped(pixels: torch.Tensor, boxes: torch.Tensor, crops: str) -> torch.Tens
 def _lock(file: Path) -> Iterator[None]:
     lock = filelock.FileLock(file)
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except filelock.Timeout:
         print(f"waiting for another process that decodes the same pictures into {file.parent}", flush=True)
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def _cores() -> int:

@@ -108,9 +108,13 @@ def _output_padding(w: Writer, node: fx.Node, module: nn.ConvTranspose2d) -> lis
 def _norm(w: Writer, node: fx.Node, module: nn.Module) -> str:
     if module.running_mean is None:
         raise OnnxExportError(f"{node.target}: a batch normalisation must have running statistics")
-    factor, offset = (part.float().view(-1, *[1] * (w.values[node].ndim - 2)) for part in _affine_of(module))
-    scaled = w.add("Mul", [w.name_of(node.args[0]), w.constant(factor.numpy())])
-    return w.add("Add", [scaled, w.constant(offset.numpy())])
+    return _scaled(w, node, *_affine_of(module))
+
+
+def _scaled(w: Writer, node: fx.Node, factor: torch.Tensor, offset: torch.Tensor) -> str:
+    """x · factor + offset, channel by channel; ``factor`` and ``offset`` are (C,)."""
+    factor, offset = (part.float().view(-1, *[1] * (w.values[node].ndim - 2)).numpy() for part in (factor, offset))
+    return w.add("Add", [w.add("Mul", [w.name_of(node.args[0]), w.constant(factor)]), w.constant(offset)])
 
 
 def _quantized_relu(w: Writer, node: fx.Node, module: QuantizedReLU) -> str:
@@ -319,9 +323,7 @@ def _batch_norm(w: Writer, node: fx.Node, _: None) -> str:
     if mean is None or variance is None or _argument(node, 5, "training", False):
         raise OnnxExportError(f"{node.name}: a batch normalisation must have running statistics")
     factor = (variance + _argument(node, 7, "eps", 1e-5)).rsqrt() * (1 if weight is None else weight)
-    offset = (0 if bias is None else bias) - mean * factor
-    factor, offset = (part.float().view(-1, *[1] * (w.values[node].ndim - 2)).numpy() for part in (factor, offset))
-    return w.add("Add", [w.add("Mul", [w.name_of(node.args[0]), w.constant(factor)]), w.constant(offset)])
+    return _scaled(w, node, factor, (0 if bias is None else bias) - mean * factor)
 
 
 def _layer_norm(w: Writer, node: fx.Node, _: None) -> str:

@@ -87,7 +87,8 @@ def _train_cohort(
     machine = environment(workshop.device)
     for learner in learners:
         remove_unfinished_writes(store.run_folder(learner.config))
-        resume(store.run_folder(learner.config), learner, machine, progress)
+        resume(store.run_folder(learner.config), learner, machine, progress.say)
+        progress.skip(_epochs([learner]))  # those of its checkpoint
     if cohort[0].optimization.compiled:
         progress.say(f"{label}: compiling {'teacher and ' if teacher is not None else ''}{len(learners)} network(s)")
     report = _CohortReport(progress, label, learners)
@@ -174,15 +175,14 @@ def save_checkpoint(folder: Path, learner: Learner, machine: Machine) -> None:
     write_checkpoint(folder, tensors, CheckpointInfo(**facts))
 
 
-def resume(folder: Path, learner: Learner, machine: Machine, progress: ProgressReporter) -> None:
+def resume(folder: Path, learner: Learner, machine: Machine, say: Callable[[str], None]) -> None:
     """Continue from the checkpoint in the run's folder, if there is one. Warns if it is of another machine."""
     found = read_checkpoint(folder, learner.config.digest)
     if found is None:
         return
     tensors, info = found
     learner.load_state(tensors, info.model_dump())
-    progress.skip(_epochs([learner]))
-    progress.say(f"{learner.config.run_id} goes on from its checkpoint after step {learner.steps}")
+    say(f"{learner.config.run_id} goes on from its checkpoint after step {learner.steps}")
     now, then = machine | learner.kernels, info.environment
     if changed := [key for key in SAME_BITS if now.get(key) != then.get(key)]:
         what = ", ".join(f"{key} {then.get(key)} then, {now.get(key)} now" for key in changed)

@@ -166,9 +166,11 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
 def test_two_calls_into_one_folder(tmp_path):
     with (
         module._locked(module._claim(tmp_path / "out")),
-        pytest.raises(CompressionError, match="another process compresses"),
+        pytest.raises(CompressionError, match="another process compresses") as kept,
     ):
         run(tmp_path / "out")
+    with module._locked(tmp_path / "out"):  # free again, though the traceback keeps the frames
+        assert kept.tb is not None
 
 
 @pytest.mark.parametrize(

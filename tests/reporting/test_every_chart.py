@@ -173,6 +173,21 @@ def test_marks_of(draw):
     assert [(lines(axis), areas(axis), len(axis.patches), len(axis.images)) for axis in panels] == expected
 
 
+def test_more_kinds_than_colours_and_markers_are_all_drawn():
+    kinds = [f"kind {number:02}" for number in range(12)]
+    costs = pd.DataFrame([(kind, 50.0, 1.0) for kind in kinds], columns=["loss", "accuracy", "step_milliseconds"])
+    (axis,) = charts.affinity_frontier(costs).axes
+    assert lines(axis) == 12
+    gaps = pd.DataFrame([(kind, kind, 1.0, 9.0) for kind in kinds], columns=["run", "method", "progress", "gap"])
+    steps = pd.DataFrame(
+        [(kind, float(weight), 1, 0.5) for weight, kind in enumerate(kinds)],
+        columns=["run", "affinity_weight", "epoch", "norm"],
+    )
+    pairs = pd.DataFrame(columns=["k", "apart", "ratio"])
+    for axis in study_charts.failure_signs(gaps, pairs, steps).axes[::2]:
+        assert len(axis.get_legend_handles_labels()[1]) == 12
+
+
 def test_every_public_chart_is_drawn_here():
     public = {
         name

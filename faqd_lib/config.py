@@ -337,8 +337,6 @@ class RunConfig(TrainingConfig):
             raise ValueError("a teacher is needed if and only if the objective has a logit loss or an affinity loss")
         if self.initial is not None and self.initial.model != self.model:
             raise ValueError(f"initial weights of {self.initial.model} do not fit {self.model}")
-        if self.initial is not None and self.initial.bits != "32W32A":
-            raise ValueError(f"initial weights must be those of a float network, got one of {self.initial.bits}")
         if self.optimization.epochs == 0 and (self.initial is None or self.objective.uses_teacher):
             raise ValueError("epochs = 0 is quantization after training: it needs initial weights and no teacher")
         if self.objective.affinity == "squat" and self.quantization.activation_bits == 32:

@@ -56,7 +56,7 @@ def test_the_typed_numbers_of_the_study_are_those_of_its_records():
     assert f"KD's accuracy at 400 updates after [{shares['kd']:.2f} times as many]" in TEXT
     arms = study_curves.arms_frame(suite).query("cells in ['updates-400', 'kd-tuned-400']").set_index("arm")["accuracy"]
     assert arms.loc[list(shares.index)].idxmax() == "kd-10-slow"
-    assert f"(weight 10, rate 0.03) after {shares['kd-10-slow']:.2f} times" in TEXT
+    assert f"its accuracy at 400 updates after {shares['kd-10-slow']:.2f} times as many" in TEXT
     without = int((family["difference"] == "not run").sum())
     assert f"correct for {len(family)} claims and two looks" in TEXT
     assert f"{without} of the {len(family)} have no runs yet" in TEXT

@@ -320,9 +320,11 @@ def _onnx_network(path: Path, arguments: argparse.Namespace):
     (taken,) = session.get_inputs()
 
     def run(images: torch.Tensor) -> torch.Tensor:
-        shapes = [" × ".join(map(str, shape)) for shape in (taken.shape[1:], images.shape[1:])]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"{path} takes pictures of {shapes[0]}, got {shapes[1]}: leave out --image-size")
+        wanted, given = taken.shape[1:], list(images.shape[1:])
+        if any(isinstance(size, int) and size != found for size, found in zip(wanted, given, strict=True)):
+            shapes = [" × ".join(map(str, shape)) for shape in (wanted, given)]
+            remedy = "leave out --image-size" if "preprocessing" in metadata else f"give --image-size {wanted[-1]}"
+            raise ValueError(f"{path} takes pictures of {shapes[0]}, got {shapes[1]}: {remedy}")
         return torch.from_numpy(session.run(None, {taken.name: images.numpy()})[0])
 
     return run, metadata

@@ -73,10 +73,10 @@ def generated(root: Path) -> dict[str, str]:
 
     ``claims``: one row a claim. ``loss_claims``: claims about the losses. ``accuracies``: table T1, without rows that
     were not run. ``study``, ``study_arms`` and ``study_reach``: claims of the study with a complete seed, accuracies
-    behind them, and the updates and time that FAQD needs for KD's accuracy. ``losses``, ``losses_arms``,
-    ``segmentation`` and ``segmentation_arms``: the first two of other studies. ``where``: rows of table T6 with a pair
-    of runs. Tables of ``MEASURED``: a part of a benchmark's JSON, in four significant digits, under a line with machine
-    and versions.
+    behind them, and the updates and time that FAQD needs for the accuracy of each arm of KD. ``losses``,
+    ``losses_arms``, ``segmentation`` and ``segmentation_arms``: the first two of other studies. ``where``: rows of
+    table T6 with a pair of runs. Tables of ``MEASURED``: a part of a benchmark's JSON, in four significant digits,
+    under a line with machine and versions.
     """
     suite = Suite.read(root / SUITE)
     verdicts = claims.table(suite).readable.rename(columns={"n (seeds)": "seeds"})

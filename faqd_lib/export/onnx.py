@@ -190,9 +190,18 @@ def _write_call(writer: Writer, node: fx.Node) -> str:
 
 def _aliases(writer: Writer, node: fx.Node) -> list[fx.Node]:
     """All nodes in the memory of ``node``: a dropout or a flattening returns its input's memory."""
+    parts = []  # pieces of chunk, split or unbind on the way: other pieces do not overlap with them
     while _handler(writer, node) in ALIASES:
+        if function_name(node) == "getitem" and type(writer.values[node.args[0]]) is tuple:
+            parts.append(node)
         (node, *_) = node.all_input_nodes
-    found = [node]
+    wholes, found = {part.args[0] for part in parts}, [node]
     for alias in found:
-        found += [user for user in alias.users if _handler(writer, user) in ALIASES]
+        found += [
+            user
+            for user in alias.users
+            if _handler(writer, user) in ALIASES
+            and (isinstance(writer.values[user], torch.Tensor) or type(writer.values[user]) is tuple)  # no sizes
+            and (user in parts or alias not in wholes)
+        ]
     return found

@@ -310,7 +310,7 @@ def calibrate(model: nn.Module, images: Tensor, *others: object, **named: object
         relu.fit(torch.cat(seen[relu]))
 
     handles = [relu.register_forward_pre_hook(fit, with_kwargs=True) for relu in relus]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
     try:
         with kept_modes(model), calls:
             for module in model.modules():
@@ -319,8 +319,12 @@ def calibrate(model: nn.Module, images: Tensor, *others: object, **named: object
     finally:
         for handle in handles:
             handle.remove()
-        for buffer, before in buffers:  # a buffer that the network replaced by another one stays replaced
-            if not torch.allclose(buffer, before, rtol=0, atol=0, equal_nan=True):
+        now = dict(model.named_buffers())
+        for name, (buffer, before) in buffers.items():
+            replaced = now.get(name, buffer)
+            if replaced is not buffer and (replaced.shape, replaced.dtype) == (before.shape, before.dtype):
+                replaced.copy_(before)  # statistics; a cache of another size stays replaced
+            if buffer.layout == torch.strided and not torch.allclose(buffer, before, rtol=0, atol=0, equal_nan=True):
                 buffer.copy_(before)
     rectifiers = sum(count for (_, name), count in calls.functions.items() if name.rstrip("_") in ("relu", "relu6"))
     if rectifiers:

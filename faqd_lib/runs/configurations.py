@@ -139,8 +139,12 @@ class Configurations:
         check_choice("regime", regime, ("end-to-end", "fine-tuning"), ConfigurationError)
         fine_tuning, taught = regime == "fine-tuning", method != "labels"
         changes = {**(losses or {}), **({} if affinity_weight is None else {"affinity_weight": affinity_weight})}
-        given = {**changes, "logit_loss": logit_loss, "k": k, "stages": stages, "teacher": teacher}
-        _check_effects(method, labels, {name for name, value in given.items() if value})
+        given = {
+            "logit_loss": logit_loss, "k": k, "stages": len(stages), "teacher": teacher, "taps": taps != "output",
+        }  # fmt: skip
+        _check_effects(method, labels, {*changes, *(name for name, value in given.items() if value)})
+        if not taught:
+            Losses.parse(self.profile.losses.model_dump() | changes, "losses")
         if images is not None and (isinstance(images, bool) or not isinstance(images, int) or images < 1):
             raise ConfigurationError(f"images must be a whole number of at least 1, got {images!r}")
         elsewhere = None if source is None else self._source(source, images)
@@ -215,6 +219,8 @@ class Configurations:
 
     def _of_arm(self, arm: Arm, cells: Cells, weight_bits: int, seed: int) -> RunConfig:
         schedule = {"epochs": arm.epochs, "learning_rate": arm.learning_rate}
+        unread = _unread(arm.method, arm.labels)  # a folder of an earlier version may have such settings
+        losses = {name: value for name, value in arm.losses.items() if name not in unread}
         return self.student(
             arm.method,
             labels=arm.labels,
@@ -223,18 +229,38 @@ class Configurations:
             quantization={} if arm.step_gradient is None else {"step_gradient": arm.step_gradient},
             regime=arm.regime,
             logit_loss=arm.logit_loss,
-            k=arm.k,
+            k=None if "k" in unread else arm.k,
             stages=arm.stages,
             taps=arm.taps,
-            losses=arm.losses | ({"adapters": True} if arm.adapters else {}),
+            losses=losses | ({"adapters": True} if arm.adapters else {}),
             schedule={name: value for name, value in schedule.items() if value is not None},
             updates=cells.updates,
             images=cells.images,
             source=cells.source,
             model=cells.student,
-            teacher=cells.teacher,
+            teacher=None if arm.method == "labels" else cells.teacher,
             seed=seed,
         )
+
+    def check_design(self) -> None:
+        """Make the runs of the study's first seed.
+
+        Raises:
+            ConfigurationError: a setting of an arm has no effect, or a run cannot be; the message names the arm.
+        """
+        study = self.profile.study
+        for name, cells in study.cells.items():
+            for each in cells.arms:
+                arm = study.arms[each]
+                given = {*arm.losses, *(["k"] if arm.k is not None else [])}
+                try:
+                    _check_effects(arm.method, arm.labels, given)
+                    if cells.updates is not None and arm.epochs is not None:
+                        raise ConfigurationError("epochs has no effect where updates are set: leave one of them out")
+                    for bits in cells.weight_bits:
+                        self._of_arm(arm, cells, bits, study.first_seed)
+                except ConfigurationError as error:
+                    raise ConfigurationError(f"study.arms.{each} in cells.{name}: {error}") from error
 
     def post_training(
         self,
@@ -259,6 +285,8 @@ class Configurations:
             ConfigurationError: the bits are none that there are, or ``student`` is quantized.
         """
         student = self.float_student(seed) if student is None else student
+        if student.bits != f"{FLOAT_BITS}W{FLOAT_BITS}A":
+            raise ConfigurationError(f"post_training: student must be a float run, got one of {student.bits}")
         settings = dict(
             data=self.state.data,
             model=student.model,
@@ -323,8 +351,15 @@ class Configurations:
 
 def _check_effects(method: str, labels: bool, given: set[str]) -> None:
     """Raise ConfigurationError if a method does not read one of the ``given`` settings of :meth:`student`."""
-    affinity = AFFINITY_OF_METHOD[method]
-    unread = set(given) if method == "labels" else set()
+    if useless := sorted(given & _unread(method, labels)):
+        raise ConfigurationError(f"{useless[0]} has no effect on the method {method}: leave it out")
+
+
+def _unread(method: str, labels: bool) -> set[str]:
+    """The settings of :meth:`student`, losses included, that a method does not read."""
+    affinity, unread = AFFINITY_OF_METHOD[method], set()
+    if method == "labels":
+        unread |= {"teacher", "logit_loss", "taps", "stages", *Losses.model_fields}
     if not labels:
         unread |= {"label_weight", "class_weights"}
     if method == "FA":
@@ -333,8 +368,7 @@ def _check_effects(method: str, labels: bool, given: set[str]) -> None:
         unread |= {"affinity_weight", "adapters", "stages"}
     if affinity != "ffa":
         unread |= {"k"}
-    if useless := sorted(given & unread):
-        raise ConfigurationError(f"{useless[0]} has no effect on the method {method}: leave it out")
+    return unread
 
 
 def _check_stages(student: str, teacher: str, stages: Sequence[int]) -> None:

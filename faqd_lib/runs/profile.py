@@ -189,7 +189,7 @@ class Profile(StrictModel):
             base, here = values.pop("base"), (*changed_by, path.resolve())
             if not isinstance(base, str):
                 raise ConfigurationError(f"{profile}: base = {base!r} must be a profile's name or the path of a file")
-            base = base if base in PROFILES else (path.parent / base).resolve()
+            base = (path.parent / base).resolve() if base not in PROFILES and base.endswith(".toml") else base
             if base in here:
                 raise ConfigurationError(f"{profile}: base = {str(base)!r} leads back to this file: name another")
             values = _merged(cls.load(base, here).model_dump(exclude={"name"}), values)

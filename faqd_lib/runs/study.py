@@ -181,8 +181,6 @@ class Study(StrictModel):
             for arm in cells.arms:
                 if arm not in self.arms:
                     raise ValueError(f"cells.{name} has the arm {arm!r}; the arms are {', '.join(self.arms)}")
-                if cells.updates is not None and self.arms[arm].epochs is not None:
-                    raise ValueError(f"cells.{name} has updates, and its arm {arm!r} has epochs: leave one of them out")
                 if cells.source is not None and (self.arms[arm].labels or self.arms[arm].method == "labels"):
                     raise ValueError(f"cells.{name}: images from {cells.source} have no labels for the arm {arm!r}")
         for name, claim in self.claims.items():

@@ -82,14 +82,15 @@ class Suite(Configurations, Workshop):
         torch_device = _device(device)
         images = datasets.load(name, data_root or None, image_size=chosen.image_size, download=chosen.download)
         state = SuiteState.describe(chosen, name, reason, images, _precision(chosen, torch_device))
+        if chosen.study is not None and not (folder / "suite.json").exists():
+            known = state.model_copy(update={"sources": dict.fromkeys(chosen.study.sources, "")})
+            Configurations(known).check_design()  # before the folder is begun: then the design can be changed
         state = begin_or_continue(folder, state, seeds)
         data_root = str(Path(data_root).resolve()) if data_root else None
         suite = cls(state, RunStore(folder), torch_device, data_root, images, engine, bar)
         if chosen.study is not None:
             for source in chosen.study.sources:
                 suite = suite.with_source(source)
-            for cells in chosen.study.cells:  # what is wrong with a design is said before its teachers are trained
-                suite.study_runs(cells, chosen.study.first_seed)
         return suite
 
     def with_source(self, dataset: str) -> Self:

@@ -120,6 +120,22 @@ def test_errors_are_one_line(made, command, message, capsys):
     assert not (made / "o" / "card.md").exists()
 
 
+def test_an_onnx_file_may_take_pictures_of_any_size(made, tmp_path, capsys):
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("GlobalAveragePool", ["images"], ["pooled"]),
+            onnx.helper.make_node("Flatten", ["pooled"], ["logits"]),
+        ],
+        "any",
+        [onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, ["N", 3, "H", "W"])],
+        [onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["N", 3])],
+    )
+    opset = onnx.helper.make_opsetid("", 17)
+    onnx.save(onnx.helper.make_model(graph, ir_version=9, opset_imports=[opset]), tmp_path / "any.onnx")
+    assert main(["classify", str(tmp_path / "any.onnx"), str(made / "my photos"), *PREPROCESSING]) == 0
+    assert "%" in capsys.readouterr().out
+
+
 def test_options_change_a_known_preprocessing():
     known = Preprocessing(224, resize_size=256)
 

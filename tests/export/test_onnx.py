@@ -660,3 +660,39 @@ def test_an_averaged_model_is_exported(tmp_path):
     with torch.no_grad():
         expected = model(IMAGES)
     torch.testing.assert_close(run(path, IMAGES), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+class _InPlace(nn.Module):
+    """A forward that overwrites, and reads nothing that was overwritten."""
+
+    def __init__(self, forward) -> None:
+        super().__init__()
+        self.conv, self.how = nn.Conv2d(3, 4, 3), forward
+
+    def forward(self, x):
+        return self.how(self.conv(x))
+
+
+def _sizes_unpacked(x):
+    n, c, h, w = x.shape
+    x = x.add_(1)
+    return x.view(n, c * h * w)
+
+
+def _pieces_of_a_chunk(x):
+    left, right = x.chunk(2, 1)
+    return torch.cat([left.add_(1), right], 1)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [lambda x: x.mul_(2).view(x.shape[0], -1), _sizes_unpacked, _pieces_of_a_chunk],
+    ids=["size", "sizes", "chunk"],
+)
+def test_sizes_and_other_pieces_are_not_overwritten(tmp_path, forward):
+    images = torch.randn(2, 3, 6, 6)
+    model = _InPlace(forward).eval()
+    with torch.no_grad():
+        expected = model(images)
+    found = run(export_onnx(model, tmp_path / "net.onnx", (3, 6, 6)), images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -218,6 +218,22 @@ def test_calibration_leaves_what_the_network_puts_into_buffers(pos, expected, im
     assert (model.norm.num_batches_tracked, model.calls) == (0, 0)
 
 
+def test_calibration_leaves_statistics_that_the_network_reassigns(images):
+    class Averaging(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Conv2d(3, 4, 3), nn.ReLU())
+            self.register_buffer("mean", torch.zeros(1))
+            self.register_buffer("graph", torch.eye(2).to_sparse())
+
+        def forward(self, x):
+            self.mean = 0.9 * self.mean + 0.1 * x.mean().detach() + 1
+            return super().forward(x)
+
+    model = quantize(Averaging(), activation_bits=2)
+    calibrate(model, images)
+    assert model.mean == 0
+
+
 def test_a_relu_may_be_given_its_input_by_name(images):
     class Named(nn.Sequential):
         def forward(self, x):

@@ -122,10 +122,6 @@ def study_suite(tiny_suite):
             {"claims": {"x": {"statement": "", "contrast": {"kd": float("nan"), "fa": 0.0}, "cells": "main"}}},
             "finite number",
         ),
-        (
-            {"cells": {"x": {"arms": ["long"], "weight_bits": [1], "updates": 4}}},
-            "cells.x has updates, and its arm 'long' has epochs",
-        ),
         ({"arms": {"x": {"method": "KD", "step_gradient": "coarse"}}}, "needs activation_bits below 32"),
     ],
 )
@@ -219,11 +215,28 @@ def test_affinity_of_networks_with_other_stages_is_no_endpoint(study_suite):
 
 
 def test_what_is_wrong_with_a_design_is_said_before_training(study_suite, tiny_data, tmp_path, monkeypatch):
-    few = {"arms": ["kd"], "weight_bits": [1], "images": 4}
-    profile = study_suite(study=changed(cells={"short": few})).profile
     monkeypatch.setattr(datasets, "load", lambda *arguments, **options: tiny_data)
-    with pytest.raises(ConfigurationError, match="images = 4 is less than a batch of 16"):
-        Suite.open(profile, "digits", results=tmp_path)
+    for arms, cells, message in (
+        ({}, {"arms": ["kd"], "images": 4}, "arms.kd in cells.short: images = 4 is less than a batch of 16"),
+        ({}, {"arms": ["long"], "updates": 4}, "arms.long in cells.short: epochs has no effect where updates are set"),
+        ({"x": {"method": "KD", "k": 3}}, {"arms": ["x"]}, "arms.x in cells.short: k has no effect on the method KD"),
+    ):
+        profile = study_suite(study=changed(arms=arms, cells={"short": {"weight_bits": [1], **cells}})).profile
+        with pytest.raises(ConfigurationError, match=message):
+            Suite.open(profile, "digits", results=tmp_path)
+    assert not list(tmp_path.rglob("suite.json"))  # the design can still be changed
+
+
+def test_a_folder_of_an_earlier_version_may_have_settings_without_effect(study_suite):
+    cells = {"arms": ["x", "labels"], "weight_bits": [1], "teacher": "resnet8"}
+    suite = study_suite(
+        study=changed(
+            arms={"x": {"method": "KD", "k": 3}}, cells={"main": cells}, claims={"helps": None, "budget": None}
+        )
+    )
+    first, second = suite.study_runs("main", 2).values()
+    assert first == suite.student("KD", weight_bits=1, seed=2)
+    assert second == suite.student("labels", labels=True, weight_bits=1, seed=2)
 
 
 def test_a_profile_on_a_base_changes_only_what_it_names(tmp_path):
@@ -519,7 +532,8 @@ def test_fewer_images_than_a_batch_are_refused(tiny_suite, settings):
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        ("labels", {"logit_loss": "mse"}), ("labels", {"losses": {"nonsense": 3.0}}),
+        ("labels", {"logit_loss": "mse"}), ("labels", {"losses": {"logit_weight": 3.0}}),
+        ("labels", {"taps": "before ReLU"}), ("KD", {"losses": {"k": 3}}),
         ("labels", {"teacher": "resnet8"}), ("FA", {"logit_loss": "kl"}),
         ("FA", {"losses": {"temperature": 2.0}}), ("KD", {"affinity_weight": 7.0}),
         ("KD", {"k": 3}), ("FAQD", {"k": 3}), ("KD", {"losses": {"label_weight": 1.0}}),

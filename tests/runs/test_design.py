@@ -554,7 +554,7 @@ def test_updates_beyond_the_last_epoch_are_refused_before_training(tiny_suite, t
 
 def test_a_quantized_network_is_not_quantized_again_after_training(tiny_suite):
     suite = tiny_suite()
-    with pytest.raises(ConfigurationError, match="a float network, got one of 1W32A"):
+    with pytest.raises(ConfigurationError, match="a float run, got one of 1W32A"):
         suite.post_training(2, student=suite.student("KD", weight_bits=1))
 
 

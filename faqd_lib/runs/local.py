@@ -45,7 +45,7 @@ def train_here(
 
     Raises:
         OutOfTimeError: ``deadline`` (a time of ``time.monotonic``) has passed. Checkpoints are written. Waiting for
-            another process ends then, too.
+            another process ends as well.
         NonFiniteLossError: a loss stopped being finite. All other runs of its cohort are finished and saved.
     """
     store = workshop.store

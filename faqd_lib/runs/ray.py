@@ -107,7 +107,7 @@ class RayEngine:
         try:
             for cohort in planning.cohorts(wave, largest):
                 label = progress.number(len(cohort))
-                # A worker may start late, and has a monotonic clock of its own.
+                # A worker may start late, and its monotonic clock is another one.
                 ends = None if deadline is None else time.time() + deadline - time.monotonic()
                 task = work.remote(workshop, cohort, QueueProgress(queue, label), self.cpus, folders, ends)
                 tasks[label] = task, cohort

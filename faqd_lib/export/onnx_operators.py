@@ -513,7 +513,7 @@ def _elementwise(kind: str, inputs: int = 1, **attributes: Any) -> Handler:
 
 
 def _copy(w: Writer, node: fx.Node, _: None) -> str:
-    """``clone``: a value in a memory of its own."""
+    """``clone``: the same value. Unlike ``_same``, the result does not share its memory."""
     return w.name_of(node.args[0])
 
 

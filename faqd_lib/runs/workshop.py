@@ -191,8 +191,11 @@ class Workshop:
     def test_affinity(self, student: nn.Module, teacher: nn.Module) -> float | None:
         """The exact affinity loss on test images, summed over stages; networks in evaluation mode.
 
-        The images are every n-th of the test split, in float32, with n = test images // :data:`AFFINITY_IMAGES`: at
-        least so many, if there are, and fewer than twice as many. None where the networks have other numbers of stages.
+        The images are every n-th of the test split, in float32, with n = test images // :data:`AFFINITY_IMAGES`. Large
+        splits thus give 1 to 2 times :data:`AFFINITY_IMAGES`, small ones all images.
+
+        Returns:
+            The loss; None where the networks differ in their number of stages.
         """
         if len(student.feature_names) != len(teacher.feature_names):
             return None

@@ -455,7 +455,7 @@ def test_a_shared_layer_has_the_normalisation_of_each_call(tmp_path, bits, norms
 
 
 class ReadTwice(nn.Module):
-    """A layer with a batch normalisation, whose weight a function reads, too."""
+    """A layer with a batch normalisation. A function reads the layer's weight as well."""
 
     def __init__(self, linear: bool, module_first: bool) -> None:
         super().__init__()
